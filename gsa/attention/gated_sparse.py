@@ -1,0 +1,104 @@
+"""The one attention layer. Its indexer and its two gates are parts that may be absent. Source: docs/gsa.md."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from gsa import kernels
+from gsa.attention.gates import Gate
+from gsa.attention.indexer import Indexer
+from gsa.attention.rope import rotate
+from gsa.attention.selection import Selector, variance_sums
+from gsa.config import ModelConfig
+
+Stage = Literal["dense", "sparse"]
+
+
+class Positions(NamedTuple):
+    """What every layer of a forward pass shares: visibility and rotations, made once.
+
+    seen: (B, T, T) bool, or None when every key up to the query is visible. cos, sin: (B, T, D / 2);
+    indexer_cos, indexer_sin: (B, T, E / 2).
+    """
+
+    seen: torch.Tensor | None
+    cos: torch.Tensor
+    sin: torch.Tensor
+    indexer_cos: torch.Tensor
+    indexer_sin: torch.Tensor
+
+
+class AttentionOutput(NamedTuple):
+    """out: (B, T, d). indexer_loss: 0-dim, mean over batch and rows. variance_sums: (2,) float64. n_selected: 0-dim."""
+
+    out: torch.Tensor
+    indexer_loss: torch.Tensor
+    variance_sums: torch.Tensor
+    n_selected: torch.Tensor
+
+
+class GatedSparseAttention(nn.Module):
+    """Attention of T queries over the keys that an indexer selects, gated before and after.
+
+    `stage` "dense" attends to all visible keys while the indexer learns; "sparse" to the selected ones.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        H, G, D = config.n_heads, config.n_kv_heads, config.d_head
+        self.n_heads, self.n_kv_heads, self.width = H, G, D
+        self.stage: Stage = "sparse"
+        self.q_proj = nn.Linear(config.d_model, H * D, bias=False)
+        self.k_proj = nn.Linear(config.d_model, G * D, bias=False)
+        self.v_proj = nn.Linear(config.d_model, G * D, bias=False)
+        self.o_proj = nn.Linear(H * D, config.d_model, bias=False)
+        self.value_gate = Gate(config.d_model, G * D) if config.value_gate else None
+        self.output_gate = Gate(config.d_model, H * D) if config.output_gate else None
+        self.indexer = Indexer(config) if config.sparse else None
+        self.selector = Selector(config) if config.sparse else None
+
+    def forward(self, x: torch.Tensor, at: Positions, rows: torch.Tensor | None) -> AttentionOutput:
+        """x: (B, T, d), normalised. rows: (R,) int64 positions whose alignment loss is wanted; None: no loss."""
+        B, T, _ = x.shape
+        q = rotate(self.q_proj(x).view(B, T, self.n_heads, self.width), at.cos, at.sin)
+        k = rotate(self.k_proj(x).view(B, T, self.n_kv_heads, self.width), at.cos, at.sin)
+        v = self.v_proj(x)
+        if self.value_gate is not None:
+            v = self.value_gate(x, v)
+        v = v.view(B, T, self.n_kv_heads, self.width)
+
+        indexer_loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
+        sums = x.new_zeros(2, dtype=torch.float64)
+        if self.indexer is None:
+            mask, n_selected = at.seen, _mean_visible(at.seen, T, x.device)
+        else:
+            seen = at.seen if at.seen is not None else kernels.visible(torch.zeros(1, T, dtype=torch.long, device=x.device))
+            scores = self.indexer(x, at.indexer_cos, at.indexer_sin)
+            seen = seen.expand_as(scores)
+            if self.stage == "sparse":
+                mask, chosen, sums = self.selector(scores, seen, self.indexer.alpha)
+                n_selected = chosen.float().mean()
+            else:
+                mask, n_selected = at.seen, _mean_visible(at.seen, T, x.device)
+                if self.selector.mode == "variance":
+                    # measured in the dense stage too: selection starts with a settled v_ref
+                    with torch.no_grad():
+                        sums = variance_sums(kernels.score_variance(scores, seen), seen.sum(-1))
+            if rows is not None:
+                kept = seen if mask is None else mask
+                indexer_loss = kernels.alignment_kl(
+                    q[:, rows], k, scores[:, rows], kept[:, rows], self.indexer.alpha
+                ).mean()
+        out = kernels.attend(q, k, v, mask).reshape(B, T, self.n_heads * self.width)
+        if self.output_gate is not None:
+            out = self.output_gate(x, out)
+        return AttentionOutput(self.o_proj(out), indexer_loss, sums, n_selected)
+
+
+def _mean_visible(seen: torch.Tensor | None, T: int, device: torch.device) -> torch.Tensor:
+    if seen is None:
+        return torch.tensor((T + 1) / 2, device=device)
+    return seen.sum(-1).float().mean()

@@ -1,0 +1,1 @@
+"""What a checkpoint directory is: docs/checkpoints.md. Knows torch, never DeepSpeed."""

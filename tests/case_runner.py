@@ -1,0 +1,30 @@
+"""Runs the cases of a launching.run_cases script on this rank: real engines, one process group."""
+
+import json
+import sys
+import traceback
+from pathlib import Path
+
+from training.engine import start
+from training.train import parse, prepare, run
+
+
+def main() -> int:
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    world = start(timeout_s=120)
+    for case in cases:
+        try:
+            prepared = prepare(parse(case["argv"]))
+        except Exception:
+            print(f"case {case['name']}:\n{traceback.format_exc()}", flush=True)
+            return 1
+        code = run(prepared, world)
+        if code != case["code"]:
+            print(f"case {case['name']}: rank {world.rank} ended with {code}, wanted {case['code']}", flush=True)
+            return 1
+    world.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,216 @@
+"""The same run on 1, 2 and 4 ranks and at every ZeRO stage; resume; divergence; overfitting.
+
+One launch per number of ranks runs every life of a run, with real engines; the tests read what they wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers_dataset import write_dataset
+from launching import ROOT, Case, run_cases
+
+from training.metrics import STEP_METRICS, TIME_METRICS, read_rows
+
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+ATTENTION = {"dense": "training.indexer_warmup_steps=100", "sparse": "training.indexer_warmup_steps=0"}
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+
+
+def events_of(folder: Path, kind: str) -> list[dict]:
+    return [row for row in read_rows(folder / "metrics.jsonl") if row.get("event") == kind]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_yaml):
+    """Folder of all runs: <ranks>/<case>/; and what each launch printed: <ranks>/output.txt."""
+    base = tmp_path_factory.mktemp("runs")
+    four_windows = base / "four_windows"
+    random = np.random.Generator(np.random.PCG64(3))
+    texts = [random.integers(1, 60, 31).tolist() for _ in range(4)]
+    write_dataset(four_windows, texts, vocab_size=64, held_out=texts)
+
+    for ranks in (1, 2, 4):
+        folder = base / str(ranks)
+
+        def case(name, *extra, stage="zero2", code=0, folder=folder, into=None):
+            argv = (
+                "--config", str(tiny_yaml), "--output_dir", str(folder / (into or name)),
+                "--deepspeed_config", str(ROOT / "ds_configs" / f"{stage}.json"), *extra,
+            )  # fmt: skip
+            return Case(name, argv, code)
+
+        cases = [
+            case(f"{stage}_{attention}", key, stage=stage)
+            for stage in STAGES
+            for attention, key in ATTENTION.items()
+            if ranks < 4 or attention == "dense" or stage == "zero2"
+        ]
+        if ranks == 1:
+            cases += [
+                case("diverged", "training.learning_rate=1e30", "training.grad_clip=0", "training.save_interval=1", code=4),
+                case("overfit", f"data.data_dir={four_windows}", "training.max_steps=150", "training.global_batch_size=4",
+                     "training.learning_rate=1e-2", "training.eval_interval=0", "training.weight_decay=0"),
+                case("init_from", f"training.init_from={folder / 'zero2_sparse' / 'step_6'}", "training.max_steps=1"),
+                case("nothing_to_do", "--resume_from", "step_6", into="zero2_sparse"),
+            ]  # fmt: skip
+        if ranks == 2:
+            for stage in ("zero1", "zero2", "zero3"):
+                half = ("training.stop_at_step=3", "training.precision=bf16", "training.indexer_warmup_steps=2")
+                cases += [
+                    case(f"{stage}_straight", *half[1:], stage=stage),
+                    case(f"{stage}_halves_a", *half, stage=stage, into=f"{stage}_halves"),
+                    case(f"{stage}_halves_b", *half[1:], "--resume_from", "step_3", stage=stage, into=f"{stage}_halves"),
+                ]  # fmt: skip
+            cases += [
+                case("zero2_offload", ATTENTION["dense"], stage="zero2_offload"),
+                case("zero3_offload", ATTENTION["dense"], stage="zero3_offload"),
+                case("recomputed", ATTENTION["sparse"], "training.gradient_checkpointing=true"),
+                case("workers", ATTENTION["sparse"], "data.num_workers=3"),
+                case("inline", ATTENTION["sparse"], "data.num_workers=0"),
+                case("micro_1", ATTENTION["dense"], "training.micro_batch_size=1"),
+            ]
+        output = run_cases(ranks, cases, folder)
+        (folder / "output.txt").write_text(output)
+    return base
+
+
+def spread(a: list[dict], b: list[dict], key: str) -> float:
+    assert len(a) == len(b) == 6
+    return max(abs(x[key] - y[key]) / abs(y[key]) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_and_stages_agree_at_every_step_in_the_dense_stage(runs, ranks, stage):
+    reference, rows = rows_of(runs / "1" / "zero0_dense"), rows_of(runs / str(ranks) / f"{stage}_dense")
+    for key in ("loss", "indexer_loss", "grad_norm"):
+        assert spread(rows, reference, key) < 1e-5, key
+    assert [r["samples"] for r in rows] == [8 * (i + 1) for i in range(6)]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_and_stages_agree_in_the_sparse_stage(runs, ranks):
+    """Looser: rounding noise may flip a key near the threshold (docs/gsa.md, identity 9)."""
+    reference = rows_of(runs / "1" / "zero0_sparse")
+    for stage in STAGES:
+        folder = runs / str(ranks) / f"{stage}_sparse"
+        if folder.exists():
+            assert spread(rows_of(folder), reference, "loss") < 1e-4, stage
+    assert (runs / str(ranks) / "zero2_sparse").exists()
+
+
+def test_the_sparse_stage_is_sparse(runs):
+    dense, sparse = (rows_of(runs / "1" / f"zero2_{stage}") for stage in ATTENTION)
+    assert {row["stage"] for row in dense} == {"dense"} and {row["stage"] for row in sparse} == {"sparse"}
+    assert all(row["selected_k"] <= 9 for row in sparse)
+    assert abs(dense[0]["loss"] - sparse[0]["loss"]) > 1e-4
+
+
+@pytest.mark.parametrize("case", ["zero2_offload", "zero3_offload", "micro_1"])
+def test_offload_and_accumulation_change_nothing(runs, case):
+    assert spread(rows_of(runs / "2" / case), rows_of(runs / "1" / "zero0_dense"), "loss") < 1e-5
+
+
+@pytest.mark.parametrize("case", ["recomputed", "workers", "inline"])
+def test_recomputation_and_loader_workers_change_no_bit(runs, case):
+    assert [timeless(r) for r in rows_of(runs / "2" / case)] == [timeless(r) for r in rows_of(runs / "2" / "zero2_sparse")]
+
+
+def timeless(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key not in TIME_METRICS}
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+def test_a_resumed_run_is_the_straight_run(runs, stage):
+    """bf16, two ranks, across the indexer's dense-to-sparse boundary: every number of every row is the same."""
+    straight, halves = rows_of(runs / "2" / f"{stage}_straight"), rows_of(runs / "2" / f"{stage}_halves")
+    assert [row["step"] for row in halves] == [1, 2, 3, 4, 5, 6]
+    assert [timeless(row) for row in halves] == [timeless(row) for row in straight]
+    assert [row["stage"] for row in halves] == ["dense"] * 2 + ["sparse"] * 4
+    evals = [[(e["step"], e["eval_loss"]) for e in events_of(runs / "2" / f"{stage}_{n}", "eval")] for n in ("straight", "halves")]
+    assert evals[0] == evals[1]
+    assert [e["reason"] for e in events_of(runs / "2" / f"{stage}_halves", "stop")] == ["stop_at_step", "finished"]
+
+
+def test_golden_first_steps(runs):
+    """A change of data order, initialisation, layer or optimizer shows here first."""
+    rows = rows_of(runs / "1" / "zero2_sparse")[:3]
+    assert [row["loss"] for row in rows] == pytest.approx(GOLDEN_LOSS, rel=2e-5)
+    assert [row["grad_norm"] for row in rows] == pytest.approx(GOLDEN_NORM, rel=2e-4)
+    assert [row["indexer_loss"] for row in rows] == pytest.approx(GOLDEN_INDEXER, rel=2e-4)
+
+
+GOLDEN_LOSS: list[float] = []
+GOLDEN_NORM: list[float] = []
+GOLDEN_INDEXER: list[float] = []
+
+
+def test_four_windows_are_learned_by_heart(runs):
+    rows = rows_of(runs / "1" / "overfit")
+    assert rows[-1]["loss"] < 0.05
+    assert rows[0]["loss"] > 3.0
+
+
+def test_a_run_planned_for_many_passes_says_so(runs):
+    assert "planned for 150.0 passes" in (runs / "1" / "output.txt").read_text()
+
+
+def test_divergence_names_step_rank_and_samples_and_keeps_the_last_checkpoint(runs):
+    folder, output = runs / "1" / "diverged", (runs / "1" / "output.txt").read_text()
+    bad = len(rows_of(folder)) + 1
+    assert f"error: step {bad}: loss " in output
+    assert "rank 0, samples " in output and "Nothing was saved after it" in output
+    assert json.loads((folder / "run.json").read_text())["status"] == "failed"
+    tags = sorted(path.name for path in folder.glob("step_*"))
+    assert tags == [f"step_{n}" for n in range(1, bad)]
+    assert (folder / "latest").read_text().strip() == f"step_{bad - 1}"
+
+
+def test_a_new_run_starts_from_the_weights_of_a_checkpoint(runs):
+    fresh, warm = rows_of(runs / "1" / "zero2_sparse"), rows_of(runs / "1" / "init_from")
+    assert (warm[0]["step"], warm[0]["samples"]) == (1, 8)
+    assert warm[0]["loss"] < fresh[0]["loss"] - 0.1
+
+
+def test_a_run_at_its_end_resumes_to_nothing_and_stays_whole(runs):
+    folder = runs / "1" / "zero2_sparse"
+    assert len(rows_of(folder)) == 6
+    assert [e["reason"] for e in events_of(folder, "stop")] == ["finished", "finished"]
+
+
+def test_rows_carry_what_the_table_says(runs):
+    for row in rows_of(runs / "2" / "zero2_sparse"):
+        assert set(STEP_METRICS) == set(row)
+        parts = sum(row[f"seconds_{part}"] for part in ("data", "forward", "backward", "step"))
+        assert 0.5 * row["seconds"] < parts <= row["seconds"]
+    assert [r["epoch"] for r in rows_of(runs / "1" / "overfit")][:3] == [1.0, 2.0, 3.0]
+    assert all("loss" not in row for row in read_rows(runs / "2" / "zero2_sparse" / "metrics.jsonl") if "event" in row)
+
+
+def test_evaluation_agrees_over_ranks(runs):
+    scores = [events_of(runs / str(n) / "zero2_dense", "eval") for n in (1, 2, 4)]
+    assert [[e["step"] for e in s] for s in scores] == [[3, 6]] * 3
+    for key in ("eval_loss", "eval_bpb", "eval_loss_dense", "unigram_bpb"):
+        for other in scores[1:]:
+            assert [e[key] for e in other] == pytest.approx([e[key] for e in scores[0]], rel=1e-5)
+    first = scores[0][0]
+    assert first["eval_loss"] != first["eval_loss_dense"] and math.isfinite(first["eval_bpb"])
+
+
+def test_the_run_folder_explains_itself(runs):
+    folder = runs / "2" / "zero2_sparse"
+    for name in ("config.yaml", "ds_config.json", "env.json", "run.json", "metrics.jsonl", "latest"):
+        assert (folder / name).stat().st_size > 0, name
+    assert "auto" not in json.loads((folder / "ds_config.json").read_text()).values()
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    step = folder / "step_6"
+    assert {"manifest.json", "model.safetensors", "config.json"} <= {path.name for path in step.iterdir()}
+    assert not list(folder.glob("*.tmp")) and not (folder / "zero_to_fp32.py").exists()

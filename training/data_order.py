@@ -1,0 +1,117 @@
+"""Which window comes when: keyed permutations without a table, and mixtures. numpy only.
+
+The order is a contract: a run resumed years later must read on where it stopped. A golden test holds it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import numpy as np
+
+ROUNDS = 6
+BLOCK = 1000
+"""Samples per block of a mixture; shares are exact to one part in BLOCK, and exact in every block."""
+
+_U = np.uint64
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """A bijective scramble of 64-bit numbers (the finaliser of splitmix64); wraps on purpose."""
+    x = (x ^ (x >> _U(30))) * _U(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> _U(27))) * _U(0x94D049BB133111EB)
+    return x ^ (x >> _U(31))
+
+
+def permute(index: np.ndarray, n: int, key: Hashable) -> np.ndarray:
+    """Positions in a pseudo-random permutation of range(n) that `key` names; no table, so any n.
+
+    index: int64 array within range(n), n <= 2**62. key: anything whose repr is stable.
+    Returns int64, same shape. IndexError outside the range. A mixed-radix Feistel network of six rounds on
+    a x b >= n, walked until the value is below n (Black and Rogaway, 2002).
+    """
+    index = np.asarray(index, dtype=np.int64)
+    if not 0 < n <= 1 << 62:
+        raise ValueError(f"a permutation needs 0 < n <= 2**62, not {n}")
+    if index.size and not (0 <= index.min() and index.max() < n):
+        raise IndexError(f"index outside range({n})")
+    if n == 1:
+        return index.copy()
+    a = math.isqrt(n - 1) + 1
+    b = -(-n // a)
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
+    keys = np.frombuffer(digest, dtype="<u8")
+    value = _feistel(index.astype(_U), _U(a), _U(b), keys)
+    while (outside := value >= _U(n)).any():
+        value[outside] = _feistel(value[outside], _U(a), _U(b), keys)
+    return value.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, keys: np.ndarray) -> np.ndarray:
+    high, low = x // b, x % b
+    for even, odd in zip(keys[::2], keys[1::2], strict=True):
+        # the upper half of the scramble, scaled to the radix by a multiplication: exact while a, b < 2**32
+        high = high + (((_mix(low ^ even) >> _U(32)) * a) >> _U(32))
+        high -= np.where(high >= a, a, _U(0))
+        low = low + (((_mix(high ^ odd) >> _U(32)) * b) >> _U(32))
+        low -= np.where(low >= b, b, _U(0))
+    return high * b + low
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where samples come from, as parallel int64 arrays: source number, epoch of it, window in it."""
+
+    source: np.ndarray
+    epoch: np.ndarray
+    window: np.ndarray
+
+
+class Order:
+    """Sample number -> place, for any mixture of sources, over any number of epochs.
+
+    windows: how many each source has. weights: their shares, any positive scale. Each block of BLOCK samples
+    holds each source's exact share, in a keyed order; each source runs through all its windows once per
+    epoch of its own, in a new order each time. Nothing depends on ranks or workers.
+    """
+
+    def __init__(self, windows: list[int], weights: list[float], seed: int) -> None:
+        self.windows, self.seed = windows, seed
+        self.parts = _integer_shares(weights)
+        self._starts = np.cumsum([0, *self.parts])
+
+    def __call__(self, samples: np.ndarray) -> Place:
+        samples = np.asarray(samples, dtype=np.int64)
+        block, slot = np.divmod(samples, int(self._starts[-1]))
+        if len(self.parts) > 1:
+            for number in np.unique(block):
+                here = block == number
+                slot[here] = permute(slot[here], int(self._starts[-1]), (self.seed, "block", int(number)))
+        source = np.searchsorted(self._starts, slot, side="right") - 1
+        ordinal = block * np.asarray(self.parts)[source] + slot - self._starts[source]
+        epoch, window = np.divmod(ordinal, np.asarray(self.windows)[source])
+        for s, e in np.unique(np.stack([source, epoch], 1), axis=0) if len(samples) else ():
+            here = (source == s) & (epoch == e)
+            window[here] = permute(window[here], self.windows[s], (self.seed, "source", int(s), int(e)))
+        return Place(source, epoch, window)
+
+    def epochs(self, samples: int) -> list[float]:
+        """Passes over each source after `samples` samples; exact at block boundaries and for one source."""
+        total = int(self._starts[-1])
+        return [samples * part / total / windows for part, windows in zip(self.parts, self.windows, strict=True)]
+
+
+def _integer_shares(weights: list[float]) -> list[int]:
+    """Shares of a block by largest remainder, each at least 1; [1] for a single source."""
+    if len(weights) == 1:
+        return [1]
+    exact = [BLOCK * w / sum(weights) for w in weights]
+    parts = [max(1, math.floor(x)) for x in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (parts[i] - exact[i], i))
+    for i in range(max(0, BLOCK - sum(parts))):
+        parts[by_remainder[i % len(parts)]] += 1
+    common = math.gcd(*parts)
+    return [part // common for part in parts]

@@ -1,0 +1,250 @@
+"""The only door to DeepSpeed: start, build, step, save, load.
+
+Everything this project knows about DeepSpeed's habits is in this file, so that a new version is one
+file's work. Written against deepspeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import random
+import socket
+import warnings
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+import deepspeed  # noqa: E402
+import deepspeed.ops  # noqa: E402
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine  # noqa: E402
+from deepspeed.runtime.fp16.loss_scaler import LossScaler  # noqa: E402
+from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
+from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
+from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
+
+from gsa.checkpoint import safe_load  # noqa: E402
+from gsa.checkpoint.state import CLIENT_KEY  # noqa: E402
+from training.config import TrainingConfig  # noqa: E402
+from training.optimizer import group_hyperparameters, schedule_factor  # noqa: E402
+from training.world import World, environment_world_size  # noqa: E402
+
+DEEPSPEED_GLOBALS = (LossScaler, ZeroStageEnum, fragment_address)
+"""The classes inside DeepSpeed's own files; the loader's allow-list for them, and nothing more."""
+
+DEEPSPEED_VERSION: str = deepspeed.__version__
+
+
+def start(timeout_s: float) -> World:
+    """Joins the process group that `deepspeed` or `torchrun` prepared; alone, makes one of a single rank.
+
+    timeout_s: how long a collective may wait for a late rank before it raises.
+    """
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        os.environ.update(
+            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
+    size = environment_world_size()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(size))))
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+        # On CPU init_distributed compiles an operator (35-60 s) that only inference uses, and it leaves
+        # 69 MB per rank in /dev/shm for good. The table is private to DeepSpeed: pinned with its version.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed_logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
+    # numpy and torch draw nothing during training; seeded all the same, so that nothing can differ by accident
+    random.seed(0)
+    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_s))
+    return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
+
+
+class _HashingFile:
+    """A file being written whose size and sha256 are known when it is closed, without reading it again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._sha, self.bytes = file, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> int:
+        self._sha.update(data)
+        self.bytes += len(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    @property
+    def sha256(self) -> str:
+        return self._sha.hexdigest()
+
+
+class _SafeFiles(CheckpointEngine):
+    """DeepSpeed's checkpoint files, written whole or not at all, and read without running them."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.name = "gsa"
+        self.hashes: dict[str, tuple[int, str]] = {}
+
+    def create(self, info: Any) -> None:
+        self.hashes = {}
+
+    def save(self, state_dict: object, path: str) -> None:
+        temporary = f"{path}.tmp"
+        with open(temporary, "wb") as raw:
+            file = _HashingFile(raw)
+            torch.save(state_dict, file)
+            raw.flush()
+            os.fsync(raw.fileno())
+        os.replace(temporary, path)
+        self.hashes[os.path.basename(path)] = (file.bytes, file.sha256)
+
+    def load(self, path: str, map_location: object = None) -> object:
+        return safe_load.load(path, extra_allowed=DEEPSPEED_GLOBALS)
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+
+class Engine:
+    """A model whose gradients, optimizer and checkpoints DeepSpeed owns.
+
+    ds_config: complete, nothing "auto". The model is built alike on every rank, on the CPU in float32.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+        ds_config: Mapping[str, Any],
+    ) -> None:
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=schedule, config=dict(ds_config), dist_init_required=False
+        )
+        self._files = _SafeFiles()
+        self._engine.checkpoint_engine = self._files
+        # it would put a script that loads pickles unsafely into every run folder
+        self._engine._copy_recovery_script = lambda save_path: None
+        self.zero_stage: int = int(self._engine.zero_optimization_stage())
+        self.device: torch.device = torch.device(self._engine.device)
+        self._grad_norm: torch.Tensor | float | None = None
+
+    @property
+    def module(self) -> nn.Module:
+        return self._engine.module
+
+    def train(self) -> None:
+        self._engine.train()
+
+    def eval(self) -> None:
+        self._engine.eval()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulates the gradient of `loss` / accumulation steps / ranks: see Trainer for the normalisation."""
+        self._engine.backward(loss)
+
+    def step(self) -> bool:
+        """Called once per micro-batch; updates the weights, and returns True, with the last one of a step."""
+        boundary = bool(self._engine.is_gradient_accumulation_boundary())
+        if boundary and self.zero_stage == 0:
+            # stage 0 reports no norm of its own in float32
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+        self._engine.step()
+        if boundary and self.zero_stage > 0:
+            self._grad_norm = self._engine.get_global_grad_norm()
+        return boundary
+
+    def grad_norm(self) -> float:
+        """L2 norm of the last step's whole gradient before clipping; nan when it was not finite."""
+        return float("nan") if self._grad_norm is None else float(self._grad_norm)
+
+    def param_groups(self) -> list[dict]:
+        return self._engine.optimizer.param_groups
+
+    def learning_rates(self) -> dict[str, float]:
+        """Learning rate of the next update, by group name."""
+        return {group["name"]: float(group["lr"]) for group in self.param_groups()}
+
+    def full_weights(self) -> dict[str, torch.Tensor] | None:
+        """The model's state dict on the CPU, whole, on rank 0; None on the others. Every rank must call it."""
+        main = dist.get_rank() == 0
+        names = {id(p): name for name, p in self.module.named_parameters()}
+        parameters: dict[str, torch.Tensor] = {}
+        for parameter in self.module.parameters():
+            gather = [parameter] if hasattr(parameter, "ds_id") else []
+            with deepspeed.zero.GatheredParameters(gather, enabled=bool(gather)):
+                if main:
+                    parameters[names[id(parameter)]] = parameter.detach().cpu().clone()
+        if not main:
+            return None
+        parameters.update({name: buffer.detach().cpu().clone() for name, buffer in self.module.named_buffers()})
+        return parameters
+
+    def save(self, output_dir: Path, tag: str, client_state: dict) -> dict[str, tuple[int, str]]:
+        """Writes DeepSpeed's files of every rank to output_dir/tag and returns {file: (bytes, sha256)} on rank 0.
+
+        Every rank must call it, at an optimizer-step boundary. The files are complete and on disk on all
+        ranks when it returns; they are not yet a checkpoint: gsa.checkpoint.manifest makes them one.
+        """
+        self._engine.save_checkpoint(
+            str(output_dir), tag=tag, client_state={CLIENT_KEY: client_state}, save_latest=False
+        )
+        gathered: list = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, self._files.hashes)
+        return {name: entry for part in gathered for name, entry in part.items()}
+
+    def load(self, checkpoint: Path) -> dict:
+        """Takes up weights, masters, moments, schedule and counters; returns the trainer's client state.
+
+        The number of ranks and the ZeRO stage must be those of the save, and the files verified before:
+        DeepSpeed loads flipped bits in silence. Raises CheckpointError when a file is refused.
+        """
+        path, client = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if path is None or CLIENT_KEY not in client:
+            raise safe_load.CheckpointError(
+                f"{checkpoint}: DeepSpeed found nothing to load, or the state of the run is missing; "
+                f"choose another checkpoint with --resume_from"
+            )
+        return client[CLIENT_KEY]
+
+    def apply_hyperparameters(self, cfg: TrainingConfig) -> None:
+        """Makes learning rates, decay, betas, eps and clipping those of `cfg`.
+
+        Loading a checkpoint brings back the saved ones, and DeepSpeed then ignores a changed configuration.
+        """
+        schedule = self._engine.lr_scheduler
+        factor = schedule_factor(cfg)(schedule.last_epoch)
+        for index, group in enumerate(self.param_groups()):
+            wanted = group_hyperparameters(group["name"], cfg)
+            group.update(wanted, initial_lr=wanted["lr"], lr=wanted["lr"] * factor)
+            schedule.base_lrs[index] = wanted["lr"]
+        schedule._last_lr = [group["lr"] for group in self.param_groups()]
+        if self.zero_stage > 0:
+            self._engine.optimizer.clip_grad = cfg.grad_clip
+
+    def destroy(self) -> None:
+        self._engine.destroy()

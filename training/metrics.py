@@ -1,0 +1,185 @@
+"""What a run says of itself: metric names with units, metrics.jsonl, the console.
+
+metrics.jsonl is the truth of a run: one JSON object per line, one row per optimizer step and one per
+event. A step row has "step" and "loss"; an event row has "event", and never "loss". After a resume at
+step N the file reads as one curve: rows of steps after N, which the resumed run trains again, are moved
+to segments/metrics_<k>.jsonl first.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+
+@dataclass(frozen=True)
+class Metric:
+    unit: str
+    meaning: str
+
+
+STEP_METRICS: dict[str, Metric] = {
+    "step": Metric("optimizer steps", "steps finished, this one included"),
+    "epoch": Metric("passes", "fractional passes over the training text so far"),
+    "samples": Metric("windows", "training windows consumed so far, over all ranks"),
+    "tokens": Metric("tokens", "token positions consumed so far (samples x max_seq_len)"),
+    "loss": Metric("nats/token", "next-token cross-entropy of the step's global batch, mean over valid targets"),
+    "indexer_loss": Metric("nats/row", "alignment KL of the indexer, mean over layers and sampled rows"),
+    "grad_norm": Metric("1", "global L2 norm of the gradient before clipping"),
+    "lr": Metric("1", "learning rate of the main groups in this step"),
+    "lr_indexer": Metric("1", "learning rate of the indexer's groups in this step"),
+    "stage": Metric("dense|sparse", "what attention ran over: all visible keys, or the selected ones"),
+    "selected_k": Metric("keys", "mean number of keys attended to per query, over layers"),
+    "tokens_per_s": Metric("tokens/s", "throughput of the whole cluster in this step"),
+    "seconds": Metric("s", "wall time of the step; its parts follow"),
+    "seconds_data": Metric("s", "waiting for the loader and copying to the device"),
+    "seconds_forward": Metric("s", "forward passes"),
+    "seconds_backward": Metric("s", "backward passes, with the communication in them"),
+    "seconds_step": Metric("s", "optimizer step, with the communication in it"),
+    "memory_gib": Metric("GiB", "peak device memory allocated on rank 0; on CPU its peak resident memory"),
+    "time": Metric("unix s", "when the row was written"),
+}
+TIME_METRICS = frozenset(k for k in STEP_METRICS if k.startswith(("seconds", "tokens_per_s", "memory", "time")))
+"""Metrics that may differ between two runs that are otherwise the same."""
+
+EVENTS: dict[str, str] = {
+    "start": "a process group began training: world size, versions",
+    "resume": "a checkpoint was loaded: its tag, rows moved to a segment",
+    "eval": "held-out evaluation: eval_loss (nats/token), eval_bpb (bits per byte), per stage of attention",
+    "save": "a checkpoint was published: tag, seconds, bytes",
+    "stop": "the run ended in order: reason",
+    "error": "the run ended out of order: reason",
+}
+
+
+class MetricsLog:
+    """Appends rows to metrics.jsonl; every row is on disk (flushed) when `write` returns. Rank 0 only."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO = open(path, "a", encoding="utf-8")
+
+    def write(self, row: dict) -> None:
+        """Adds one row. Non-finite numbers are written as strings, since JSON has none."""
+        clean = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_rows(path: Path) -> list[dict]:
+    """All whole rows of a metrics file. A torn last line, left by a kill, is passed over."""
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as err:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}, line {number}: not JSON ({err.msg}); restore the file or delete the line") from err
+    return rows
+
+
+def rewind(path: Path, step: int) -> int:
+    """Makes metrics.jsonl end at `step`; rows after it go to segments/metrics_<k>.jsonl beside it.
+
+    Rows are in time order, so everything after the last row that belongs to a step <= `step` moves,
+    events too. A torn last line is dropped. Returns how many rows moved. Atomic: the segment is written
+    first, then the shortened file replaces the old one.
+    """
+    if not path.exists():
+        return 0
+    rows = read_rows(path)
+    keep = next((i for i, row in enumerate(rows) if "loss" in row and row["step"] > step), len(rows))
+    moved = rows[keep:]
+    if moved:
+        segments = path.parent / "segments"
+        segments.mkdir(exist_ok=True)
+        number = len(list(segments.glob("metrics_*.jsonl")))
+        _replace(segments / f"metrics_{number}.jsonl", moved)
+    _replace(path, rows[:keep])
+    return len(moved)
+
+
+def _replace(path: Path, rows: list[dict]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def text_chart(values: list[float], *, width: int = 72, height: int = 10, label: str = "") -> str:
+    """A curve in plain characters, y labelled at top and bottom, for a terminal. Non-finite values are gaps."""
+    finite = [v for v in values if math.isfinite(v)]
+    if not finite:
+        return f"{label}: nothing to draw"
+    low, high = min(finite), max(finite)
+    span = (high - low) or 1.0
+    width = min(width, len(values))
+    grid = [[" "] * width for _ in range(height)]
+    for column in range(width):
+        chunk = values[column * len(values) // width : max(1, (column + 1) * len(values) // width)]
+        chunk = [v for v in chunk if math.isfinite(v)]
+        if chunk:
+            row = round((high - sum(chunk) / len(chunk)) / span * (height - 1))
+            grid[row][column] = "*"
+    lines = ["".join(row) for row in grid]
+    margins = [f"{high:8.3f} |"] + [" " * 8 + " |"] * (height - 2) + [f"{low:8.3f} |"]
+    return "\n".join([label] + [m + line for m, line in zip(margins, lines, strict=True)])
+
+
+class Console:
+    """Lines on rank 0's terminal; nothing on the others. The bar appears only on a real terminal."""
+
+    def __init__(self, enabled: bool, total: int, initial: int = 0, log_interval: int = 10) -> None:
+        self._enabled, self._interval = enabled, max(1, log_interval)
+        self._bar = None
+        if enabled and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True)
+        self._total = total
+
+    def line(self, text: str) -> None:
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def step(self, row: dict, eta_s: float) -> None:
+        """One finished step: moves the bar, or prints a line every log_interval steps."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.set_postfix_str(
+                f"loss {row['loss']:.4f} lr {row['lr']:.2e} {row['tokens_per_s']:,.0f} tok/s", refresh=False
+            )
+            self._bar.update(1)
+        elif row["step"] % self._interval == 0 or row["step"] == self._total:
+            print(
+                f"step {row['step']}/{self._total}  loss {row['loss']:.4f}  indexer {row['indexer_loss']:.4f}  "
+                f"grad norm {row['grad_norm']:.3f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s  "
+                f"epoch {row['epoch']:.3f}  ETA {format_seconds(eta_s)}",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def format_seconds(seconds: float) -> str:
+    """3725 -> "1:02:05"."""
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"

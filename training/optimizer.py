@@ -1,0 +1,75 @@
+"""Parameter groups and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from training.config import TrainingConfig
+
+
+def group_hyperparameters(name: str, cfg: TrainingConfig) -> dict:
+    """lr, weight_decay, betas and eps of the group called `name`."""
+    return {
+        "lr": cfg.learning_rate * (cfg.indexer_lr_multiplier if name.startswith("indexer") else 1.0),
+        "weight_decay": 0.0 if name.endswith("no_decay") else cfg.weight_decay,
+        "betas": (cfg.beta1, cfg.beta2),
+        "eps": cfg.eps,
+    }
+
+
+def parameter_groups(model: nn.Module, cfg: TrainingConfig) -> list[dict]:
+    """AdamW groups: decay, no_decay, indexer, indexer_no_decay; empty ones are left out.
+
+    Biases, norms and scalars take no weight decay. A parameter is the indexer's when its name contains
+    ".indexer."; the indexer learns from its own loss alone, so it may have its own learning rate
+    (training.indexer_lr_multiplier). Inside a group the order is that of named_parameters().
+    """
+    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "indexer": [], "indexer_no_decay": []}
+    for name, parameter in model.named_parameters():
+        if ".indexer." in name:
+            group = "indexer" if parameter.ndim >= 2 else "indexer_no_decay"
+        else:
+            group = "decay" if parameter.ndim >= 2 else "no_decay"
+        groups[group].append(parameter)
+    return [
+        {"name": name, "params": parameters, **group_hyperparameters(name, cfg)}
+        for name, parameters in groups.items()
+        if parameters
+    ]
+
+
+def build_optimizer(model: nn.Module, cfg: TrainingConfig) -> torch.optim.AdamW:
+    """The one optimizer, whatever the ZeRO stage or device: torch's AdamW, which needs no compiler."""
+    return torch.optim.AdamW(parameter_groups(model, cfg))
+
+
+def schedule_factor(cfg: TrainingConfig) -> Callable[[int], float]:
+    """Multiplier of the base learning rate for the update that follows `step` finished ones.
+
+    Warm-up rises linearly and reaches 1 with its last update, so that the first update is not a waste.
+    Then by training.lr_scheduler: "cosine" and "linear" fall from the end of warm-up to max_steps; "wsd"
+    stays at 1 and falls linearly over the last wsd_decay_steps (default a fifth of max_steps). All end
+    at min_learning_rate and stay there. Warm-up may be longer than the run.
+    """
+    floor = cfg.min_learning_rate / cfg.learning_rate
+    wsd_steps = cfg.max_steps // 5 if cfg.wsd_decay_steps is None else cfg.wsd_decay_steps
+    start = cfg.max_steps - wsd_steps if cfg.lr_scheduler == "wsd" else cfg.warmup_steps
+    start = max(start, cfg.warmup_steps)
+
+    def factor(step: int) -> float:
+        if step < cfg.warmup_steps:
+            return (step + 1) / cfg.warmup_steps
+        progress = min(1.0, max(0.0, (step - start) / max(1, cfg.max_steps - start)))
+        shape = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.lr_scheduler == "cosine" else 1 - progress
+        return floor + (1 - floor) * shape
+
+    return factor
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, cfg: TrainingConfig) -> torch.optim.lr_scheduler.LambdaLR:
+    """`schedule_factor` as a scheduler that DeepSpeed steps and checkpoints."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(cfg))

@@ -1,0 +1,134 @@
+"""Documents into windows of max_seq_len tokens, by best fit: few documents are cut, little is padded.
+
+The table of a shard's windows is a cache beside the dataset. It is a pure function of the shard's document
+ends and the window length, so any rank may write it, and a damaged one is made again.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import io
+import os
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+VERSION = 1
+"""Raise it when `pack` changes what it returns: the order of the data is a contract."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of one shard; window w holds pieces first[w] .. first[w + 1].
+
+    start, length: int64 (pieces,), where a piece lies in the shard, in tokens. whole: bool (pieces,), the
+    piece reaches its document's end, so its last token has no target. first: int64 (windows + 1,).
+    targets: int64 (windows,), tokens with a target.
+    """
+
+    start: np.ndarray
+    length: np.ndarray
+    whole: np.ndarray
+    first: np.ndarray
+    targets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+
+def pack(ends: np.ndarray, window_tokens: int) -> Windows:
+    """Best-fit decreasing: the longest piece goes where it leaves the least room.
+
+    ends: int64 (documents,), exclusive ends of a shard's documents. Documents longer than a window are cut
+    into whole windows and a rest. Ties go by position in the shard, so the result is a pure function.
+    """
+    begins = np.concatenate([[0], ends[:-1]])
+    lengths = ends - begins
+    full = lengths // window_tokens
+    rest = lengths - full * window_tokens
+    # whole windows first, in shard order
+    document = np.repeat(np.arange(len(ends)), full)
+    nth = np.arange(len(document)) - np.repeat(np.cumsum(full) - full, full)
+    starts = [begins[document] + nth * window_tokens]
+    sizes = [np.full(len(document), window_tokens, dtype=np.int64)]
+    bins = [np.arange(len(document))]
+
+    left = np.flatnonzero(rest)
+    left = left[np.argsort(-rest[left], kind="stable")]
+    starts.append(begins[left] + full[left] * window_tokens)
+    sizes.append(rest[left])
+    bins.append(len(document) + _best_fit(rest[left].tolist(), window_tokens))
+
+    start, length, window = (np.concatenate(parts).astype(np.int64) for parts in (starts, sizes, bins))
+    order = np.argsort(window, kind="stable")
+    start, length, window = start[order], length[order], window[order]
+    count = int(window[-1]) + 1 if len(window) else 0
+    first = np.searchsorted(window, np.arange(count + 1))
+    whole = np.isin(start + length, ends)
+    targets = np.add.reduceat(length - whole, first[:-1]) if count else np.zeros(0, np.int64)
+    return Windows(start, length, whole, first, targets)
+
+
+def _best_fit(sizes: list[int], capacity: int) -> np.ndarray:
+    """Bin number of each size, sizes falling. Bins with the same room are used oldest first."""
+    rooms: list[int] = []  # distinct rooms of open bins, rising
+    by_room: dict[int, list[int]] = {}  # room -> bins, oldest last
+    placed = np.empty(len(sizes), dtype=np.int64)
+    bins = 0
+    for i, size in enumerate(sizes):
+        at = bisect.bisect_left(rooms, size)
+        if at < len(rooms):
+            room = rooms[at]
+            bin_number = by_room[room].pop()
+            if not by_room[room]:
+                del by_room[room], rooms[at]
+        else:
+            room, bin_number = capacity, bins
+            bins += 1
+        placed[i] = bin_number
+        if room > size:
+            if room - size not in by_room:
+                bisect.insort(rooms, room - size)
+                by_room[room - size] = []
+            by_room[room - size].append(bin_number)
+    return placed
+
+
+def cached_windows(shard: Path, ends: np.ndarray, ends_sha256: str, window_tokens: int) -> Windows:
+    """`pack`, from the cache beside the dataset when it is there and whole; otherwise made, and cached.
+
+    A dataset folder that cannot be written keeps the table in memory and says so.
+    """
+    folder = shard.parent.parent / "packed"
+    path = folder / f"{shard.parent.name}_{shard.stem}_{window_tokens}_v{VERSION}_{ends_sha256[:16]}.npz"
+    cached = _read(path)
+    if cached is not None:
+        return cached
+    windows = pack(ends, window_tokens)
+    body = io.BytesIO()
+    np.savez(body, **vars(windows))
+    digest = hashlib.sha256(body.getvalue()).digest()
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        folder.mkdir(exist_ok=True)
+        temporary.write_bytes(digest + body.getvalue())
+        os.replace(temporary, path)
+    except OSError as err:
+        print(f"note: window table {path.name} stays in memory: {err.strerror} ({folder})", file=sys.stderr)
+    return windows
+
+
+def _read(path: Path) -> Windows | None:
+    """The cached table, or None when there is none or its checksum does not hold."""
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return None
+    if hashlib.sha256(raw[32:]).digest() != raw[:32]:
+        print(f"note: {path} is damaged; making it again", file=sys.stderr)
+        return None
+    return Windows(**np.load(io.BytesIO(raw[32:])))

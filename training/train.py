@@ -1,0 +1,221 @@
+"""Trains a Gated Sparse Attention language model: `deepspeed training/train.py --config ... --output_dir ...`.
+
+Works the same under `deepspeed`, `torchrun`, and alone (one rank). Everything that can be wrong with the
+input is refused before any process group starts. Exit codes: 0 finished, or stopped on request with a
+checkpoint (run.json tells which); 2 refused configuration; 3 refused checkpoint or data; 4 diverged;
+1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+# as a script, Python puts training/ itself first on the path, where config.py and data.py would be
+# mistaken for other people's modules; the project's root belongs there, installed or not
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from gsa.checkpoint import manifest  # noqa: E402
+from gsa.checkpoint.manifest import CheckpointError  # noqa: E402
+from gsa.checkpoint.state import read_config_json  # noqa: E402
+from training import config as run_config  # noqa: E402
+from training.config import BatchPlan, ConfigError, RunConfig, config_changes, load_config, plan_batch  # noqa: E402
+from training.data import DataError, PackedTokens  # noqa: E402
+from training.ds_config import resolve_ds_config  # noqa: E402
+from training.run_folder import FolderError, RunFolder  # noqa: E402
+from training.world import World, environment_rank, environment_world_size  # noqa: E402
+
+FINISHED, FAILED, REFUSED_CONFIG, REFUSED_INPUT, DIVERGED = 0, 1, 2, 3, 4
+
+SOFT_EPOCH_LIMIT = 4.0
+"""Passes over the same text after which repetition is known to stop paying."""
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="training/train.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"Every key, as it stands in the yaml or as key=value on the command line:\n\n{run_config.format_help()}",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", type=Path, required=True, help="the run's yaml, e.g. training/configs/quickstart.yaml")
+    parser.add_argument("--output_dir", type=Path, required=True, help="the run's folder, e.g. outputs/quickstart")
+    parser.add_argument(
+        "--deepspeed_config", type=Path, help="ZeRO stage, buckets and offload, e.g. ds_configs/zero3.json (default: ZeRO 2)"
+    )
+    parser.add_argument(
+        "--resume_from", metavar="PATH|TAG|latest|auto",
+        help="continue a checkpoint; auto takes the newest good one, and starts afresh when there is none",
+    )  # fmt: skip
+    parser.add_argument(
+        "--allow_config_change", action="store_true", help="resume although a changed key changes the curve, and use the new value"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, over the yaml")
+    return parser.parse_intermixed_args(argv)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose input has been read and found good, before any process group exists."""
+
+    cfg: RunConfig
+    plan: BatchPlan
+    ds_config: dict
+    folder: RunFolder
+    resume: Path | None
+    allow_config_change: bool
+
+
+def main(argv: list[str]) -> int:
+    args = parse(argv)
+    try:
+        prepared = prepare(args)
+    except (ConfigError, FolderError) as err:
+        return _refuse(err, REFUSED_CONFIG)
+    except (CheckpointError, DataError) as err:
+        return _refuse(err, REFUSED_INPUT)
+
+    # DeepSpeed takes seconds to import: not before the input is known to be good
+    from training.engine import start
+
+    world = start(timeout_s=max(600.0, 20 * prepared.cfg.training.hang_timeout_s))
+    code = run(prepared, world)
+    if code == FINISHED:
+        world.leave()
+    return code
+
+
+def _refuse(err: ValueError, code: int) -> int:
+    if environment_rank() == 0:
+        print(f"error: {err}", file=sys.stderr, flush=True)
+    else:
+        # a launcher ends all ranks when the first one exits: let rank 0 speak
+        time.sleep(10)
+    return code
+
+
+def prepare(args: argparse.Namespace) -> Prepared:
+    """Reads and checks everything; rank 0 also the run folder, the checkpoint and the data.
+
+    Raises ConfigError, FolderError, CheckpointError or DataError, each with what to do.
+    """
+    cfg = load_config(args.config, args.overrides)
+    plan = plan_batch(cfg.training, environment_world_size())
+    ds_config = resolve_ds_config(args.deepspeed_config, cfg, plan, args.config)
+    folder = RunFolder(args.output_dir)
+    resume: Path | None = None
+    if environment_rank() == 0:
+        folder.claim(args.resume_from)
+        resume = _choose_checkpoint(args, cfg, folder)
+        data, _ = _open_data(cfg)  # builds the window tables, which the other ranks then find
+        _announce_epochs(cfg, plan.global_batch_size, data)
+        if plan.note:
+            print(plan.note, flush=True)
+    return Prepared(cfg, plan, ds_config, folder, resume, args.allow_config_change)
+
+
+def run(prepared: Prepared, world: World) -> int:
+    """Trains on every rank of `world` and returns the exit code."""
+    from training.trainer import Diverged, Trainer
+    from training.watchdog import Watchdog
+
+    cfg, folder = prepared.cfg, prepared.folder
+    resume, launch = world.broadcast((prepared.resume, time.time_ns()))
+    try:
+        data, held_out = _open_data(cfg)
+        if world.is_main:
+            folder.write_inputs(config_yaml=run_config.to_yaml(cfg), ds_config=prepared.ds_config)
+        world.barrier()
+        with Watchdog(
+            folder.path, rank=world.rank, size=world.size, timeout_s=cfg.training.hang_timeout_s, launch=str(launch)
+        ) as watchdog:
+            trainer = Trainer(
+                cfg, ds_config=prepared.ds_config, plan=prepared.plan, world=world, folder=folder, data=data,
+                held_out=held_out, resume=resume, allow_config_change=prepared.allow_config_change,
+                watchdog=watchdog,
+            )  # fmt: skip
+            trainer.train()
+            trainer.close()
+        return FINISHED
+    except Diverged as err:
+        if world.is_main:
+            folder.update_run(status="failed", reason="diverged")
+        return _refuse(ValueError(str(err)), DIVERGED)
+    except (CheckpointError, DataError) as err:
+        print(f"error: rank {world.rank}: {err}", file=sys.stderr, flush=True)
+        return REFUSED_INPUT
+    except Exception as err:
+        # one rank's trouble reaches the others as a broken connection; each says what it saw
+        print(f"error: rank {world.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        if world.is_main:
+            folder.update_run(status="failed", reason=f"{type(err).__name__}: {err}")
+        return FAILED
+
+
+def _choose_checkpoint(args: argparse.Namespace, cfg: RunConfig, folder: RunFolder) -> Path | None:
+    """The verified checkpoint to continue, with its configuration compared to this one; None for a fresh start."""
+    if args.resume_from is None:
+        return None
+    if args.resume_from == "auto":
+        found, passed_over = manifest.newest_good(folder.path)
+        for line in passed_over:
+            print(f"passed over: {line}", flush=True)
+        if found is None:
+            print(f"no good checkpoint under {folder.path}: starting afresh", flush=True)
+            return None
+    else:
+        found = manifest.resolve(args.resume_from, folder.path)
+        manifest.verify(found)
+    changes = config_changes(read_config_json(found), run_config.to_plain(cfg))
+    for change in changes:
+        if change.effect != "harmless":
+            print(f"changed since {found.name}: {change.key}: {change.old!r} -> {change.new!r} ({change.effect})", flush=True)
+    impossible = [c.key for c in changes if c.effect == "impossible"]
+    if impossible:
+        raise ConfigError(
+            f"{found} was made with another {', '.join(impossible)}: its tensors do not fit; "
+            f"restore the value(s), or start a new run"
+        )
+    curve = [c.key for c in changes if c.effect == "curve"]
+    if curve and not args.allow_config_change:
+        raise ConfigError(
+            f"{', '.join(curve)} differ from those of {found} and would bend the curve; "
+            f"restore the value(s), or accept with --allow_config_change"
+        )
+    return found
+
+
+def _open_data(cfg: RunConfig) -> tuple[PackedTokens, PackedTokens]:
+    sources = cfg.data.mixture or {cfg.data.data_dir: 1.0}
+    length = cfg.training.max_seq_len
+    data = PackedTokens(sources, split="train", max_seq_len=length, seed=cfg.training.seed)
+    # the held-out order has a seed of its own: runs with other seeds are scored on the same windows
+    held_out = PackedTokens(sources, split="held_out", max_seq_len=length, seed=0)
+    if data.vocab_size > cfg.model.vocab_size:
+        raise DataError(
+            f"the tokenizer of {', '.join(sources)} has {data.vocab_size} entries, more than "
+            f"model.vocab_size={cfg.model.vocab_size}; set model.vocab_size={data.vocab_size} or larger"
+        )
+    return data, held_out
+
+
+def _announce_epochs(cfg: RunConfig, global_batch_size: int, data: PackedTokens) -> None:
+    planned = data.epochs_by_source(cfg.training.max_steps * global_batch_size)
+    for source, passes in planned.items():
+        if passes > SOFT_EPOCH_LIMIT:
+            print(
+                f"warning: this run is planned for {passes:.1f} passes over {source}; beyond {SOFT_EPOCH_LIMIT:.0f}, "
+                f"repeated text teaches little. Prepare more text, or lower training.max_steps",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,360 @@
+"""The training loop: one story from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import resource
+import signal
+import time
+from datetime import datetime, timezone
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from gsa import GSAForCausalLM
+from gsa.checkpoint import manifest
+from gsa.checkpoint.state import RunState, write_config_json
+from gsa.weights import load_weights, save_weights
+from training import config as run_config
+from training.clock import StepClock
+from training.config import BatchPlan, RunConfig
+from training.data import Loader, PackedTokens, permute
+from training.engine import DEEPSPEED_VERSION, Engine
+from training.evaluate import evaluate, unigram_score
+from training.metrics import Console, MetricsLog, format_seconds, rewind
+from training.optimizer import build_optimizer, build_schedule
+from training.run_folder import PROJECT, RunFolder, version
+from training.tracking import Tracker, new_run_id
+from training.watchdog import Watchdog
+from training.world import World
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient is no longer a finite number."""
+
+
+def indexer_rows(seed: int, step: int, seq_len: int, share: float) -> torch.Tensor:
+    """(R,) int64 sorted row positions for the alignment loss of the step after `step` finished ones.
+
+    A pure function of its arguments, so the same for every sequence, rank and recomputation of a step.
+    """
+    count = max(1, round(seq_len * share))
+    drawn = permute(np.arange(count), seq_len, (seed, "indexer rows", step))
+    return torch.from_numpy(np.sort(drawn))
+
+
+class Trainer:
+    """Owns a run from its first step to its last checkpoint.
+
+    resume: a verified checkpoint to continue, or None. The folder has been claimed, the configuration
+    checked. Losses are normalised by the counts of the whole global batch: the engine divides by
+    accumulation and by ranks, so a micro-batch's sum is divided by count / (accumulation x ranks).
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        *,
+        ds_config: dict,
+        plan: BatchPlan,
+        world: World,
+        folder: RunFolder,
+        data: PackedTokens,
+        held_out: PackedTokens,
+        resume: Path | None,
+        allow_config_change: bool,
+        watchdog: Watchdog,
+    ) -> None:
+        self.cfg, self.plan, self.world, self.folder = cfg, plan, world, folder
+        self.data, self.held_out, self.watchdog = data, held_out, watchdog
+        self.step = self.samples = self.tokens = 0
+        self._stop_signal = 0
+        self._unigram_bpb: float | None = None
+
+        # the CPU generator alone decides the weights: alike on every rank, stage and device
+        torch.manual_seed(cfg.training.seed)
+        model = GSAForCausalLM(cfg.model)
+        if resume is None and cfg.training.init_from:
+            model.load_state_dict(load_weights(Path(cfg.training.init_from))[1])
+        model.set_activation_checkpointing(cfg.training.gradient_checkpointing)
+        self.n_layers = cfg.model.n_layers
+        optimizer = build_optimizer(model, cfg.training)
+        self.engine = Engine(model, optimizer, build_schedule(optimizer, cfg.training), ds_config)
+        self.model: GSAForCausalLM = self.engine.module
+
+        self.console = Console(world.is_main, self._end(), log_interval=cfg.training.log_interval)
+        run = folder.read_run()
+        continued = resume is not None and resume.parent.resolve() == folder.path.resolve()
+        self.tracking_id = (run.get("tracking_id") if continued else None) or new_run_id()
+        if resume is not None:
+            self._take_up(resume, allow_config_change)
+        self._first_step = self.step
+        self.world.barrier()  # every rank has read run.json before rank 0 writes it
+        self.console = Console(
+            world.is_main, self._end(), initial=self.step, log_interval=cfg.training.log_interval
+        )
+        self.log: MetricsLog | None = None
+        if world.is_main:
+            self._open_run(resume, moved=self._set_aside() if continued else 0)
+        self.tracker = Tracker(
+            cfg.logging, output_dir=folder.path, run_id=self.tracking_id, config=run_config.to_plain(cfg),
+            enabled=world.is_main,
+        )  # fmt: skip
+
+    # -- before the first step -------------------------------------------------------------------------
+
+    def _end(self) -> int:
+        stop = self.cfg.training.stop_at_step
+        return self.cfg.training.max_steps if stop is None else min(stop, self.cfg.training.max_steps)
+
+    def _take_up(self, checkpoint: Path, allow_config_change: bool) -> None:
+        self.watchdog.beat("load")
+        state = RunState.from_dict(self.engine.load(checkpoint))
+        self.step, self.samples, self.tokens = state.step, state.samples_consumed, state.tokens_seen
+        if allow_config_change:
+            self.engine.apply_hyperparameters(self.cfg.training)
+        self.console.line(f"resumed {checkpoint.name}: continuing at step {self.step + 1} of {self._end()}")
+
+    def _set_aside(self) -> int:
+        for line in self.folder.set_aside(self.step):
+            self.console.line(line)
+        return rewind(self.folder.metrics, self.step)
+
+    def _open_run(self, resume: Path | None, moved: int) -> None:
+        self.log = MetricsLog(self.folder.metrics)
+        self.folder.update_run(
+            status="running", reason=None, step=self.step, tracking_id=self.tracking_id, world_size=self.world.size,
+            zero_stage=self.engine.zero_stage,
+        )  # fmt: skip
+        event = {"event": "start" if resume is None else "resume", "step": self.step, "world_size": self.world.size,
+                 "zero_stage": self.engine.zero_stage}  # fmt: skip
+        if resume is not None:
+            event |= {"checkpoint": resume.name, "rows_moved": moved}
+        self._event(event)
+
+    def _event(self, row: dict) -> None:
+        assert "loss" not in row
+        if self.log is not None:
+            self.log.write({**row, "time": time.time()})
+
+    def close(self, exit_code: int = 0) -> None:
+        """Ends tracking and frees the engine; the process group stays."""
+        self.console.close()
+        self.tracker.finish(exit_code)
+        if self.log is not None:
+            self.log.close()
+        self.engine.destroy()
+
+    # -- the loop --------------------------------------------------------------------------------------
+
+    def train(self) -> str:
+        """Trains to the stop or the end. Returns the reason it ended: "finished", "stop_at_step" or a signal's name.
+
+        Raises Diverged when the loss or the gradient norm is not finite; the last checkpoint stays good.
+        """
+        cfg = self.cfg.training
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        loader = Loader(
+            self.data, samples_consumed=self.samples, plan=self.plan, rank=self.world.rank,
+            num_workers=self.cfg.data.num_workers, pin_memory=self.world.device.type == "cuda",
+        )  # fmt: skip
+        clock = StepClock(self.world.device)
+        saved_at = self.step if self.step else -1
+        stop_signal = 0
+        self.engine.train()
+        try:
+            while self.step < self._end() and not stop_signal:
+                began = time.perf_counter()
+                row, stop_signal = self._one_step(loader, clock)
+                row |= self._finish_row(row, time.perf_counter() - began)
+                if self.log is not None:
+                    self.log.write(row)
+                self.tracker.log(row, step=self.step)
+                self.console.step(row, row["seconds"] * (self._end() - self.step))
+                last = self.step == self._end() or bool(stop_signal)
+                if (cfg.eval_interval and self.step % cfg.eval_interval == 0) or self.step == self._end():
+                    self._evaluate()
+                if last or (cfg.save_interval and self.step % cfg.save_interval == 0):
+                    self._save()
+                    saved_at = self.step
+        finally:
+            loader.close()
+        if saved_at != self.step:  # a run resumed at its very end, or of no steps
+            self._save()
+        if stop_signal:
+            reason = signal.Signals(stop_signal).name
+        else:
+            reason = "finished" if self.step >= cfg.max_steps else "stop_at_step"
+        self._event({"event": "stop", "step": self.step, "reason": reason})
+        if self.world.is_main:
+            status = "finished" if reason == "finished" else "stopped"
+            self.folder.update_run(status=status, reason=reason, step=self.step)
+        return reason
+
+    def _one_step(self, loader: Loader, clock: StepClock) -> tuple[dict, int]:
+        """One optimizer step. Returns its measured row, without totals and times, and an agreed signal or 0."""
+        cfg, plan = self.cfg.training, self.plan
+        first = self.samples
+        self.model.set_stage("dense" if self.step < cfg.indexer_warmup_steps else "sparse")
+        n_targets = self.data.n_targets(first, plan.global_batch_size)
+        share = max(1, n_targets) / (plan.accumulation_steps * plan.world_size)
+        rows = indexer_rows(cfg.seed, self.step, cfg.max_seq_len, cfg.indexer_loss_rows).to(self.world.device)
+        rates = self.engine.learning_rates()
+        losses, indexer_losses, selected = [], [], []
+        selection = torch.zeros(self.n_layers, 2, dtype=torch.float64, device=self.world.device)
+        for _ in range(plan.accumulation_steps):
+            self._phase(clock, "data")
+            batch = next(loader).to(self.world.device, non_blocking=True)
+            self._phase(clock, "forward")
+            out = self.engine.forward(
+                batch.tokens, batch.targets, batch.doc_start, indexer_rows=rows, n_targets=share
+            )
+            self._phase(clock, "backward")
+            self.engine.backward(out.loss + cfg.indexer_loss_weight * out.indexer_loss)
+            self._phase(clock, "step")
+            self.engine.step()
+            losses.append(out.loss.detach())
+            indexer_losses.append(out.indexer_loss.detach())
+            selected.append(out.n_selected.mean())
+            selection += out.selection_stats
+        self.step += 1
+        self.samples += plan.global_batch_size
+        self.tokens += plan.global_batch_size * cfg.max_seq_len
+
+        # one small collective and one wait for the device per step, whatever the accumulation
+        means = torch.stack([torch.stack(part).double().mean() for part in (losses, indexer_losses, selected)])
+        signals = torch.zeros(1, dtype=torch.float64, device=self.world.device) + self._stop_signal
+        shared = torch.cat([means / self.world.size, signals, selection.flatten()])
+        dist.all_reduce(shared)
+        self.model.update_v_ref(shared[4:].view(self.n_layers, 2))
+        loss, indexer_loss, n_selected, signal_sum = shared[:4].tolist()
+        grad_norm = self.engine.grad_norm()
+        if not (math.isfinite(loss) and math.isfinite(indexer_loss) and math.isfinite(grad_norm)):
+            self._diverged(losses, indexer_losses, first, loss, grad_norm)
+        row = {
+            "step": self.step, "epoch": self.data.epoch(self.samples), "samples": self.samples, "tokens": self.tokens,
+            "loss": loss, "indexer_loss": indexer_loss, "grad_norm": grad_norm, "lr": rates["decay"],
+            "lr_indexer": rates.get("indexer", 0.0), "stage": self.model.stage, "selected_k": n_selected,
+        }  # fmt: skip
+        row |= {f"seconds_{name}": spent for name, spent in clock.read().items()}
+        return row, self._agree_on_signal() if signal_sum else 0
+
+    def _phase(self, clock: StepClock, name: str) -> None:
+        # the first step of a process compiles, allocates and opens connections
+        self.watchdog.beat(name if self._warm else "first step")
+        clock.lap(name)
+
+    @property
+    def _warm(self) -> bool:
+        return self.step > self._first_step
+
+    def _finish_row(self, row: dict, seconds: float) -> dict:
+        peak = (
+            torch.cuda.max_memory_allocated() if self.world.device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        )  # fmt: skip
+        tokens = self.plan.global_batch_size * self.cfg.training.max_seq_len
+        return {
+            "tokens_per_s": tokens / seconds, "seconds": seconds, "memory_gib": peak / 2**30, "time": time.time(),
+        }  # fmt: skip
+
+    def _diverged(
+        self, losses: list[torch.Tensor], indexer_losses: list[torch.Tensor], first: int, loss: float, grad_norm: float
+    ) -> None:
+        """Every rank is here, since the sums are the same on all: find out whose micro-batches did it, and raise."""
+        plan = self.plan
+        bad = [
+            m for m, pair in enumerate(zip(losses, indexer_losses, strict=True))
+            if not all(math.isfinite(float(x)) for x in pair)
+        ]  # fmt: skip
+        found = []
+        for rank, micros in enumerate(self.world.gather(bad)):
+            for micro in micros:
+                start = first + (micro * plan.world_size + rank) * plan.micro_batch_size
+                samples = np.arange(start, start + plan.micro_batch_size)
+                where = "; ".join(str(place) for place in self.data.describe(samples))
+                found.append(f"rank {rank}, samples {start}..{start + plan.micro_batch_size - 1} ({where})")
+        culprits = "\n  ".join(found) or (
+            f"no single micro-batch: the gradient of samples {first}..{first + plan.global_batch_size - 1} is not finite"
+        )
+        newest = manifest.latest_tag(self.folder.path)
+        raise Diverged(
+            f"step {self.step}: loss {loss}, gradient norm {grad_norm}. Found in:\n  {culprits}\n"
+            f"Nothing was saved after it; the last good checkpoint is {newest or 'none yet'}. "
+            f"Lower training.learning_rate or look at these samples, then --resume_from latest."
+        )
+
+    # -- signals ---------------------------------------------------------------------------------------
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._stop_signal:  # a second one: at once
+            raise SystemExit(128 + number)
+        self._stop_signal = number
+
+    def _agree_on_signal(self) -> int:
+        """The highest signal any rank has seen; called on all ranks when at least one has seen one."""
+        seen = torch.tensor([self._stop_signal], device=self.world.device)
+        dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+        return int(seen)
+
+    # -- evaluation and checkpoints --------------------------------------------------------------------
+
+    def _evaluate(self) -> None:
+        """Scores the sparse model, which is what will be used; in the dense stage that one too."""
+        began = time.perf_counter()
+        cfg, stage = self.cfg.training, self.model.stage
+        self.watchdog.beat("evaluate")
+        row: dict = {"event": "eval", "step": self.step}
+        for scored, suffix in [("sparse", "")] + ([("dense", "_dense")] if stage == "dense" else []):
+            self.model.set_stage(scored)
+            score = evaluate(
+                self.engine, self.held_out, self.world, n_windows=cfg.eval_windows,
+                micro_batch_size=self.plan.micro_batch_size,
+            )  # fmt: skip
+            row |= {f"eval_loss{suffix}": score.loss, f"eval_bpb{suffix}": score.bpb, "eval_tokens": score.tokens}
+        self.model.set_stage(stage)
+        if not self.world.is_main:
+            return
+        if self._unigram_bpb is None:
+            self._unigram_bpb = unigram_score(self.held_out, n_windows=cfg.eval_windows).bpb
+        row |= {"unigram_bpb": self._unigram_bpb, "eval_seconds": time.perf_counter() - began}
+        self._event(row)
+        self.tracker.log({k: v for k, v in row.items() if k.startswith("eval_")}, step=self.step)
+        dense = f", dense {row['eval_bpb_dense']:.4f}" if "eval_bpb_dense" in row else ""
+        self.console.line(
+            f"step {self.step}: held-out {row['eval_bpb']:.4f} bits per byte{dense} (unigram "
+            f"{self._unigram_bpb:.4f}), loss {row['eval_loss']:.4f}, {row['eval_seconds']:.1f} s"
+        )
+
+    def _save(self) -> None:
+        """One checkpoint, published only when every rank's files are on disk; once per step."""
+        began = time.perf_counter()
+        self.watchdog.beat("save")
+        tag = f"step_{self.step}"
+        step_dir = self.folder.path / tag
+        if self.world.is_main:
+            manifest.clear_torn(step_dir)
+        self.world.barrier()
+        state = RunState(
+            step=self.step, epoch=self.data.epoch(self.samples), samples_consumed=self.samples,
+            tokens_seen=self.tokens, config=run_config.to_plain(self.cfg), data_fingerprint=self.data.fingerprint,
+            tracking_id=self.tracking_id, stage=self.model.stage,
+            versions={"torch": str(torch.__version__), "deepspeed": DEEPSPEED_VERSION, "project": version(PROJECT)},
+            world_size=self.world.size, zero_stage=self.engine.zero_stage,
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        )  # fmt: skip
+        hashes = self.engine.save(self.folder.path, tag, state.to_dict())
+        weights = self.engine.full_weights()
+        if self.world.is_main:
+            save_weights(weights, step_dir)
+            write_config_json(state.config, step_dir)
+            sealed = manifest.seal(step_dir, hashes=hashes)
+            manifest.publish(self.folder.path, tag)
+            size = sum(entry.bytes for entry in sealed.files.values())
+            seconds = time.perf_counter() - began
+            self._event({"event": "save", "step": self.step, "tag": tag, "save_seconds": seconds, "bytes": size})
+            self.console.line(f"step {self.step}: saved {tag}, {size / 2**20:.1f} MiB, {seconds:.1f} s")
+        self.world.barrier()  # nobody trains on, or exits, before the checkpoint exists
