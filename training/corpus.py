@@ -1,0 +1,293 @@
+"""Where text comes from: files of the formats people have, and the embedded corpus. One document at a time.
+
+Anything that is not text as it should be is a BadRecord that names file and record; the caller decides
+whether that ends the preparation or is counted.
+"""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import io
+import json
+import re
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import BinaryIO
+
+SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+
+EMBEDDED_ROOTS = (
+    "torch", "deepspeed", "omegaconf", "pyyaml", "wandb", "numpy", "tokenizers", "safetensors", "pyarrow", "zstandard",
+    "tqdm",
+)  # fmt: skip
+LEFT_OUT = {"test", "tests", "testing", "_vendor", "vendor", "vendored", "_vendored", "third_party", "site-packages",
+            "__pycache__", "ensurepip", "_distutils", "lib2to3", "idle_test", "_test"}  # fmt: skip
+"""Folders of the embedded corpus that are tests, or copies of what is elsewhere."""
+
+
+class PrepareError(ValueError):
+    """Text that cannot be prepared as asked; the message names the file and what to do."""
+
+
+class BadRecord(ValueError):
+    """A document that is not usable. kind: a short name to count it under."""
+
+    def __init__(self, kind: str, where: str, what: str) -> None:
+        super().__init__(f"{where}: {what}")
+        self.kind = kind
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file to read. name: how reports call it. group: documents of a group stay in one split; None: each its own."""
+
+    path: str
+    name: str
+    group: str | None
+
+
+@dataclass(frozen=True)
+class Document:
+    """where: file and record, for messages. group: what decides its split."""
+
+    text: str
+    where: str
+    group: str | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How to read records: the field that holds the text, the one that names the group, the largest document."""
+
+    text_field: str
+    group_field: str | None
+    max_document_bytes: int
+
+
+# -- finding files ------------------------------------------------------------------------------------
+
+
+def find_files(inputs: list[str]) -> list[Source]:
+    """The files that paths, folders and globs mean, sorted, each once.
+
+    PrepareError when an input means nothing, or a named file has an unknown suffix.
+    """
+    found: dict[str, None] = {}
+    for given in inputs:
+        path = Path(given)
+        if path.is_dir():
+            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and _suffix(p.name)]
+            if not inside:
+                raise PrepareError(f"{given}: no file ending in {', '.join(SUFFIXES)} in this folder")
+            found.update(dict.fromkeys(map(str, inside)))
+        elif path.is_file():
+            if not _suffix(path.name):
+                raise PrepareError(f"{given}: unknown kind of file; known are {', '.join(SUFFIXES)}")
+            found[str(path)] = None
+        else:
+            matches = [p for p in sorted(glob.glob(given, recursive=True)) if Path(p).is_file() and _suffix(p)]
+            if not matches:
+                raise PrepareError(f"{given}: no such file, and no match as a glob")
+            found.update(dict.fromkeys(matches))
+    return [Source(path, path, path if _suffix(path) in (".txt", ".md") else None) for path in sorted(found)]
+
+
+def _suffix(name: str) -> str | None:
+    return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if name.lower().endswith(s)), None)
+
+
+def embedded_files() -> list[Source]:
+    """The source text of the standard library and of this project's installed dependencies, sorted by name.
+
+    A group is a package of the standard library, or the second level of a dependency (torch/nn), since a few
+    packages hold most of the text.
+    """
+    sources = []
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    for path in stdlib.rglob("*.py"):
+        parts = path.relative_to(stdlib).parts
+        if not LEFT_OUT & set(parts[:-1]) and not parts[0].startswith("config-"):
+            sources.append(Source(str(path), "/".join(("python", *parts)), f"python/{parts[0]}"))
+    for name in sorted(_closure(EMBEDDED_ROOTS)):
+        for file in metadata.distribution(name).files or ():
+            parts = file.parts
+            if file.suffix == ".py" and ".." not in parts and not LEFT_OUT & set(parts[:-1]):
+                path = Path(str(file.locate()))
+                if path.is_file():
+                    sources.append(Source(str(path), "/".join(parts), "/".join(parts[:2]) if len(parts) > 2 else parts[0]))
+    unique = {source.name: source for source in sources}
+    return [unique[name] for name in sorted(unique)]
+
+
+def _closure(roots: tuple[str, ...]) -> set[str]:
+    """Installed distributions that `roots` need, transitively, extras left out."""
+    wanted, seen = [re.sub(r"[-_.]+", "-", root).lower() for root in roots], set()
+    while wanted:
+        name = wanted.pop()
+        try:
+            distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue
+        if name in seen:
+            continue
+        seen.add(name)
+        for requirement in distribution.requires or ():
+            if "extra ==" not in requirement:
+                wanted.append(re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", requirement).group()).lower())
+    return seen
+
+
+# -- reading ------------------------------------------------------------------------------------------
+
+
+def read_documents(source: Source, how: Reading) -> Iterator[Document | BadRecord]:
+    """The documents of one file, in order, in bounded memory; a BadRecord where one is not usable.
+
+    A file that breaks off yields a BadRecord as its last item.
+    """
+    suffix = _suffix(source.path) or ".txt"
+    try:
+        if suffix == ".parquet":
+            yield from _read_parquet(source, how)
+        elif suffix.startswith(".jsonl"):
+            with _open(source.path, suffix) as file:
+                yield from _read_jsonl(source, how, file)
+        else:
+            yield _read_text(source, how)
+    except (EOFError, OSError, gzip.BadGzipFile) as err:
+        yield BadRecord("unreadable", source.name, f"truncated or unreadable ({type(err).__name__}: {err})")
+
+
+def _open(path: str, suffix: str) -> BinaryIO:
+    if suffix.endswith(".gz"):
+        return gzip.open(path, "rb")
+    if suffix.endswith(".zst"):
+        import zstandard
+
+        raw = open(path, "rb")
+        # read_across_frames: a .zst may be several frames; a broken one raises zstandard.ZstdError
+        return io.BufferedReader(_ZstdReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True), path))
+    return open(path, "rb")
+
+
+class _ZstdReader(io.RawIOBase):
+    """zstandard's reader with its errors as OSError, and an end inside a frame noticed."""
+
+    def __init__(self, stream, path: str) -> None:
+        self._stream, self._path = stream, path
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        import zstandard
+
+        try:
+            data = self._stream.read(len(buffer))
+        except zstandard.ZstdError as err:
+            raise OSError(str(err)) from err
+        buffer[: len(data)] = data
+        return len(data)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()
+
+
+def _decode(raw: bytes, where: str) -> str | BadRecord:
+    """Text of UTF-8 bytes, a byte-order mark removed; a BadRecord when it is not text, or empty."""
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as err:
+        return BadRecord("invalid_utf8", where, f"not UTF-8 (byte {err.start})")
+    return _usable(text, where)
+
+
+def _usable(text: str, where: str) -> str | BadRecord:
+    if not text.strip():
+        return BadRecord("empty", where, "empty document")
+    if "\0" in text:
+        return BadRecord("binary", where, "holds NUL characters: not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as err:
+        return BadRecord("lone_surrogate", where, f"half of a surrogate pair at character {err.start}: not Unicode text")
+    return text
+
+
+def _read_text(source: Source, how: Reading) -> Document | BadRecord:
+    if Path(source.path).stat().st_size > how.max_document_bytes:
+        return _too_long(source.name, how)
+    text = _decode(Path(source.path).read_bytes(), source.name)
+    return text if isinstance(text, BadRecord) else Document(text, source.name, source.group)
+
+
+def _too_long(where: str, how: Reading) -> BadRecord:
+    return BadRecord(
+        "too_long", where, f"document of more than {how.max_document_bytes >> 20} MiB; split it, or raise --max-document-mb"
+    )
+
+
+def _read_jsonl(source: Source, how: Reading, file: BinaryIO) -> Iterator[Document | BadRecord]:
+    number = 0
+    # a line is read in one piece only up to the limit: one of 200 MB costs no more memory than that
+    while line := file.readline(how.max_document_bytes + 1):
+        number += 1
+        where = f"{source.name}, line {number}"
+        if len(line) > how.max_document_bytes:
+            while line and not line.endswith(b"\n"):
+                line = file.readline(1 << 20)
+            yield _too_long(where, how)
+            continue
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError as err:
+            yield BadRecord("invalid_utf8", where, f"not UTF-8 (byte {err.start})")
+        except (ValueError, RecursionError) as err:
+            kind = ("empty", "empty line") if not line.strip() else ("bad_json", f"not JSON ({err})")
+            yield BadRecord(kind[0], where, kind[1])
+        else:
+            yield _from_record(record, where, how)
+
+
+def _from_record(record: object, where: str, how: Reading) -> Document | BadRecord:
+    if not isinstance(record, dict) or not isinstance(record.get(how.text_field), str):
+        has = ", ".join(list(record)[:8]) if isinstance(record, dict) else type(record).__name__
+        return BadRecord("missing_field", where, f"no text in field {how.text_field!r} (it has {has}); see --text-field")
+    group = None
+    if how.group_field is not None:
+        if record.get(how.group_field) is None:
+            return BadRecord("missing_field", where, f"no group field {how.group_field!r}; see --group-field")
+        group = str(record[how.group_field])
+    text = _usable(record[how.text_field], where)
+    return text if isinstance(text, BadRecord) else Document(text, where, group)
+
+
+def _read_parquet(source: Source, how: Reading) -> Iterator[Document | BadRecord]:
+    import pyarrow
+    import pyarrow.parquet
+
+    columns = [how.text_field] + ([how.group_field] if how.group_field else [])
+    try:
+        file = pyarrow.parquet.ParquetFile(source.path)
+        missing = [c for c in columns if c not in file.schema_arrow.names]
+        if missing:
+            has = ", ".join(file.schema_arrow.names)
+            yield BadRecord("missing_field", source.name, f"no column {missing[0]!r} (it has {has}); see --text-field")
+            return
+        row = 0
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            for record in batch.to_pylist():
+                row += 1
+                where = f"{source.name}, row {row}"
+                text = record[how.text_field]
+                if isinstance(text, str) and len(text.encode("utf-8", "surrogatepass")) > how.max_document_bytes:
+                    yield _too_long(where, how)
+                else:
+                    yield _from_record(record, where, how)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as err:
+        yield BadRecord("unreadable", source.name, f"truncated or damaged parquet ({str(err).splitlines()[0]})")
