@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gsa import kernels
-from gsa.attention.gated_sparse import AttentionOutput, GatedSparseAttention, Positions, Stage
+from gsa.attention.gated_sparse import AttentionOutput, GatedSparseAttention, Stage
 from gsa.attention.gates import GATE_BIAS, Gate
-from gsa.attention.rope import rotation
+from gsa.attention.positions import Positions, positions
 from gsa.config import ModelConfig
 from gsa.loss import IGNORE, linear_cross_entropy
 
@@ -143,7 +142,7 @@ class GSAForCausalLM(nn.Module):
             raise ValueError(
                 f"{T} tokens are more than model.max_position_embeddings={self.config.max_position_embeddings}"
             )
-        at = self._positions(tokens, doc_start)
+        at = positions(tokens, doc_start, self.config)
         rows = None
         if targets is not None and (indexer_rows is not None or torch.is_grad_enabled()):
             rows = torch.arange(T, device=tokens.device) if indexer_rows is None else indexer_rows
@@ -169,16 +168,6 @@ class GSAForCausalLM(nn.Module):
         loss = linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), n_targets)
         indexer_loss = torch.stack([part.indexer_loss for part in parts]).mean()
         return GSAOutput(None, loss, indexer_loss, stats, n_selected)
-
-    def _positions(self, tokens: torch.Tensor, doc_start: torch.Tensor | None) -> Positions:
-        B, T = tokens.shape
-        position = torch.arange(T, device=tokens.device).expand(B, T)
-        seen = None
-        if doc_start is not None:
-            position = position - doc_start
-            seen = kernels.visible(doc_start)
-        base = self.config.rope_base
-        return Positions(seen, *rotation(position, self.config.d_head, base), *rotation(position, self.config.d_indexer, base))
 
 
 def count_params(config: ModelConfig) -> dict[str, int]:

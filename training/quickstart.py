@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="training.quickstart", description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("training/configs/quickstart.yaml"), help="(default: %(default)s)")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"), help="(default: %(default)s)")
-    parser.add_argument("--stop_at", type=int, default=150, help="step to stop and resume at (default: %(default)s)")
+    parser.add_argument("--stop_at", type=int, default=100, help="step to stop and resume at (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, over the yaml")
     args = parser.parse_args(argv)
     began = time.monotonic()
@@ -58,7 +58,7 @@ def _launch(args: argparse.Namespace, extra: list[str], title: str) -> None:
     ranks = torch.cuda.device_count() or CPU_RANKS
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     _show(title, [
-        launcher, "--num_gpus", str(ranks), "training/train.py", "--config", str(args.config),
+        launcher, "--log_level", "error", "--num_gpus", str(ranks), "training/train.py", "--config", str(args.config),
         "--output_dir", str(args.output_dir), "--deepspeed_config", "ds_configs/zero2.json", *args.overrides, *extra,
     ])  # fmt: skip
 

@@ -164,6 +164,7 @@ class Trainer:
         clock = StepClock(self.world.device)
         saved_at = self.step if self.step else -1
         stop_signal = 0
+        pace: float | None = None  # seconds per step, a running mean for the ETA
         self.engine.train()
         try:
             while self.step < self._end() and not stop_signal:
@@ -173,7 +174,8 @@ class Trainer:
                 if self.log is not None:
                     self.log.write(row)
                 self.tracker.log(row, step=self.step)
-                self.console.step(row, row["seconds"] * (self._end() - self.step))
+                pace = row["seconds"] if pace is None else 0.9 * pace + 0.1 * row["seconds"]
+                self.console.step(row, pace * (self._end() - self.step))
                 last = self.step == self._end() or bool(stop_signal)
                 if (cfg.eval_interval and self.step % cfg.eval_interval == 0) or self.step == self._end():
                     self._evaluate()

@@ -10,25 +10,12 @@ from torch import nn
 from gsa import kernels
 from gsa.attention.gates import Gate
 from gsa.attention.indexer import Indexer
+from gsa.attention.positions import Positions
 from gsa.attention.rope import rotate
 from gsa.attention.selection import Selector, variance_sums
 from gsa.config import ModelConfig
 
 Stage = Literal["dense", "sparse"]
-
-
-class Positions(NamedTuple):
-    """What every layer of a forward pass shares: visibility and rotations, made once.
-
-    seen: (B, T, T) bool, or None when every key up to the query is visible. cos, sin: (B, T, D / 2);
-    indexer_cos, indexer_sin: (B, T, E / 2).
-    """
-
-    seen: torch.Tensor | None
-    cos: torch.Tensor
-    sin: torch.Tensor
-    indexer_cos: torch.Tensor
-    indexer_sin: torch.Tensor
 
 
 class AttentionOutput(NamedTuple):

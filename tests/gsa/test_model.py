@@ -1,0 +1,131 @@
+"""Size, cost, refusals, and the loss head."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from gsa import GSAForCausalLM, ModelConfig
+from gsa import loss as loss_module
+from gsa.loss import linear_cross_entropy
+from gsa.model import count_params, flops_per_token
+
+PRETRAIN = ModelConfig(
+    d_model=1024, n_layers=26, n_heads=16, n_kv_heads=4, d_ffn=3072, vocab_size=151936, max_position_embeddings=2048
+)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [PRETRAIN, replace(PRETRAIN, tie_embeddings=False), replace(PRETRAIN, sparse=False, value_gate=False), replace(PRETRAIN, d_head=32, output_gate=False)],
+)
+def test_the_closed_form_counts_every_parameter(config):
+    with torch.device("meta"):
+        model = GSAForCausalLM(config)
+    assert count_params(config)["total"] == sum(p.numel() for p in model.parameters())
+
+
+def test_the_pretraining_model_has_511_9_million():
+    assert count_params(PRETRAIN)["total"] == pytest.approx(511.9e6, rel=0.001)
+
+
+def test_flops_count_sparse_attention_as_sparse():
+    sparse, dense = (flops_per_token(replace(PRETRAIN, sparse=s), 2048) for s in (True, False))
+    # 2048 keys, 512 selected: 44 % of the causal triangle
+    assert sparse["attention"] / dense["attention"] == pytest.approx(0.4375, rel=0.01)
+    assert dense["attention"] == pytest.approx(26 * 3 * 4 * 1024 * 1024.5)
+    assert sparse["indexer"] > 0 and dense["indexer"] == 0
+    assert flops_per_token(replace(PRETRAIN, k_base=4096, k_max=4096), 2048)["attention"] == pytest.approx(dense["attention"])
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"n_kv_heads": 3}, r"model.n_kv_heads=3 does not divide model.n_heads=16; choose one of \[1, 2, 4, 8, 16\]"),
+        ({"n_heads": 24, "n_kv_heads": 4}, "model.n_heads=24 does not divide model.d_model=1024"),
+        ({"d_head": 33}, "model.d_head=33 must be even"),
+        ({"k_min": 600}, "model.k_min=600, model.k_base=512"),
+        ({"adaptive_k": "on"}, "model.adaptive_k='on' is not one of off, variance, entropy"),
+        ({"n_layers": 0}, "model.n_layers=0 must be above 0"),
+        ({"adaptive_k_temperature": -1.0}, "must not be negative"),
+    ],
+)
+def test_impossible_shapes_are_refused_by_name(changes, words):
+    with pytest.raises(ValueError, match=words):
+        # a fresh config: replace() would carry the worked-out d_head along
+        ModelConfig(**{"d_model": 1024, "n_heads": 16, "n_kv_heads": 4, **changes})
+
+
+def test_too_long_an_input_is_refused():
+    model = GSAForCausalLM(ModelConfig(d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ffn=16, vocab_size=7, max_position_embeddings=8))
+    with pytest.raises(ValueError, match="9 tokens are more than model.max_position_embeddings=8"):
+        model(torch.zeros(1, 9, dtype=torch.long))
+    with pytest.raises(ValueError, match='not "dense" or "sparse"'):
+        model.set_stage("warm")
+
+
+def problem(n=50, d=8, v=33, dtype=torch.float64):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(n, d, dtype=dtype, requires_grad=True), torch.randn(v, d, dtype=dtype, requires_grad=True)
+    targets = torch.randint(0, v, (n,))
+    targets[::7] = -100
+    return hidden, weight, targets
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 50, 1000])
+def test_the_loss_and_its_gradients_are_those_of_the_plain_loss(chunk_rows, monkeypatch):
+    hidden, weight, targets = problem()
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", chunk_rows * 33 * 8)
+    ours = linear_cross_entropy(hidden, weight, targets, (targets >= 0).sum())
+    plain = F.cross_entropy(hidden @ weight.t(), targets)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
+    for mine, theirs in zip(torch.autograd.grad(3 * ours, (hidden, weight)), torch.autograd.grad(3 * plain, (hidden, weight)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_rows_without_a_target_have_no_gradient():
+    hidden, weight, targets = problem()
+    linear_cross_entropy(hidden, weight, targets, 1.0).backward()
+    assert (hidden.grad[targets < 0] == 0).all() and (hidden.grad[targets >= 0].abs().sum(-1) > 0).all()
+
+
+def test_gradcheck_also_with_a_frozen_side():
+    hidden, weight, targets = problem(9, 4, 6)
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, 5.0), (hidden, weight))
+    frozen = weight.detach()
+    assert torch.autograd.gradcheck(lambda h: linear_cross_entropy(h, frozen, targets, 5.0), (hidden,))
+
+
+def test_bf16_value_is_exact_in_float32():
+    hidden, weight, targets = problem(300, 16, 500, torch.bfloat16)
+    ours = linear_cross_entropy(hidden, weight, targets, (targets >= 0).sum())
+    assert ours.dtype == torch.float32
+    logits = (hidden.detach() @ weight.detach().t()).double()
+    assert ours.item() == pytest.approx(float(F.cross_entropy(logits, targets)), rel=1e-6)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the largest tensor any operation made."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.largest = max(self.largest, out.numel())
+        return out
+
+
+def test_logits_of_all_rows_never_exist(monkeypatch):
+    hidden, weight, targets = problem(640, 8, 1000, torch.float32)
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 32 * 1000 * 4)
+    with LargestTensor() as seen:
+        linear_cross_entropy(hidden, weight, targets, 640.0).backward()
+    assert seen.largest == 32 * 1000
+    with LargestTensor() as seen:
+        F.cross_entropy(hidden @ weight.t(), targets)
+    assert seen.largest == 640 * 1000
