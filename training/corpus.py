@@ -166,35 +166,46 @@ def _open(path: str, suffix: str) -> BinaryIO:
     if suffix.endswith(".gz"):
         return gzip.open(path, "rb")
     if suffix.endswith(".zst"):
-        import zstandard
-
-        raw = open(path, "rb")
-        # read_across_frames: a .zst may be several frames; a broken one raises zstandard.ZstdError
-        return io.BufferedReader(_ZstdReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=True), path))
+        return io.BufferedReader(_ZstdFile(path))
     return open(path, "rb")
 
 
-class _ZstdReader(io.RawIOBase):
-    """zstandard's reader with its errors as OSError, and an end inside a frame noticed."""
+class _ZstdFile(io.RawIOBase):
+    """A .zst of one or several frames. EOFError at a broken end, which zstandard's own reader takes for the end."""
 
-    def __init__(self, stream, path: str) -> None:
-        self._stream, self._path = stream, path
+    def __init__(self, path: str) -> None:
+        import zstandard
+
+        self._file = open(path, "rb")
+        self._frame_reader = zstandard.ZstdDecompressor().decompressobj
+        self._broken = zstandard.ZstdError
+        self._frame = None  # None between frames
+        self._input = self._output = b""
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer) -> int:
-        import zstandard
-
-        try:
-            data = self._stream.read(len(buffer))
-        except zstandard.ZstdError as err:
-            raise OSError(str(err)) from err
-        buffer[: len(data)] = data
-        return len(data)
+    def readinto(self, buffer: memoryview) -> int:
+        while not self._output:
+            self._input = self._input or self._file.read(1 << 16)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a zstd frame")
+                return 0
+            self._frame = self._frame or self._frame_reader()
+            try:
+                self._output = self._frame.decompress(self._input)
+            except self._broken as err:
+                raise OSError(str(err)) from err
+            self._input = b""
+            if self._frame.eof:
+                self._input, self._frame = self._frame.unused_data, None
+        size = min(len(buffer), len(self._output))
+        buffer[:size], self._output = self._output[:size], self._output[size:]
+        return size
 
     def close(self) -> None:
-        self._stream.close()
+        self._file.close()
         super().close()
 
 

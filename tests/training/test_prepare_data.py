@@ -1,0 +1,464 @@
+"""Text in, shards out: nothing lost in silence, nothing dependent on workers or kills."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from launching import ROOT, rank_environment
+from tokenizers import Tokenizer
+
+from training import prepare_data
+from training import tokenizer as bpe
+from training.corpus import PrepareError
+from training.data import PackedTokens
+
+WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix odd potions at noon".split()
+
+
+def prose(seed: int, words: int = 120) -> str:
+    random = np.random.Generator(np.random.PCG64(seed))
+    return " ".join(random.choice(WORDS, words)) + f" — nº {seed}.\n"
+
+
+def prepare(out: Path, *argv: str, vocab: int | None = 300, workers: int = 1) -> int:
+    size = ["--vocab-size", str(vocab)] if vocab else []
+    return prepare_data.main(["--out", str(out), "--held-out", "0.2", "--workers", str(workers), *size, *argv])
+
+
+def folder_of_texts(folder: Path, count: int = 12, **kwargs) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        (folder / f"t{i:02d}.txt").write_text(prose(i, **kwargs))
+    return folder
+
+
+def manifest(out: Path) -> dict:
+    return json.loads((out / "manifest.json").read_text())
+
+
+def documents(out: Path, split: str) -> list[str]:
+    """What the shards hold, decoded."""
+    m, tokenizer = manifest(out), Tokenizer.from_file(str(out / "tokenizer.json"))
+    texts = []
+    for shard in m["splits"][split]["shards"]:
+        path = out / shard["file"]
+        tokens = np.fromfile(path, dtype=m["dtype"])
+        ends = np.load(path.with_name(path.stem + ".ends.npy"))
+        for part in np.split(tokens, ends[:-1]) if len(ends) else []:
+            assert part[-1] == m["eod_id"]
+            texts.append(tokenizer.decode(part[:-1].tolist(), skip_special_tokens=False))
+    return texts
+
+
+def tree(out: Path) -> dict[str, str]:
+    return {
+        p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.rglob("*")) if p.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("p")
+    assert prepare(base / "out", str(folder_of_texts(base / "in"))) == 0
+    return base / "out"
+
+
+def test_every_text_comes_back_whole_in_one_split(prepared):
+    train, held = documents(prepared, "train"), documents(prepared, "held_out")
+    assert sorted(train + held) == sorted(prose(i) for i in range(12))
+    assert 0 < len(held) < 6
+
+
+def test_the_manifest_is_true(prepared):
+    m = manifest(prepared)
+    for split in ("train", "held_out"):
+        entry = m["splits"][split]
+        for shard in entry["shards"]:
+            path = prepared / shard["file"]
+            assert hashlib.sha256(path.read_bytes()).hexdigest() == shard["sha256"]
+            assert path.stat().st_size == shard["tokens"] * 2
+        assert entry["bytes"] == sum(len(text.encode()) for text in documents(prepared, split))
+        assert entry["documents"] == len(documents(prepared, split))
+    assert (m["dtype"], m["vocab_size"], m["eod_id"]) == ("uint16", 300, 0)
+    assert m["tokenizer_sha256"] == hashlib.sha256((prepared / "tokenizer.json").read_bytes()).hexdigest()
+    assert not (prepared / "work").exists()
+
+
+def test_counts_and_bytes_per_token_are_exact(prepared):
+    m = manifest(prepared)
+    sizes, counts = np.load(prepared / "token_bytes.npy"), np.load(prepared / "token_counts.npy")
+    assert counts.sum() == m["splits"]["train"]["tokens"]
+    assert int((sizes.astype(np.int64) * counts).sum()) == m["splits"]["train"]["bytes"]
+    assert sizes[m["eod_id"]] == 0
+
+
+def test_the_reader_reads_it(prepared):
+    data = PackedTokens({str(prepared): 1.0}, split="train", max_seq_len=64, seed=0)
+    data.verify()
+    assert data.n_targets(0, data.n_windows) == manifest(prepared)["splits"]["train"]["tokens"] - len(documents(prepared, "train"))
+
+
+def test_a_second_time_does_nothing_and_other_input_is_refused(prepared, capsys):
+    before = {p: p.stat().st_mtime_ns for p in prepared.rglob("*")}
+    source = prepared.parent / "in"
+    assert prepare(prepared, str(source)) == 0
+    assert "is prepared already" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in prepared.rglob("*")} == before
+    assert prepare(prepared, str(source), vocab=301) == 3
+    assert "made from other input or options" in capsys.readouterr().err
+    assert {p: p.stat().st_mtime_ns for p in prepared.rglob("*")} == before
+
+
+def test_force_replaces(tmp_path):
+    source = folder_of_texts(tmp_path / "in")
+    assert prepare(tmp_path / "out", str(source)) == 0
+    first = manifest(tmp_path / "out")["fingerprint"]
+    (source / "t00.txt").write_text("something else altogether\n")
+    assert prepare(tmp_path / "out", str(source)) == 3
+    assert prepare(tmp_path / "out", str(source), "--force") == 0
+    assert manifest(tmp_path / "out")["fingerprint"] != first
+
+
+# -- formats ----------------------------------------------------------------------------------------------
+
+
+def lines(records: list) -> bytes:
+    return b"".join(json.dumps(record).encode() + b"\n" for record in records)
+
+
+def test_all_formats_give_the_same_documents(tmp_path):
+    texts = [prose(i) for i in range(10)]
+    records = [{"body": text, "work": i % 5} for i, text in enumerate(texts)]
+    raw = lines(records)
+    (tmp_path / "a.jsonl").write_bytes(raw)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(raw))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(raw[:900]) + zstandard.compress(raw[900:]))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "d.parquet")
+    results = []
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"):
+        out = tmp_path / f"out_{name}"
+        assert prepare(out, str(tmp_path / name), "--text-field", "body", "--group-field", "work") == 0
+        results.append((documents(out, "train"), documents(out, "held_out")))
+        assert sorted(results[-1][0] + results[-1][1]) == sorted(texts)
+    assert results.count(results[0]) == 4
+    groups = [{texts.index(text) % 5 for text in split} for split in results[0]]
+    assert groups[0].isdisjoint(groups[1]) and groups[1]
+
+
+def test_folders_globs_and_markdown(tmp_path):
+    source = folder_of_texts(tmp_path / "in" / "deep")
+    (tmp_path / "in" / "note.md").write_text("# A note\n" + prose(50))
+    (tmp_path / "in" / "picture.png").write_bytes(b"\x89PNG")
+    assert prepare(tmp_path / "out", str(tmp_path / "in")) == 0
+    assert len(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out")) == 13
+    assert prepare(tmp_path / "glob", str(source / "t0*.txt")) == 0
+    assert len(documents(tmp_path / "glob", "train") + documents(tmp_path / "glob", "held_out")) == 10
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["nowhere"], "nowhere: no such file"),
+        (["{in}/picture.png"], "picture.png: unknown kind of file"),
+        (["{in}/empty"], "no file ending in .txt"),
+        (["{in}/one.txt"], "all documents are of one group"),
+        (["{in}/one.txt", "--tokenizer", "{in}/one.txt"], "one.txt: cannot be read"),
+        (["{in}/one.txt", "--tokenizer", "{in}/x.tiktoken"], "not a tiktoken rank file"),
+    ],
+)
+def test_input_that_means_nothing_is_refused(tmp_path, capsys, argv, words):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / "one.txt").write_text("one")
+    argv = [word.format(**{"in": tmp_path}) for word in argv]
+    vocab = None if "--tokenizer" in argv else 300
+    assert prepare(tmp_path / "out", *argv, vocab=vocab) == 3
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("argv", [[], ["--embedded", "x.txt"], ["x.txt", "--tokenizer", "t", "--vocab-size", "9"], ["x.txt", "--held-out", "1"], ["x.txt", "--workers", "0"]])
+def test_arguments_that_cannot_be_are_refused(argv):
+    with pytest.raises(SystemExit) as caught:
+        prepare_data.main(["--out", "o", *argv])
+    assert caught.value.code == 2
+
+
+# -- bad records ------------------------------------------------------------------------------------------
+
+GOOD = [{"text": prose(i)} for i in range(8)]
+BAD = {
+    "empty document": ("a.jsonl", lines(GOOD[:2] + [{"text": "  \n"}] + GOOD[2:]), "a.jsonl, line 3: empty document", "empty"),
+    "empty line": ("a.jsonl", lines(GOOD[:2]) + b"\n" + lines(GOOD[2:]), "a.jsonl, line 3: empty line", "empty"),
+    "invalid UTF-8": ("a.jsonl", lines(GOOD[:1]) + b'{"text": "\xff\xfe"}\n' + lines(GOOD[1:]), "a.jsonl, line 2: not UTF-8", "invalid_utf8"),
+    "bad JSON": ("a.jsonl", lines(GOOD[:1]) + b'{"text": \n' + lines(GOOD[1:]), "a.jsonl, line 2: not JSON", "bad_json"),
+    "missing field": ("a.jsonl", lines([{"body": "x"}, *GOOD]), "a.jsonl, line 1: no text in field 'text' (it has body)", "missing_field"),
+    "a number as text": ("a.jsonl", lines([{"text": 5}, *GOOD]), "a.jsonl, line 1: no text in field 'text'", "missing_field"),
+    "half a surrogate": ("a.jsonl", b'{"text": "a\\ud800"}\n' + lines(GOOD), "a.jsonl, line 1: half of a surrogate pair", "lone_surrogate"),
+    "binary": ("a.jsonl", b'{"text": "a\\u0000"}\n' + lines(GOOD), "a.jsonl, line 1: holds NUL", "binary"),
+    "too long a line": ("a.jsonl", lines(GOOD[:2] + [{"text": "x" * (1 << 20)}] + GOOD[2:]), "a.jsonl, line 3: document of more than 1 MiB", "too_long"),
+    "truncated gzip": ("a.jsonl.gz", gzip.compress(lines(GOOD * 40), mtime=0)[:-40], "a.jsonl.gz: truncated or unreadable", "unreadable"),
+    "truncated zstd": ("a.jsonl.zst", zstandard.compress(lines(GOOD * 40))[:-40], "a.jsonl.zst: truncated or unreadable", "unreadable"),
+    "not gzip": ("a.jsonl.gz", lines(GOOD), "a.jsonl.gz: truncated or unreadable", "unreadable"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_record_is_named_or_counted(tmp_path, capsys, name):
+    file, content, words, kind = BAD[name]
+    source = folder_of_texts(tmp_path / "in", 3)
+    (source / file).write_bytes(content)
+    argv = (str(source), "--max-document-mb", "1")
+    assert prepare(tmp_path / "out", *argv) == 3
+    message = capsys.readouterr().err
+    assert words in message and "--on-bad skip" in message
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert prepare(tmp_path / "out", *argv, "--on-bad", "skip") == 0
+    assert f"1 {kind}" in capsys.readouterr().out
+    assert manifest(tmp_path / "out")["skipped"][kind] == 1
+    found = set(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out"))
+    assert {prose(i) for i in range(3)} <= found
+    if kind != "unreadable":
+        assert {record["text"] for record in GOOD} <= found
+
+
+def test_truncated_parquet_and_missing_column(tmp_path, capsys):
+    source = folder_of_texts(tmp_path / "in", 3)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GOOD), source / "p.parquet")
+    raw = (source / "p.parquet").read_bytes()
+    (source / "p.parquet").write_bytes(raw[:-20])
+    assert prepare(tmp_path / "out", str(source)) == 3
+    assert "p.parquet: truncated or damaged parquet" in capsys.readouterr().err
+    (source / "p.parquet").write_bytes(raw)
+    assert prepare(tmp_path / "out", str(source), "--text-field", "body") == 3
+    assert "p.parquet: no column 'body' (it has text)" in capsys.readouterr().err
+
+
+def test_a_200_mb_line_costs_little_memory(tmp_path):
+    source = folder_of_texts(tmp_path / "in", 3)
+    with open(source / "long.jsonl", "wb") as file:
+        file.write(b'{"text": "')
+        for _ in range(200):
+            file.write(b"x" * (1 << 20))
+        file.write(b'"}\n' + lines(GOOD))
+    from training.corpus import BadRecord, Reading, Source, read_documents
+
+    script = (
+        "import re, sys; from training.corpus import *; how = Reading('text', None, 8 << 20)\n"
+        "kinds = [getattr(d, 'kind', 'ok') for d in read_documents(Source(sys.argv[1], 'long.jsonl', None), how)]\n"
+        "print(kinds, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(source / "long.jsonl")], cwd=ROOT, env=rank_environment(), capture_output=True, text=True)
+    kinds, _, peak_mib = done.stdout.rpartition(" ")
+    assert kinds == str(["too_long"] + ["ok"] * 8), done.stderr
+    assert int(peak_mib) < 80
+    text = source / "long.txt"
+    os.rename(source / "long.jsonl", text)
+    item = list(read_documents(Source(str(text), "long.txt", "g"), Reading("text", None, 64 << 20)))
+    assert isinstance(item[0], BadRecord) and "long.txt: document of more than 64 MiB" in str(item[0])
+
+
+def test_a_token_outside_the_vocabulary_is_refused_not_wrapped(tmp_path, monkeypatch, prepared):
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "tokenizer.json").write_bytes((prepared / "tokenizer.json").read_bytes())
+    np.save(work / "plan_00000.npy", np.ones(1, np.uint8))
+    (tmp_path / "a.txt").write_text("some text")
+    from training.corpus import Reading, Source
+
+    monkeypatch.setattr(bpe, "encode", lambda tokenizer, text: [70000])
+    unit = prepare_data.Unit(0, (Source(str(tmp_path / "a.txt"), "a.txt", "a.txt"),))
+    result = prepare_data._encode_unit(prepare_data.Job(unit, str(work), "k", Reading("text", None, 1 << 20), False, 0))
+    assert result["error"] == "a.txt: token id 70000 is outside the vocabulary of 300"
+
+
+# -- duplicates, splits, overlap --------------------------------------------------------------------------
+
+
+def test_equal_documents_are_kept_once_across_files(tmp_path):
+    source = folder_of_texts(tmp_path / "in", 6)
+    (source / "copy.txt").write_text(prose(2))
+    (source / "more.jsonl").write_bytes(lines([{"text": prose(3)}, {"text": prose(4)}, {"text": prose(90)}]))
+    assert prepare(tmp_path / "out", str(source)) == 0
+    assert manifest(tmp_path / "out")["skipped"] == {"duplicate": 3}
+    assert len(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out")) == 7
+
+
+def test_a_planted_copy_shows_in_the_overlap_report(tmp_path):
+    source = folder_of_texts(tmp_path / "in", 12)
+    assert prepare(tmp_path / "out", str(source)) == 0
+    assert manifest(tmp_path / "out")["overlap"]["above_half"] == 0
+    held = documents(tmp_path / "out", "held_out")[0]
+    name = next(p for p in source.iterdir() if p.read_text() == held).name
+    train = next(p for p in sorted(source.iterdir()) if p.read_text() in documents(tmp_path / "out", "train"))
+    train.write_text(train.read_text() + held + "and one more thing\n")
+    assert prepare(tmp_path / "again", str(source)) == 0
+    overlap = manifest(tmp_path / "again")["overlap"]
+    assert overlap["above_half"] == 1 and overlap["worst"][0]["document"].endswith(name) and overlap["worst"][0]["share"] > 0.9
+
+
+def test_a_limit_keeps_a_fixed_subset(tmp_path):
+    source = folder_of_texts(tmp_path / "in", 40)
+    whole = sum(p.stat().st_size for p in source.iterdir())
+    for out in ("a", "b"):
+        assert prepare(tmp_path / out, str(source), "--limit-mb", str(whole / 2e6)) == 0
+    assert tree(tmp_path / "a") == tree(tmp_path / "b")
+    kept = manifest(tmp_path / "a")["splits"]
+    assert 0.3 * whole < kept["train"]["bytes"] + kept["held_out"]["bytes"] <= 0.5 * whole
+    assert manifest(tmp_path / "a")["skipped"]["beyond_limit_mb"] > 10
+
+
+# -- determinism and kills --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many_units(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr(prepare_data, "UNIT_BYTES", 2000)
+    return folder_of_texts(tmp_path / "in", 24)
+
+
+def test_the_number_of_workers_changes_no_byte(tmp_path, many_units):
+    for workers in (1, 3):
+        assert prepare(tmp_path / f"w{workers}", str(many_units), workers=workers) == 0
+    assert tree(tmp_path / "w1") == tree(tmp_path / "w3")
+
+
+def test_shards_are_cut_between_documents(tmp_path, many_units, monkeypatch):
+    monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 500)
+    assert prepare(tmp_path / "out", str(many_units)) == 0
+    shards = manifest(tmp_path / "out")["splits"]["train"]["shards"]
+    assert len(shards) > 3 and all(shard["tokens"] <= 500 for shard in shards)
+    assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out")) == sorted(prose(i) for i in range(24))
+
+
+SLOW = """
+import sys, time
+from training import prepare_data, tokenizer
+prepare_data.UNIT_BYTES = 2000
+real = prepare_data._encode_unit
+if __name__ == "__main__":
+    prepare_data._each = (lambda each: lambda pool, work, jobs, title: [
+        (time.sleep(0.3 if title == "encoding" else 0), r)[1] for j in jobs for r in [work(j)]])(prepare_data._each)
+    sys.exit(prepare_data.main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_preparation_goes_on_where_it_was(tmp_path, many_units):
+    argv = ["--out", str(tmp_path / "killed"), "--held-out", "0.2", "--vocab-size", "300", "--workers", "1", str(many_units)]
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW)
+    process = subprocess.Popen([sys.executable, str(script), *argv], cwd=ROOT, env=rank_environment(), start_new_session=True)
+    work = tmp_path / "killed" / "work"
+    deadline = time.monotonic() + 60
+    while len(list(work.glob("unit_*.json"))) < 3:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = {p: p.stat().st_mtime_ns for p in work.glob("unit_*.bin") if p.with_name(p.name.split(".")[0] + ".json").exists()}
+    assert 3 <= len({p.name.split(".")[0] for p in done}) < 12
+    (work / "unit_00011.train.bin.tmp").write_bytes(b"half")  # a torn file is no obstacle
+    assembled = []
+    real = prepare_data._assemble
+
+    def look(*args):
+        assembled.append({p: p.stat().st_mtime_ns for p in done})
+        return real(*args)
+
+    prepare_data._assemble = look
+    try:
+        assert prepare_data.main(argv) == 0
+    finally:
+        prepare_data._assemble = real
+    assert assembled == [done]  # finished units were not done again
+    assert prepare(tmp_path / "whole", str(many_units)) == 0
+    assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
+
+
+# -- the tokenizer ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_bpe() -> Tokenizer:
+    return bpe.train([prose(i) for i in range(30)] + ["def f(x):\n    return x\n\n\n" * 20], 400)
+
+
+@settings(deadline=None, max_examples=60)
+@given(text=st.text(alphabet=st.sampled_from(list("ab é日 \n\t.,'s1\u3000\r")), max_size=300), size=st.integers(1, 40))
+def test_cutting_long_text_changes_no_token(small_bpe, text, size):
+    whole = small_bpe.encode(text, add_special_tokens=False).ids
+    assert [i for piece in bpe.pieces(text, size) for i in small_bpe.encode(piece, add_special_tokens=False).ids] == whole
+
+
+def test_special_tokens_spelled_in_a_text_are_text(small_bpe):
+    ids = bpe.encode(small_bpe, f"before {bpe.EOD} after")
+    assert small_bpe.token_to_id(bpe.EOD) not in ids
+    assert small_bpe.decode(ids) == f"before {bpe.EOD} after"
+
+
+def test_bytes_per_token_add_up(small_bpe):
+    sizes = bpe.token_bytes(small_bpe)
+    for text in (prose(3), "日本語 ünïcode \U0001f600", "\t\n  x"):
+        assert int(sizes[bpe.encode(small_bpe, text)].astype(int).sum()) == len(text.encode())
+
+
+def test_a_large_vocabulary_takes_four_bytes_and_a_given_tokenizer_is_kept(tmp_path, small_bpe):
+    big = json.loads(small_bpe.to_str())
+    big["model"]["vocab"] |= {f"unused{i}": i for i in range(400, 65538)}
+    (tmp_path / "big.json").write_text(json.dumps(big))
+    source = folder_of_texts(tmp_path / "in", 6)
+    assert prepare(tmp_path / "out", str(source), "--tokenizer", str(tmp_path / "big.json"), vocab=None) == 0
+    m = manifest(tmp_path / "out")
+    assert (m["dtype"], m["vocab_size"]) == ("uint32", 65538)
+    assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out")) == sorted(prose(i) for i in range(6))
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, small_bpe):
+    path = tmp_path / "t.json"
+    broken = json.loads(small_bpe.to_str())
+    path.write_text(json.dumps(broken | {"decoder": None}))
+    with pytest.raises(PrepareError, match="not a byte-level BPE"):
+        bpe.load(path)
+    with pytest.raises(PrepareError, match="below 257"):
+        bpe.train(["x"], 100)
+
+
+def test_a_tiktoken_rank_file_becomes_the_same_tokenizer(tmp_path):
+    """Ranks in the manner of Qwen2.5's file: the bytes, then merges in order."""
+    import base64
+
+    words = [bytes([b]) for b in range(256)] + [b"th", b"he", b"the", b" the", b"in", b"ing"]
+    (tmp_path / "q.tiktoken").write_bytes(b"".join(base64.b64encode(w) + b" %d\n" % i for i, w in enumerate(words)))
+    tokenizer = bpe.load(tmp_path / "q.tiktoken")
+    ids = bpe.encode(tokenizer, "the thing the")
+    assert [words[i] for i in ids] == [b"the", b" ", b"th", b"ing", b" the"] or tokenizer.decode(ids) == "the thing the"
+    assert tokenizer.decode(ids) == "the thing the"
+    assert bpe.vocab_size(tokenizer) == len(words) + 3 and tokenizer.token_to_id(bpe.EOD) == len(words)
+
+
+def test_the_embedded_corpus_is_source_text_of_this_installation():
+    from training.corpus import LEFT_OUT, embedded_files
+
+    files = embedded_files()
+    size = sum(os.path.getsize(f.path) for f in files)
+    assert 60e6 < size < 200e6
+    names = [f.name for f in files]
+    assert len(names) == len(set(names)) and names == sorted(names)
+    assert "python/asyncio/base_events.py" in names and "torch/nn/functional.py" in names and "wandb/__init__.py" in names
+    assert not any(LEFT_OUT & set(name.split("/")[:-1]) for name in names)
+    assert {f.group for f in files if f.name.startswith("torch/nn/")} == {"torch/nn"}
