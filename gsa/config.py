@@ -37,7 +37,9 @@ class ModelConfig:
     k_base: int = _setting(512, "keys per query before adaptation")
     k_min: int = _setting(128, "fewest keys per query, where so many are visible")
     k_max: int = _setting(1024, "most keys per query")
-    adaptive_k: str = _setting("variance", "how a query's number of keys adapts: off, variance or entropy of its scores")
+    adaptive_k: str = _setting(
+        "variance", "how a query's number of keys adapts: off, variance or entropy of its scores"
+    )
     adaptive_k_temperature: float = _setting(1.0, "c of adaptive_k=variance: how strongly the variance counts")
 
     def __post_init__(self) -> None:
@@ -56,15 +58,19 @@ class ModelConfig:
         if self.d_head is None:
             if self.d_model % self.n_heads:
                 raise ValueError(
-                    f"model.n_heads={self.n_heads} does not divide model.d_model={self.d_model}; change one, or set model.d_head"
+                    f"model.n_heads={self.n_heads} does not divide model.d_model={self.d_model}; "
+                    f"change one, or set model.d_head"
                 )
             object.__setattr__(self, "d_head", self.d_model // self.n_heads)
         for name in ("d_head", "d_indexer"):
             if getattr(self, name) < 2 or getattr(self, name) % 2:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be even and positive: rotary positions turn pairs")
+                raise ValueError(
+                    f"model.{name}={getattr(self, name)} must be even and positive: rotary positions turn pairs"
+                )
         if not self.k_min <= self.k_base <= self.k_max:
             raise ValueError(
-                f"model.k_min={self.k_min}, model.k_base={self.k_base}, model.k_max={self.k_max} must not decrease in this order"
+                f"model.k_min={self.k_min}, model.k_base={self.k_base}, model.k_max={self.k_max} "
+                f"must not decrease in this order"
             )
         if self.adaptive_k not in ADAPTIVE_K:
             raise ValueError(f"model.adaptive_k={self.adaptive_k!r} is not one of {', '.join(ADAPTIVE_K)}")

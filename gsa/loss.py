@@ -30,7 +30,11 @@ def linear_cross_entropy(
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, n_targets: torch.Tensor | float
+        ctx: FunctionCtx,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        n_targets: torch.Tensor | float,
     ) -> torch.Tensor:
         exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         need_hidden, need_weight = ctx.needs_input_grad[:2]

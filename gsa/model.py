@@ -89,7 +89,7 @@ class GSAForCausalLM(nn.Module):
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal with init_std; projections back into the residual stream smaller by sqrt(2 n_layers); gates half open."""
+        """Normal with init_std, smaller by sqrt(2 n_layers) into the residual stream; gates half open."""
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             if isinstance(module, (GatedSparseAttention, SwiGLU)):
                 into_residual = module.o_proj if isinstance(module, GatedSparseAttention) else module.down_proj
@@ -100,7 +100,7 @@ class GSAForCausalLM(nn.Module):
             nn.init.constant_(module.bias, GATE_BIAS if isinstance(module, Gate) else 0.0)
 
     def set_stage(self, stage: Stage) -> None:
-        """"dense": attend to all visible keys while the indexer learns; "sparse": to the selected ones."""
+        """ "dense": attend to all visible keys while the indexer learns; "sparse": to the selected ones."""
         if stage not in ("dense", "sparse"):
             raise ValueError(f'stage={stage!r} is not "dense" or "sparse"')
         self.stage = stage
@@ -174,7 +174,9 @@ def count_params(config: ModelConfig) -> dict[str, int]:
     """Parameters by part, with "total"; tied weights count once."""
     c, d = config, config.d_model
     q, kv = c.n_heads * c.d_head, c.n_kv_heads * c.d_head
-    indexer = d * c.n_indexer_heads * c.d_indexer + d * c.d_indexer + (d + 1) * c.n_indexer_heads + c.n_indexer_heads + 1
+    indexer = (
+        d * c.n_indexer_heads * c.d_indexer + d * c.d_indexer + (d + 1) * c.n_indexer_heads + c.n_indexer_heads + 1
+    )
     per_layer = {
         "attention": d * (q + 2 * kv) + q * d,
         "gates": (d + 1) * (kv * c.value_gate + q * c.output_gate),
@@ -193,7 +195,8 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, indexer_rows: float = 
     """Useful floating-point operations of one training step per token, by part, with "total".
 
     One multiply-add is two. Forward and backward of a matrix product cost 3 forward products; recomputation
-    is not useful and not counted. The indexer's input is detached, so its projections have no input gradient. Attention counts the selected pairs only (mean keys per query in one
+    is not useful and not counted. The indexer's input is detached, so its projections
+    have no input gradient. Attention counts the selected pairs only (mean keys per query in one
     document of seq_len tokens at k_base); the indexer scores all visible pairs. indexer_rows: share of rows whose
     alignment loss is taken; its target probabilities are forward only.
     """

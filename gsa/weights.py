@@ -1,33 +1,79 @@
-"""Weights for use: model.safetensors beside config.json, readable without running anything."""
+"""Weights for use: model.safetensors and config.json, without a pickle. Format: docs/checkpoints.md."""
 
 from __future__ import annotations
 
-import os
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
-from gsa.checkpoint.errors import CheckpointError
-from gsa.checkpoint.state import read_config_json
+from gsa.checkpoint.manifest import CheckpointError, replace_durably, write_durably, writing
+from gsa.checkpoint.state import CONFIG, read_json_object, require_plain
 
+FORMAT = 1
 WEIGHTS = "model.safetensors"
 
 
-def save_weights(state_dict: dict[str, torch.Tensor], step_dir: Path) -> None:
-    """Writes a model's state dict, synced to disk; config.json is gsa.checkpoint.state's to write."""
-    path = step_dir / WEIGHTS
-    save_file({name: tensor.contiguous() for name, tensor in state_dict.items()}, path)
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+def save_weights(state_dict: Mapping[str, torch.Tensor], config: dict[str, Any], dir: Path) -> None:
+    """Writes both files, each whole or not at all; a file that stood there before is replaced.
+
+    state_dict: any dtypes, each kept; a tensor under several names is stored once.
+    config: of JSON types, TypeError otherwise; its "model" section holds the fields of ModelConfig. In a
+    checkpoint it is the whole configuration of the run.
+    """
+    assert "model" in config
+    header = {"format": FORMAT, **require_plain(config, "config")}
+    stored: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    first_name: dict[tuple, str] = {}
+    storages: set[int] = set()
+    for name, tensor in state_dict.items():
+        view = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        owner = first_name.setdefault(view, name) if tensor.numel() else name
+        if owner != name:
+            tied[name] = owner
+            continue
+        tensor = tensor.detach().cpu().contiguous()
+        # safetensors takes one tensor per storage: another view of it is stored on its own
+        stored[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
+        storages.add(tensor.untyped_storage().data_ptr())
+    with writing(dir / WEIGHTS):
+        dir.mkdir(parents=True, exist_ok=True)
+        temporary = dir / f"{WEIGHTS}.tmp"
+        try:
+            save_file(stored, temporary, metadata={"format": "pt", "tied": json.dumps(tied)})
+        except SafetensorError as err:  # its word for what the operating system said
+            raise OSError(str(err)) from err
+        replace_durably(temporary, dir / WEIGHTS)
+    write_durably(dir / CONFIG, (json.dumps(header, indent=2) + "\n").encode())
 
 
-def load_weights(step_dir: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """The model section of config.json, and the state dict. CheckpointError when one is missing or damaged."""
-    config = read_config_json(step_dir)
-    path = step_dir / WEIGHTS
+def load_weights(dir: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The ModelConfig fields and the state dict, on the CPU, under all names; tied names share one tensor.
+
+    Raises CheckpointError when a file is missing, damaged, or of a newer format. Contents are not hashed:
+    in a checkpoint, `manifest.verify` does that.
+    """
+    header = read_json_object(dir / CONFIG)
+    version, config = header.get("format"), header.get("model")
+    if type(version) is int and version > FORMAT:
+        raise CheckpointError(
+            f"{dir / CONFIG}: format {version}; this version reads up to {FORMAT}: update the project"
+        )
+    if version != FORMAT or not isinstance(config, dict):
+        raise CheckpointError(f"{dir / CONFIG}: not written by save_weights; restore it from a copy")
+    path = dir / WEIGHTS
     try:
-        return config["model"], load_file(path)
-    except (OSError, SafetensorError) as err:
-        raise CheckpointError(f"{path}: {err}; choose another checkpoint") from err
+        with safe_open(path, framework="pt") as file:
+            state_dict = {name: file.get_tensor(name) for name in file.keys()}
+            tied = json.loads((file.metadata() or {}).get("tied", "{}"))
+        state_dict.update({name: state_dict[owner] for name, owner in tied.items()})
+    except OSError as err:
+        raise CheckpointError(f"{path}: cannot be read: {err.strerror or err}; restore it from a copy") from err
+    except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as err:
+        raise CheckpointError(f"{path}: damaged ({err}); restore it from a copy") from err
+    return config, state_dict

@@ -10,7 +10,12 @@ import numpy as np
 
 
 def write_dataset(
-    folder: Path, train: list[list[int]], *, vocab_size: int, held_out: list[list[int]], shard_tokens: int = 2**26
+    folder: Path,
+    train: list[list[int]],
+    *,
+    vocab_size: int,
+    held_out: list[list[int]],
+    shard_tokens: int = 2**26,
 ) -> dict:
     """Documents are token lists without the end token, which is vocab_size - 1. Returns the manifest."""
     eod = vocab_size - 1

@@ -48,9 +48,7 @@ def run_cases(ranks: int, cases: Sequence[Case], folder: Path, *, timeout_s: flo
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port",
         str(free_port()), str(ROOT / "tests" / "case_runner.py"), str(script),
     ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=ROOT, env=rank_environment(), capture_output=True, text=True, timeout=timeout_s
-    )
+    done = subprocess.run(command, cwd=ROOT, env=rank_environment(), capture_output=True, text=True, timeout=timeout_s)
     output = done.stdout + done.stderr
     assert done.returncode == 0, f"{ranks} ranks:\n{output[-12000:]}"
     return output
@@ -61,9 +59,23 @@ def start_training(
 ) -> subprocess.Popen:
     """training/train.py under a real launcher, in a process group of its own; stdout and stderr are one pipe."""
     if launcher == "deepspeed":
-        head = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks), "--master_port", str(free_port())]
+        head = [
+            str(Path(sys.executable).with_name("deepspeed")),
+            "--num_gpus",
+            str(ranks),
+            "--master_port",
+            str(free_port()),
+        ]
     else:
-        head = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
+        head = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(ranks),
+            "--master_port",
+            str(free_port()),
+        ]
     return subprocess.Popen(
         [*head, "training/train.py", *argv], cwd=ROOT, env={**rank_environment(), **(env or {})}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,

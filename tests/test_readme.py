@@ -39,7 +39,13 @@ def test_every_command_is_understood(command):
         assert words[0] in ("deepspeed", "python", "torchrun")
     else:
         assert words[:2] == ["python", "-m"]
-        done = subprocess.run([sys.executable, "-m", words[2], "--help"], cwd=ROOT, env=rank_environment(), capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", words[2], "--help"],
+            cwd=ROOT,
+            env=rank_environment(),
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0
         options = [word for word in words[3:] if word.startswith("--")]
         assert all(option in done.stdout for option in options), done.stdout
@@ -49,14 +55,30 @@ def test_every_command_is_understood(command):
 def quickstart(tmp_path_factory) -> tuple[Path, list[subprocess.CompletedProcess]]:
     """`make quickstart` in a shortened form, twice: little text, few steps, the same code and launcher."""
     base = tmp_path_factory.mktemp("quickstart")
-    assert prepare_data.main(["--embedded", "--out", str(base / "data"), "--vocab-size", "600", "--limit-mb", "1.2", "--workers", "2"]) == 0
+    assert (
+        prepare_data.main(
+            [
+                "--embedded",
+                "--out",
+                str(base / "data"),
+                "--vocab-size",
+                "600",
+                "--limit-mb",
+                "1.2",
+                "--workers",
+                "2",
+            ]
+        )
+        == 0
+    )
     command = [
         sys.executable, "-m", "training.quickstart", "--output_dir", str(base / "run"), "--stop_at", "10",
         f"data.data_dir={base / 'data'}", "training.max_steps=20", "training.max_seq_len=64", "model.vocab_size=600",
         "training.indexer_warmup_steps=5", "training.warmup_steps=2", "training.eval_windows=16", "model.n_layers=2",
     ]  # fmt: skip
     runs = [
-        subprocess.run(command, cwd=ROOT, env=rank_environment(), capture_output=True, text=True, timeout=240) for _ in range(2)
+        subprocess.run(command, cwd=ROOT, env=rank_environment(), capture_output=True, text=True, timeout=240)
+        for _ in range(2)
     ]
     for done in runs:
         assert done.returncode == 0, done.stdout + done.stderr

@@ -133,6 +133,4 @@ def test_doors_are_open(file, source):
 
 
 def test_the_walls_are_about_files_that_are_there():
-    assert {"gsa/model.py", "gsa/kernels/reference.py", "training/engine.py", "training/tracking.py"} <= set(
-        FILES
-    )
+    assert {"gsa/model.py", "gsa/kernels/reference.py", "training/engine.py", "training/tracking.py"} <= set(FILES)

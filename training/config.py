@@ -42,7 +42,7 @@ class TrainingConfig:
     max_steps: int = _setting(1000, "steps of the whole run; the schedule ends here")
     stop_at_step: Optional[int] = _setting(None, "stop early with a checkpoint, schedule unchanged")  # noqa: UP045
     micro_batch_size: int = _setting(8, "windows per rank and forward pass")
-    global_batch_size: Optional[int] = _setting(None, "windows per step over all ranks; rules over accumulation")  # noqa: UP045
+    global_batch_size: int | None = _setting(None, "windows per step over all ranks; rules over accumulation")  # noqa: UP045
     gradient_accumulation_steps: Optional[int] = _setting(None, "forward passes per step; default 1, or what global_batch_size needs")  # noqa: E501, UP045  # fmt: skip
     max_seq_len: int = _setting(1024, "tokens per window")
     precision: str = _setting("bf16", "bf16 (float32 masters) or fp32")
@@ -50,14 +50,18 @@ class TrainingConfig:
     min_learning_rate: float = _setting(3e-5, "learning rate at the end of the schedule")
     warmup_steps: int = _setting(100, "steps of linear warm-up; may exceed the run")
     lr_scheduler: str = _setting("cosine", "decay after warm-up: cosine, linear, or wsd (constant, then linear)")
-    wsd_decay_steps: Optional[int] = _setting(None, "steps of the final decay of wsd; default a fifth of max_steps")  # noqa: UP045
+    wsd_decay_steps: int | None = _setting(None, "steps of the final decay of wsd; default a fifth of max_steps")  # noqa: UP045
     weight_decay: float = _setting(0.1, "decay of matrices; biases, norms and scalars have none")
     beta1: float = _setting(0.9, "AdamW's decay of the first moment")
     beta2: float = _setting(0.95, "AdamW's decay of the second moment")
     eps: float = _setting(1e-8, "AdamW's epsilon")
     grad_clip: float = _setting(1.0, "largest global gradient norm; 0 switches clipping off")
-    gradient_checkpointing: bool = _setting(False, "keep only each block's input; about a third more compute, far less memory")
-    indexer_warmup_steps: int = _setting(0, "first steps with dense attention, while the indexer learns; may exceed the run")
+    gradient_checkpointing: bool = _setting(
+        False, "keep only each block's input; about a third more compute, far less memory"
+    )
+    indexer_warmup_steps: int = _setting(
+        0, "first steps with dense attention, while the indexer learns; may exceed the run"
+    )
     indexer_lr_multiplier: float = _setting(1.0, "learning rate of the indexer over that of the rest")
     indexer_loss_weight: float = _setting(0.1, "weight of the alignment loss; matters only through the clipped norm")
     indexer_loss_rows: float = _setting(0.25, "share of row positions whose alignment loss is taken")
@@ -75,9 +79,14 @@ class TrainingConfig:
         ))  # fmt: skip
         _at_least(self, "training", 0, (
             "seed", "warmup_steps", "wsd_decay_steps", "weight_decay", "grad_clip", "indexer_warmup_steps",
-            "indexer_loss_weight", "eval_interval", "eval_windows", "save_interval", "min_learning_rate", "log_interval",
+            "indexer_loss_weight", "eval_interval", "eval_windows", "save_interval", "log_interval",
+            "min_learning_rate",
         ))  # fmt: skip
-        _above_zero(self, "training", ("learning_rate", "eps", "indexer_lr_multiplier", "indexer_loss_rows", "hang_timeout_s"))
+        _above_zero(
+            self,
+            "training",
+            ("learning_rate", "eps", "indexer_lr_multiplier", "indexer_loss_rows", "hang_timeout_s"),
+        )
         _one_of(self, "training", "precision", PRECISIONS)
         _one_of(self, "training", "lr_scheduler", SCHEDULES)
         for name in ("beta1", "beta2"):
@@ -87,7 +96,8 @@ class TrainingConfig:
             raise ConfigError(f"training.indexer_loss_rows={self.indexer_loss_rows} is a share: at most 1")
         if self.min_learning_rate > self.learning_rate:
             raise ConfigError(
-                f"training.min_learning_rate={self.min_learning_rate} is above training.learning_rate={self.learning_rate}"
+                f"training.min_learning_rate={self.min_learning_rate} is above "
+                f"training.learning_rate={self.learning_rate}"
             )
         if self.stop_at_step is not None and self.stop_at_step > self.max_steps:
             raise ConfigError(
@@ -106,7 +116,9 @@ class DataConfig:
     """Where the text lies: folders that training/prepare_data.py made."""
 
     data_dir: str = _setting("data/quickstart", "a prepared dataset")
-    mixture: Optional[dict[str, float]] = _setting(None, "several prepared datasets, folder -> weight, in place of data_dir")  # noqa: UP045
+    mixture: dict[str, float] | None = _setting(
+        None, "several prepared datasets, folder -> weight, in place of data_dir"
+    )  # noqa: UP045
     num_workers: int = _setting(1, "threads that read ahead; 0 reads in line. Never changes the data")
 
     def __post_init__(self) -> None:
@@ -212,7 +224,7 @@ def load_config(path: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def did_you_mean(key: str, known: Sequence[str] | dict[str, Any]) -> str:
-    """"; did you mean ...?" with the closest known names, or how to list them all."""
+    """ "; did you mean ...?" with the closest known names, or how to list them all."""
     last = key.rpartition(".")[2]
     elsewhere = [k for k in known if k.rpartition(".")[2] == last]
     close = elsewhere or difflib.get_close_matches(key, list(known), n=3, cutoff=0.6)
@@ -299,10 +311,16 @@ def plan_batch(cfg: TrainingConfig, world_size: int) -> BatchPlan:
     if total % (micro * world_size):
         micros = [m for m in range(1, total // world_size + 1) if total % (m * world_size) == 0]
         ranks = [w for w in range(1, total // micro + 1) if total % (micro * w) == 0]
-        near = sorted({max(1, total // (micro * world_size)) * micro * world_size, -(-total // (micro * world_size)) * micro * world_size})
+        near = sorted(
+            {
+                max(1, total // (micro * world_size)) * micro * world_size,
+                -(-total // (micro * world_size)) * micro * world_size,
+            }
+        )
         raise ConfigError(
             f"training.global_batch_size={total} is not a multiple of training.micro_batch_size={micro} x {world_size} "
-            f"ranks; choose a micro_batch_size of {_short(micros) or 'nothing: too many ranks'}, or {_short(ranks)} ranks, "
+            f"ranks; choose a micro_batch_size of {_short(micros) or 'nothing: too many ranks'}, "
+            f"or {_short(ranks)} ranks, "
             f"or a global_batch_size of {' or '.join(map(str, near))}"
         )
     accumulation = total // (micro * world_size)

@@ -118,7 +118,9 @@ def embedded_files() -> list[Source]:
             if file.suffix == ".py" and ".." not in parts and not LEFT_OUT & set(parts[:-1]):
                 path = Path(str(file.locate()))
                 if path.is_file():
-                    sources.append(Source(str(path), "/".join(parts), "/".join(parts[:2]) if len(parts) > 2 else parts[0]))
+                    sources.append(
+                        Source(str(path), "/".join(parts), "/".join(parts[:2]) if len(parts) > 2 else parts[0])
+                    )
     unique = {source.name: source for source in sources}
     return [unique[name] for name in sorted(unique)]
 
@@ -226,7 +228,9 @@ def _usable(text: str, where: str) -> str | BadRecord:
     try:
         text.encode()
     except UnicodeEncodeError as err:
-        return BadRecord("lone_surrogate", where, f"half of a surrogate pair at character {err.start}: not Unicode text")
+        return BadRecord(
+            "lone_surrogate", where, f"half of a surrogate pair at character {err.start}: not Unicode text"
+        )
     return text
 
 
@@ -239,7 +243,9 @@ def _read_text(source: Source, how: Reading) -> Document | BadRecord:
 
 def _too_long(where: str, how: Reading) -> BadRecord:
     return BadRecord(
-        "too_long", where, f"document of more than {how.max_document_bytes >> 20} MiB; split it, or raise --max-document-mb"
+        "too_long",
+        where,
+        f"document of more than {how.max_document_bytes >> 20} MiB; split it, or raise --max-document-mb",
     )
 
 
@@ -268,7 +274,9 @@ def _read_jsonl(source: Source, how: Reading, file: BinaryIO) -> Iterator[Docume
 def _from_record(record: object, where: str, how: Reading) -> Document | BadRecord:
     if not isinstance(record, dict) or not isinstance(record.get(how.text_field), str):
         has = ", ".join(list(record)[:8]) if isinstance(record, dict) else type(record).__name__
-        return BadRecord("missing_field", where, f"no text in field {how.text_field!r} (it has {has}); see --text-field")
+        return BadRecord(
+            "missing_field", where, f"no text in field {how.text_field!r} (it has {has}); see --text-field"
+        )
     group = None
     if how.group_field is not None:
         if record.get(how.group_field) is None:

@@ -204,9 +204,7 @@ def step_samples(samples_consumed: int, plan: BatchPlan, rank: int) -> list[np.n
     for any number of ranks.
     """
     width = plan.micro_batch_size
-    starts = [
-        samples_consumed + (m * plan.world_size + rank) * width for m in range(plan.accumulation_steps)
-    ]
+    starts = [samples_consumed + (m * plan.world_size + rank) * width for m in range(plan.accumulation_steps)]
     return [np.arange(start, start + width) for start in starts]
 
 
@@ -218,7 +216,14 @@ class Loader:
     """
 
     def __init__(
-        self, data: PackedTokens, *, samples_consumed: int, plan: BatchPlan, rank: int, num_workers: int, pin_memory: bool
+        self,
+        data: PackedTokens,
+        *,
+        samples_consumed: int,
+        plan: BatchPlan,
+        rank: int,
+        num_workers: int,
+        pin_memory: bool,
     ) -> None:
         self._data, self._pin = data, pin_memory
         self._numbers = self._forever(samples_consumed, plan, rank)

@@ -71,7 +71,7 @@ def resolve_ds_config(path: Path | None, cfg: RunConfig, plan: BatchPlan, config
             if _differs(value, owned[key]):
                 raise ConfigError(
                     f"{path} says {key}={json.dumps(value)}, but {sources[key]} of {config_path} makes it "
-                    f"{json.dumps(owned[key])}; leave {key!r} out of the json, or say \"auto\""
+                    f'{json.dumps(owned[key])}; leave {key!r} out of the json, or say "auto"'
                 )
         elif key in ALLOWED or key in ("steps_per_print", "wall_clock_breakdown"):
             result[key] = value

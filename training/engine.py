@@ -33,6 +33,7 @@ from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
 
 from gsa.checkpoint import safe_load  # noqa: E402
+from gsa.checkpoint.manifest import CheckpointError  # noqa: E402
 from gsa.checkpoint.state import CLIENT_KEY  # noqa: E402
 from training.config import TrainingConfig  # noqa: E402
 from training.optimizer import group_hyperparameters, schedule_factor  # noqa: E402
@@ -54,7 +55,12 @@ def start(timeout_s: float) -> World:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         os.environ.update(
-            RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+            RANK="0",
+            WORLD_SIZE="1",
+            LOCAL_RANK="0",
+            LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=str(port),
         )
     size = environment_world_size()
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -139,7 +145,11 @@ class Engine:
         ds_config: Mapping[str, Any],
     ) -> None:
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=schedule, config=dict(ds_config), dist_init_required=False
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=schedule,
+            config=dict(ds_config),
+            dist_init_required=False,
         )
         self._files = _SafeFiles()
         self._engine.checkpoint_engine = self._files
@@ -225,7 +235,7 @@ class Engine:
         """
         path, client = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if path is None or CLIENT_KEY not in client:
-            raise safe_load.CheckpointError(
+            raise CheckpointError(
                 f"{checkpoint}: DeepSpeed found nothing to load, or the state of the run is missing; "
                 f"choose another checkpoint with --resume_from"
             )

@@ -14,7 +14,6 @@ import json
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import FrameType
 
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> int:
 
 
 def ranks(session: int) -> list[psutil.Process]:
-    """The training processes of a launcher's session: those that a launcher gave a RANK, started by none that has one."""
+    """The training processes of a session: those with a RANK, started by none that has one."""
     found = {}
     for process in psutil.process_iter():
         try:

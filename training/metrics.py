@@ -83,7 +83,9 @@ def read_rows(path: Path) -> list[dict]:
         except json.JSONDecodeError as err:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}, line {number}: not JSON ({err.msg}); restore the file or delete the line") from err
+            raise ValueError(
+                f"{path}, line {number}: not JSON ({err.msg}); restore the file or delete the line"
+            ) from err
     return rows
 
 

@@ -28,7 +28,12 @@ def parameter_groups(model: nn.Module, cfg: TrainingConfig) -> list[dict]:
     ".indexer."; the indexer learns from its own loss alone, so it may have its own learning rate
     (training.indexer_lr_multiplier). Inside a group the order is that of named_parameters().
     """
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], "indexer": [], "indexer_no_decay": []}
+    groups: dict[str, list[nn.Parameter]] = {
+        "decay": [],
+        "no_decay": [],
+        "indexer": [],
+        "indexer_no_decay": [],
+    }
     for name, parameter in model.named_parameters():
         if ".indexer." in name:
             group = "indexer" if parameter.ndim >= 2 else "indexer_no_decay"

@@ -82,20 +82,45 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="training.prepare_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("inputs", nargs="*", metavar="INPUT", help=".txt .md .jsonl .jsonl.gz .jsonl.zst .parquet, folders, globs")
+    parser = argparse.ArgumentParser(
+        prog="training.prepare_data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "inputs",
+        nargs="*",
+        metavar="INPUT",
+        help=".txt .md .jsonl .jsonl.gz .jsonl.zst .parquet, folders, globs",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder of the prepared dataset")
-    parser.add_argument("--embedded", action="store_true", help="the source text of Python and of this project's dependencies")
+    parser.add_argument(
+        "--embedded", action="store_true", help="the source text of Python and of this project's dependencies"
+    )
     parser.add_argument("--vocab-size", type=int, help="entries of the byte-level BPE to train (default: 8192)")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json, or qwen.tiktoken, in place of training one")
-    parser.add_argument("--eod-token", default=bpe.EOD, help="end-of-document token of the tokenizer (default: %(default)s)")
-    parser.add_argument("--text-field", default="text", help="field or column that holds the text (default: %(default)s)")
+    parser.add_argument(
+        "--eod-token", default=bpe.EOD, help="end-of-document token of the tokenizer (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--text-field", default="text", help="field or column that holds the text (default: %(default)s)"
+    )
     parser.add_argument("--group-field", help="field whose records stay in one split (default: each record by itself)")
     parser.add_argument("--held-out", type=float, default=0.015, help="share of groups held out (default: %(default)s)")
-    parser.add_argument("--limit-mb", type=float, help="keep about this many MB of documents, chosen by hash (default: all)")
-    parser.add_argument("--max-document-mb", type=int, default=64, help="largest document, in MiB (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: %(default)s)")
-    parser.add_argument("--on-bad", choices=("error", "skip"), help="a bad document ends it, or is counted (default: error; skip for --embedded)")
+    parser.add_argument(
+        "--limit-mb", type=float, help="keep about this many MB of documents, chosen by hash (default: all)"
+    )
+    parser.add_argument(
+        "--max-document-mb", type=int, default=64, help="largest document, in MiB (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--on-bad",
+        choices=("error", "skip"),
+        help="a bad document ends it, or is counted (default: error; skip for --embedded)",
+    )
     parser.add_argument("--force", action="store_true", help="replace a dataset made from other input or options")
     args = parser.parse_args(argv)
     if args.embedded == bool(args.inputs):
@@ -119,7 +144,9 @@ def _prepare(args: argparse.Namespace) -> int:
     given = bpe.load(args.tokenizer) if args.tokenizer else None
     eod = args.eod_token
     if given is not None and given.token_to_id(eod) is None:
-        raise PrepareError(f"--tokenizer {args.tokenizer} has no token {eod!r}; name its end of document with --eod-token")
+        raise PrepareError(
+            f"--tokenizer {args.tokenizer} has no token {eod!r}; name its end of document with --eod-token"
+        )
     vocab = None if given else args.vocab_size or 8192
     options = {
         "code": CODE_VERSION, "reading": asdict(how), "skip_bad": skip_bad, "held_out": args.held_out,
@@ -134,7 +161,9 @@ def _prepare(args: argparse.Namespace) -> int:
     work = args.out / "work"
     work.mkdir(parents=True, exist_ok=True)
     units = _units(sources)
-    with ProcessPoolExecutor(args.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_worker) as pool:
+    with ProcessPoolExecutor(
+        args.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_worker
+    ) as pool:
         scans = _each(pool, _scan, [Job(unit, str(work), key, how, skip_bad) for unit in units], "reading")
         keep, skipped = _choose(scans, args.limit_mb)
         held_out = _held_out_groups(scans, keep, args.held_out)
@@ -149,7 +178,11 @@ def _prepare(args: argparse.Namespace) -> int:
             jobs.append(Job(unit, str(work), encode_key, how, skip_bad, eod_id))
         encoded = _each(pool, _encode_unit, jobs, "encoding")
     manifest = _assemble(args.out, work, tokenizer, eod, units, encoded)
-    manifest |= {"skipped": dict(sorted(skipped.items())), "sources": _sources(units, scans, keep), "key": key}
+    manifest |= {
+        "skipped": dict(sorted(skipped.items())),
+        "sources": _sources(units, scans, keep),
+        "key": key,
+    }
     manifest["overlap"] = _overlap(args.out, manifest)
     manifest["fingerprint"] = _fingerprint(manifest)
     _write(args.out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
@@ -200,16 +233,22 @@ def _worker() -> None:
 
 
 def _each(pool: ProcessPoolExecutor, work: Callable[[Job], dict], jobs: list[Job], title: str) -> list[dict]:
-    """Results in order, with a bar on a terminal. The first bad document by order ends it, whichever came first in time."""
+    """Results in order, with a bar on a terminal. The first bad document in order ends it, not in time."""
     results = []
     try:
-        for result in tqdm(pool.map(work, jobs), total=len(jobs), desc=title, unit="unit", disable=not sys.stderr.isatty()):
+        for result in tqdm(
+            pool.map(work, jobs), total=len(jobs), desc=title, unit="unit", disable=not sys.stderr.isatty()
+        ):
             if result["error"]:
                 pool.shutdown(cancel_futures=True)
-                raise PrepareError(f"{result['error']}. Mend it, or count and leave out such documents with --on-bad skip")
+                raise PrepareError(
+                    f"{result['error']}. Mend it, or count and leave out such documents with --on-bad skip"
+                )
             results.append(result)
     except BrokenProcessPool as err:
-        raise PrepareError(f"a worker was killed while {title} (out of memory?); run the command again to go on") from err
+        raise PrepareError(
+            f"a worker was killed while {title} (out of memory?); run the command again to go on"
+        ) from err
     return results
 
 
@@ -238,7 +277,9 @@ def _scan(job: Job) -> dict:
         raw = item.text.encode()
         digest = hashlib.blake2b(raw, digest_size=16).digest()
         hashes.append(digest)
-        groups.append(digest[:8] if item.group is None else hashlib.blake2b(item.group.encode(), digest_size=8).digest())
+        groups.append(
+            digest[:8] if item.group is None else hashlib.blake2b(item.group.encode(), digest_size=8).digest()
+        )
         sizes.append(len(raw))
         origin.append(job.unit.sources.index(source))
     result = {
@@ -287,9 +328,12 @@ def _held_out_groups(scans: list[dict], keep: list[np.ndarray], share: float) ->
     """Hashes of the groups that are held out: a keyed hash below `share`, and at least one group of two."""
     groups = np.unique(np.concatenate([scan["groups"][kept] for scan, kept in zip(scans, keep, strict=True)]))
     if len(groups) < 2:
-        raise PrepareError("all documents are of one group: nothing can be held out; give more files, or name a --group-field")
+        raise PrepareError(
+            "all documents are of one group: nothing can be held out; give more files, or name a --group-field"
+        )
     keyed = np.array([
-        int.from_bytes(hashlib.blake2b(g.tobytes(), key=b"held-out 1", digest_size=8).digest(), "little") for g in groups
+        int.from_bytes(hashlib.blake2b(g.tobytes(), key=b"held-out 1", digest_size=8).digest(), "little")
+        for g in groups
     ], dtype=np.uint64)  # fmt: skip
     chosen = groups[keyed < np.uint64(min(share * 2.0**64, 2.0**64 - 2**12))]
     if len(chosen) == len(groups):
@@ -298,7 +342,14 @@ def _held_out_groups(scans: list[dict], keep: list[np.ndarray], share: float) ->
 
 
 def _trained(
-    work: Path, key: str, units: list[Unit], scans: list[dict], keep: list[np.ndarray], held_out: np.ndarray, how: Reading, vocab: int
+    work: Path,
+    key: str,
+    units: list[Unit],
+    scans: list[dict],
+    keep: list[np.ndarray],
+    held_out: np.ndarray,
+    how: Reading,
+    vocab: int,
 ) -> Tokenizer:
     """A tokenizer trained on at most SAMPLE_BYTES of training documents, those of the lowest hash."""
     path = work / f"trained_{key[:16]}.json"
@@ -318,7 +369,10 @@ def _trained(
                 documents = (d for s in unit.sources for d in read_documents(s, how) if isinstance(d, Document))
                 yield from (d.text for d, want in zip(documents, wanted, strict=True) if want)
 
-    print(f"training a byte-level BPE of {vocab} entries on {sizes[first <= limit].sum() / 1e6:.0f} MB", flush=True)
+    print(
+        f"training a byte-level BPE of {vocab} entries on {sizes[first <= limit].sum() / 1e6:.0f} MB",
+        flush=True,
+    )
     tokenizer = bpe.train(texts(), vocab)
     _write(path, tokenizer.to_str())
     return tokenizer
@@ -348,7 +402,10 @@ def _encode_unit(job: Job) -> dict:
             ids = np.asarray([*bpe.encode(tokenizer, document.text), job.eod_id], dtype=np.int64)
             if int(ids.max()) >= vocab:
                 # astype would wrap 70000 to 4464 in silence
-                return {"error": f"{document.where}: token id {ids.max()} is outside the vocabulary of {vocab}", "key": job.key}
+                return {
+                    "error": f"{document.where}: token id {ids.max()} is outside the vocabulary of {vocab}",
+                    "key": job.key,
+                }
             split = SPLITS[choice - 1]
             files[split].write(ids.astype(dtype).tobytes())
             entry = out[split]
@@ -501,7 +558,10 @@ def _documents(out: Path, split: dict, dtype: np.dtype) -> list[np.ndarray]:
     for shard in split["shards"]:
         path = out / shard["file"]
         if shard["tokens"]:
-            tokens, ends = np.memmap(path, dtype=dtype, mode="r"), np.load(path.with_name(path.stem + ".ends.npy"))
+            tokens, ends = (
+                np.memmap(path, dtype=dtype, mode="r"),
+                np.load(path.with_name(path.stem + ".ends.npy")),
+            )
             documents += np.split(tokens, ends[:-1])
     return documents
 

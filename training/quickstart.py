@@ -24,7 +24,9 @@ CPU_RANKS = 2
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="training.quickstart", description=__doc__)
-    parser.add_argument("--config", type=Path, default=Path("training/configs/quickstart.yaml"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--config", type=Path, default=Path("training/configs/quickstart.yaml"), help="(default: %(default)s)"
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"), help="(default: %(default)s)")
     parser.add_argument("--stop_at", type=int, default=100, help="step to stop and resume at (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, over the yaml")

@@ -44,7 +44,7 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load(path: Path) -> Tokenizer:
-    """A tokenizer.json, or a *.tiktoken rank file of Qwen2.5 rebuilt. PrepareError when it is neither or not byte-level."""
+    """A tokenizer.json, or Qwen2.5's *.tiktoken rank file rebuilt. PrepareError when neither, or not byte-level."""
     try:
         tokenizer = from_tiktoken(path) if path.suffix == ".tiktoken" else Tokenizer.from_file(str(path))
     except PrepareError:
@@ -67,7 +67,10 @@ def from_tiktoken(path: Path) -> Tokenizer:
     A rank file has no merges; the last merge of a token is found by merging it with lower ranks only.
     """
     try:
-        ranks = {base64.b64decode(word): int(rank) for word, rank in (line.split() for line in path.read_bytes().splitlines() if line)}
+        ranks = {
+            base64.b64decode(word): int(rank)
+            for word, rank in (line.split() for line in path.read_bytes().splitlines() if line)
+        }
     except (OSError, ValueError) as err:
         raise PrepareError(f"--tokenizer {path}: not a tiktoken rank file ({err})") from err
     letters = _byte_letters()
@@ -83,7 +86,8 @@ def from_tiktoken(path: Path) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE({spell(token): rank for token, rank in ranks.items()}, merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        pre_tokenizers.Split(Regex(QWEN_PATTERN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])  # fmt: skip
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(word, special=True, normalized=False) for word in QWEN_SPECIAL])
@@ -102,7 +106,7 @@ def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes
 
 
 def _byte_letters() -> dict[int, str]:
-    """The letter that byte-level BPE writes for each byte: printable ones are themselves, the rest follow from 256 on."""
+    """The letter that byte-level BPE writes for each byte: printable ones themselves, the rest from 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {byte: chr(byte) for byte in printable}
     rest = [byte for byte in range(256) if byte not in letters]

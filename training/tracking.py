@@ -40,7 +40,10 @@ class Tracker:
             return
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_key() else "offline")
         if mode == "offline" and "WANDB_MODE" not in os.environ:
-            print(f"W&B: no key found, so this run is tracked offline under {output_dir / 'wandb'}", file=sys.stderr)
+            print(
+                f"W&B: no key found, so this run is tracked offline under {output_dir / 'wandb'}",
+                file=sys.stderr,
+            )
         try:
             import wandb
 
@@ -79,4 +82,7 @@ class Tracker:
 
     def _give_up(self, what: str, err: Exception) -> None:
         self._run = None
-        print(f"W&B {what} ({type(err).__name__}: {err}); training goes on, metrics.jsonl has every row", file=sys.stderr)
+        print(
+            f"W&B {what} ({type(err).__name__}: {err}); training goes on, metrics.jsonl has every row",
+            file=sys.stderr,
+        )

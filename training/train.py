@@ -41,20 +41,26 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="training/train.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=f"Every key, as it stands in the yaml or as key=value on the command line:\n\n{run_config.format_help()}",
+        epilog=f"Every key of the yaml, or key=value on the command line:\n\n{run_config.format_help()}",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, required=True, help="the run's yaml, e.g. training/configs/quickstart.yaml")
+    parser.add_argument(
+        "--config", type=Path, required=True, help="the run's yaml, e.g. training/configs/quickstart.yaml"
+    )
     parser.add_argument("--output_dir", type=Path, required=True, help="the run's folder, e.g. outputs/quickstart")
     parser.add_argument(
-        "--deepspeed_config", type=Path, help="ZeRO stage, buckets and offload, e.g. ds_configs/zero3.json (default: ZeRO 2)"
+        "--deepspeed_config",
+        type=Path,
+        help="ZeRO stage, buckets and offload, e.g. ds_configs/zero3.json (default: ZeRO 2)",
     )
     parser.add_argument(
         "--resume_from", metavar="PATH|TAG|latest|auto",
         help="continue a checkpoint; auto takes the newest good one, and starts afresh when there is none",
     )  # fmt: skip
     parser.add_argument(
-        "--allow_config_change", action="store_true", help="resume although a changed key changes the curve, and use the new value"
+        "--allow_config_change",
+        action="store_true",
+        help="resume although a changed key changes the curve, and use the new value",
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, over the yaml")
@@ -134,7 +140,11 @@ def run(prepared: Prepared, world: World) -> int:
             folder.write_inputs(config_yaml=run_config.to_yaml(cfg), ds_config=prepared.ds_config)
         world.barrier()
         with Watchdog(
-            folder.path, rank=world.rank, size=world.size, timeout_s=cfg.training.hang_timeout_s, launch=str(launch)
+            folder.path,
+            rank=world.rank,
+            size=world.size,
+            timeout_s=cfg.training.hang_timeout_s,
+            launch=str(launch),
         ) as watchdog:
             trainer = Trainer(
                 cfg, ds_config=prepared.ds_config, plan=prepared.plan, world=world, folder=folder, data=data,
@@ -176,7 +186,10 @@ def _choose_checkpoint(args: argparse.Namespace, cfg: RunConfig, folder: RunFold
     changes = config_changes(read_config_json(found), run_config.to_plain(cfg))
     for change in changes:
         if change.effect != "harmless":
-            print(f"changed since {found.name}: {change.key}: {change.old!r} -> {change.new!r} ({change.effect})", flush=True)
+            print(
+                f"changed since {found.name}: {change.key}: {change.old!r} -> {change.new!r} ({change.effect})",
+                flush=True,
+            )
     impossible = [c.key for c in changes if c.effect == "impossible"]
     if impossible:
         raise ConfigError(

@@ -6,7 +6,7 @@ import math
 import resource
 import signal
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from gsa import GSAForCausalLM
 from gsa.checkpoint import manifest
-from gsa.checkpoint.state import RunState, write_config_json
+from gsa.checkpoint.state import RunState
 from gsa.weights import load_weights, save_weights
 from training import config as run_config
 from training.clock import StepClock
@@ -23,7 +23,7 @@ from training.config import BatchPlan, RunConfig
 from training.data import Loader, PackedTokens, permute
 from training.engine import DEEPSPEED_VERSION, Engine
 from training.evaluate import evaluate, unigram_score
-from training.metrics import Console, MetricsLog, format_seconds, rewind
+from training.metrics import Console, MetricsLog, rewind
 from training.optimizer import build_optimizer, build_schedule
 from training.run_folder import PROJECT, RunFolder, version
 from training.tracking import Tracker, new_run_id
@@ -92,9 +92,7 @@ class Trainer:
             self._take_up(resume, allow_config_change)
         self._first_step = self.step
         self.world.barrier()  # every rank has read run.json before rank 0 writes it
-        self.console = Console(
-            world.is_main, self._end(), initial=self.step, log_interval=cfg.training.log_interval
-        )
+        self.console = Console(world.is_main, self._end(), initial=self.step, log_interval=cfg.training.log_interval)
         self.log: MetricsLog | None = None
         if world.is_main:
             self._open_run(resume, moved=self._set_aside() if continued else 0)
@@ -211,9 +209,7 @@ class Trainer:
             self._phase(clock, "data")
             batch = next(loader).to(self.world.device, non_blocking=True)
             self._phase(clock, "forward")
-            out = self.engine.forward(
-                batch.tokens, batch.targets, batch.doc_start, indexer_rows=rows, n_targets=share
-            )
+            out = self.engine.forward(batch.tokens, batch.targets, batch.doc_start, indexer_rows=rows, n_targets=share)
             self._phase(clock, "backward")
             self.engine.backward(out.loss + cfg.indexer_loss_weight * out.indexer_loss)
             self._phase(clock, "step")
@@ -264,7 +260,12 @@ class Trainer:
         }  # fmt: skip
 
     def _diverged(
-        self, losses: list[torch.Tensor], indexer_losses: list[torch.Tensor], first: int, loss: float, grad_norm: float
+        self,
+        losses: list[torch.Tensor],
+        indexer_losses: list[torch.Tensor],
+        first: int,
+        loss: float,
+        grad_norm: float,
     ) -> None:
         """Every rank is here, since the sums are the same on all: find out whose micro-batches did it, and raise."""
         plan = self.plan
@@ -280,7 +281,8 @@ class Trainer:
                 where = "; ".join(str(place) for place in self.data.describe(samples))
                 found.append(f"rank {rank}, samples {start}..{start + plan.micro_batch_size - 1} ({where})")
         culprits = "\n  ".join(found) or (
-            f"no single micro-batch: the gradient of samples {first}..{first + plan.global_batch_size - 1} is not finite"
+            f"no single micro-batch: the gradient of samples {first}..{first + plan.global_batch_size - 1} "
+            f"is not finite"
         )
         newest = manifest.latest_tag(self.folder.path)
         raise Diverged(
@@ -316,7 +318,11 @@ class Trainer:
                 self.engine, self.held_out, self.world, n_windows=cfg.eval_windows,
                 micro_batch_size=self.plan.micro_batch_size,
             )  # fmt: skip
-            row |= {f"eval_loss{suffix}": score.loss, f"eval_bpb{suffix}": score.bpb, "eval_tokens": score.tokens}
+            row |= {
+                f"eval_loss{suffix}": score.loss,
+                f"eval_bpb{suffix}": score.bpb,
+                "eval_tokens": score.tokens,
+            }
         self.model.set_stage(stage)
         if not self.world.is_main:
             return
@@ -346,13 +352,12 @@ class Trainer:
             tracking_id=self.tracking_id, stage=self.model.stage,
             versions={"torch": str(torch.__version__), "deepspeed": DEEPSPEED_VERSION, "project": version(PROJECT)},
             world_size=self.world.size, zero_stage=self.engine.zero_stage,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         hashes = self.engine.save(self.folder.path, tag, state.to_dict())
         weights = self.engine.full_weights()
         if self.world.is_main:
-            save_weights(weights, step_dir)
-            write_config_json(state.config, step_dir)
+            save_weights(weights, state.config, step_dir)
             sealed = manifest.seal(step_dir, hashes=hashes)
             manifest.publish(self.folder.path, tag)
             size = sum(entry.bytes for entry in sealed.files.values())

@@ -27,8 +27,9 @@ class Watchdog:
     """Context manager around a run. `beat(phase)` at the start of each phase of the loop costs one assignment.
 
     timeout_s: a rank silent for longer than this in one phase is taken for hung. All ranks must share
-    output_dir and `launch`, a word that tells this launch's files from an earlier one's. On a finding, every living rank prints the late or dead ranks and the stacks of all its
-    threads (also to .ranks/stacks_rank_<r>.txt), and exits with code 1.
+    output_dir and `launch`, a word that tells this launch's files from an earlier one's. On a finding, every
+    living rank prints the late or dead ranks and the stacks of all its threads (also to
+    .ranks/stacks_rank_<r>.txt), and exits with code 1.
     """
 
     def __init__(self, output_dir: Path, *, rank: int, size: int, timeout_s: float, launch: str) -> None:
@@ -106,7 +107,9 @@ class Watchdog:
                 time.sleep(POLL_S)  # its own last words may still be on their way
                 self._end(self._words("died", dead))
             if frozen:
-                self._end(self._words(f"gave no sign of life for {self._timeout:.0f} s (stopped or swapped out?)", frozen))
+                self._end(
+                    self._words(f"gave no sign of life for {self._timeout:.0f} s (stopped or swapped out?)", frozen)
+                )
             if silent > self._patience(self._phase):
                 counts = {r: p["count"] for r, p in peers.items()} | {self._rank: self._count}
                 late = [r for r, c in counts.items() if c == min(counts.values())]

@@ -62,7 +62,11 @@ class GatedSparseAttention(nn.Module):
         if self.indexer is None:
             mask, n_selected = at.seen, _mean_visible(at.seen, T, x.device)
         else:
-            seen = at.seen if at.seen is not None else kernels.visible(torch.zeros(1, T, dtype=torch.long, device=x.device))
+            seen = (
+                at.seen
+                if at.seen is not None
+                else kernels.visible(torch.zeros(1, T, dtype=torch.long, device=x.device))
+            )
             scores = self.indexer(x, at.indexer_cos, at.indexer_sin)
             seen = seen.expand_as(scores)
             if self.stage == "sparse":

@@ -32,7 +32,9 @@ class Selector(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, scores: torch.Tensor, seen: torch.Tensor, alpha: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, scores: torch.Tensor, seen: torch.Tensor, alpha: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """mask (B, T, S) bool, k (B, T) int64, and variance_sums (2,) float64: see `variance_sums`.
 
         scores: (B, T, S); seen: (B, T, S) bool, the visible keys; alpha: 0-dim, the indexer's temperature.
@@ -45,7 +47,12 @@ class Selector(nn.Module):
         return kernels.select(scores, seen, k, self.n_indexer_heads), k, sums
 
     def _factor(
-        self, scores: torch.Tensor, seen: torch.Tensor, n: torch.Tensor, alpha: torch.Tensor, variance: torch.Tensor | None
+        self,
+        scores: torch.Tensor,
+        seen: torch.Tensor,
+        n: torch.Tensor,
+        alpha: torch.Tensor,
+        variance: torch.Tensor | None,
     ) -> torch.Tensor:
         """m[t], (B, T): between 1/2 and 3/2; 1 where nothing can be said."""
         if self.mode == "off":
@@ -59,7 +66,7 @@ class Selector(nn.Module):
 
     @torch.no_grad()
     def update_v_ref(self, total: torch.Tensor, count: torch.Tensor) -> None:
-        """Folds in the mean variance of one global batch; the first one is taken as it is, an empty one changes nothing."""
+        """Folds in the mean variance of one global batch; the first is taken as it is, an empty one changes nothing."""
         mean = (total / count.clamp_min(1)).to(self.v_ref)
         moved = torch.where(self.v_ref > 0, V_REF_DECAY * self.v_ref + (1 - V_REF_DECAY) * mean, mean)
         self.v_ref.copy_(torch.where(count > 0, moved, self.v_ref))

@@ -1,1 +1,1 @@
-"""What a checkpoint directory is: docs/checkpoints.md. Knows torch, never DeepSpeed."""
+"""What a checkpoint directory is: docs/checkpoints.md. Knows torch, never DeepSpeed or training."""

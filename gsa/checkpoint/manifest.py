@@ -1,9 +1,8 @@
-"""When a checkpoint exists, and which one to take: docs/checkpoints.md.
+"""A folder is a checkpoint when its manifest exists, and a good one when every file agrees with it.
 
-A folder step_N is a checkpoint once its manifest.json is there: every file's size and sha256, and a digest
-of the manifest itself. The manifest is written last, synced and renamed into place; then the text file
-`latest` is replaced. So a kill at any moment leaves whole checkpoints and, at worst, a torn folder, which
-everything here passes over by name.
+The manifest lists the size and sha256 of every file. It is written last, so that a save cut short at any
+moment leaves a folder without one: torn, never mistaken for a checkpoint. Each run folder has one process
+that seals, publishes, retains and clears; any number may read. Format: docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -11,43 +10,68 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+import stat
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
-
-from gsa.checkpoint.errors import CheckpointError
-
-__all__ = ["CheckpointError"]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
 PIN = "pinned"
-TEMPORARY = ".tmp"
-TRASH = ".trash-"
-BLOCK_BYTES = 8 * 2**20
+"""An empty file of this name in a checkpoint's folder keeps `retain` from deleting it."""
+
+_TAG = re.compile(r"step_(0|[1-9][0-9]*)")
+_TEMPORARY = ".tmp"
+_TRASH = ".trash-"
+_BLOCK_BYTES = 8 * 2**20
+_HASHING_THREADS = 4
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, written or found; the message names the file and says how to mend it."""
 
 
 @dataclass(frozen=True)
-class Entry:
+class FileEntry:
     bytes: int
     sha256: str
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """files: path relative to the step folder -> size and hash. created: UTC, ISO 8601."""
+    """files: by path relative to the checkpoint's folder, with forward slashes. created: ISO 8601, UTC."""
 
-    files: dict[str, Entry]
+    files: Mapping[str, FileEntry]
     created: str
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the rest of the manifest. It finds damage, not forgery: anyone can seal a folder."""
+        canonical = json.dumps(self._body(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def render(self) -> bytes:
+        """The one file content that means this manifest."""
+        return (json.dumps({**self._body(), "digest": self.digest}, sort_keys=True, indent=1) + "\n").encode()
+
+    def _body(self) -> dict:
+        return {
+            "format": FORMAT,
+            "created": self.created,
+            "files": {name: asdict(entry) for name, entry in self.files.items()},
+        }
 
 
 @dataclass(frozen=True)
 class Found:
-    """A step folder. complete: its manifest is there and whole; reason: why not."""
+    """A `step_N` folder. complete: names and sizes agree with the manifest, reason says why not."""
 
     tag: str
     step: int
@@ -56,246 +80,343 @@ class Found:
     reason: str
 
 
-# -- writing ------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Removed:
+    tag: str
+    reason: str
 
 
-def seal(step_dir: Path, *, hashes: Mapping[str, tuple[int, str]] | None = None) -> Manifest:
-    """Makes a folder a checkpoint: writes the manifest of every file in it.
+# -- writing -----------------------------------------------------------------------------------------------
 
-    hashes: {relative path: (bytes, sha256)} of files whose writer synced and hashed them; the others are
-    synced and hashed here. A size that disagrees with the disk is a CheckpointError.
+
+def seal(
+    step_dir: Path,
+    files: Collection[str] | None = None,
+    *,
+    hashes: Mapping[str, tuple[int, str]] | None = None,
+) -> Manifest:
+    """Makes a checkpoint of a finished folder: every file forced to disk, then the manifest.
+
+    files: relative paths the checkpoint must consist of; None takes what is there.
+    hashes: (bytes, sha256) by relative path, from writers that hashed what they wrote; the rest is read.
+    Sealing again replaces the manifest. Raises CheckpointError, before a manifest is written, when a file is
+    missing, not asked for, not a regular file or not as long as its writer said, and when the disk refuses.
     """
-    known = dict(hashes or {})
-    names = _payload(step_dir)
-    for name, (size, _) in known.items():
-        if name not in names or (step_dir / name).stat().st_size != size:
-            raise CheckpointError(f"{step_dir / name} is not what its writer reported ({size} bytes); the save is void")
+    hashes = hashes or {}
+    present = _contents(step_dir)
+    wanted = set(present if files is None else files) | set(hashes)
+    wrong = [f"{name}: missing; is the folder shared by all ranks?" for name in sorted(wanted - set(present))]
+    wrong += [f"{name}: not among the files to seal; delete it" for name in sorted(set(present) - wanted)]
+    if not wanted:
+        wrong = ["there is no file in it"]
+    if wrong:
+        raise CheckpointError(f"{step_dir} cannot become a checkpoint:\n  " + "\n  ".join(wrong))
 
-    def entry(name: str) -> Entry:
-        if name in known:
-            return Entry(*known[name])
-        _sync(step_dir / name)
-        return _hash(step_dir / name)
+    def entry_of(name: str) -> FileEntry:
+        path = present[name]
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise CheckpointError(f"{path}: a link or special file; a checkpoint holds only files of its own")
+        _fsync(path)
+        size = path.stat().st_size
+        if name not in hashes:
+            return FileEntry(size, _sha256(path))
+        written, sha256 = hashes[name]
+        if size != written:
+            raise CheckpointError(f"{path}: {size} bytes on disk, {written} were written; save again")
+        return FileEntry(size, sha256)
 
-    with ThreadPoolExecutor(4) as pool:
-        files = dict(zip(names, pool.map(entry, names), strict=True))
-    manifest = Manifest(files, datetime.now(timezone.utc).isoformat(timespec="seconds"))
-    body = _body(manifest)
-    _write_synced(step_dir / MANIFEST, json.dumps(body | {"digest": _digest(body)}, indent=1) + "\n")
-    _sync(step_dir.parent)
+    with writing(step_dir):
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+            entries = dict(zip(sorted(wanted), pool.map(entry_of, sorted(wanted)), strict=True))
+        folders = {folder for path in present.values() for folder in path.parents}
+        for folder in (f for f in folders if f.is_relative_to(step_dir)):
+            _fsync(folder)
+        manifest = Manifest(entries, datetime.now(UTC).isoformat(timespec="seconds"))
+        write_durably(step_dir / MANIFEST, manifest.render())
+        _fsync(step_dir.parent)  # the folder's own name
     return manifest
 
 
 def publish(output_dir: Path, tag: str) -> None:
-    """Points `latest` at a sealed checkpoint, atomically."""
-    _write_synced(output_dir / LATEST, tag + "\n")
+    """Makes `latest` name a sealed checkpoint, in one step. Raises CheckpointError when it is not sealed."""
+    read(output_dir / tag)
+    write_durably(output_dir / LATEST, f"{tag}\n".encode())
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns what the operating system says against writing `path` into a CheckpointError."""
+    try:
+        yield
+    except OSError as err:
+        raise CheckpointError(
+            f"{path} could not be written: {err.strerror or err}; checkpoints made before are untouched. "
+            f"Free space or mend the disk, then --resume_from auto"
+        ) from err
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Replaces a file: after a crash at any moment it has its old content or all of the new.
+
+    Raises CheckpointError when the disk refuses.
+    """
+    temporary = path.with_name(path.name + _TEMPORARY)
+    with writing(path):
+        temporary.write_bytes(data)
+        replace_durably(temporary, path)
+
+
+def replace_durably(temporary: Path, path: Path) -> None:
+    """Gives a finished file its name; it and its name are on disk when this returns."""
+    _fsync(temporary)
+    os.replace(temporary, path)
+    _fsync(path.parent)
 
 
 def clear_torn(step_dir: Path) -> None:
-    """Removes what an interrupted save left at this place. CheckpointError if a whole checkpoint is there."""
-    if is_complete(step_dir):
-        raise CheckpointError(f"{step_dir} is a checkpoint already; it is never overwritten in place")
+    """Removes what an interrupted save left, so that the step can be saved again; nothing there is fine.
+
+    Raises CheckpointError when the folder has a manifest, good or damaged: that is for a person to move.
+    """
+    if (step_dir / MANIFEST).exists():
+        raise CheckpointError(f"{step_dir} holds a checkpoint already and is not overwritten; move it away")
     if step_dir.exists():
-        shutil.rmtree(step_dir)
+        _discard(step_dir)
 
 
-# -- reading ------------------------------------------------------------------------------------------
+def retain(
+    output_dir: Path, keep_last: int, keep_every: int | None = None, pinned: Collection[str] = ()
+) -> list[Removed]:
+    """Deletes old checkpoints, after the newest has been read back and found good.
 
-
-def read(step_dir: Path) -> Manifest:
-    """The manifest of a checkpoint. CheckpointError when it is absent, edited, or of a newer format."""
-    path = step_dir / MANIFEST
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        body = {key: raw[key] for key in ("format", "created", "files")}
-        digest = raw["digest"]
-    except FileNotFoundError as err:
-        if not step_dir.exists():
-            raise CheckpointError(f"{step_dir} does not exist") from err
-        raise CheckpointError(f"{step_dir} has no {MANIFEST}: its save was interrupted; choose another checkpoint") from err
-    except (OSError, ValueError, KeyError, TypeError) as err:
-        raise CheckpointError(f"{path} is damaged ({type(err).__name__}); choose another checkpoint") from err
-    if raw["format"] != FORMAT:
-        raise CheckpointError(f"{path} has format {raw['format']!r}, this project reads {FORMAT}; update the project")
-    if digest != _digest(body):
-        raise CheckpointError(f"{path} was edited or is damaged: its digest does not hold; choose another checkpoint")
-    return Manifest({name: Entry(**entry) for name, entry in body["files"].items()}, body["created"])
-
-
-def verify(step_dir: Path, *, hashes: bool = True) -> Manifest:
-    """Checks every file of a checkpoint: presence and size, and with `hashes` every byte.
-
-    CheckpointError lists all bad files. A file that the manifest does not know is one of them.
+    Kept: the newest `keep_last` (at least 1), those whose step is a multiple of `keep_every`, those tagged in
+    `pinned` or holding a file `pinned`, the one `latest` names, linked folders, and damaged ones, which are
+    for a person to look at. Folders without a manifest older than the newest checkpoint are deleted too.
+    Raises CheckpointError, with no checkpoint deleted, when the newest is not good.
     """
-    manifest = read(step_dir)
-
-    def fault(name: str) -> str | None:
-        path, entry = step_dir / name, manifest.files[name]
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != entry.bytes:
-            return f"{name} has {path.stat().st_size} bytes, not {entry.bytes}"
-        if hashes and _hash(path).sha256 != entry.sha256:
-            return f"{name} is damaged: its sha256 is not the manifest's"
-        return None
-
-    with ThreadPoolExecutor(4) as pool:
-        faults = [found for found in pool.map(fault, manifest.files) if found]
-    faults += [f"{name} is not in the manifest" for name in _payload(step_dir) if name not in manifest.files]
-    if faults:
-        raise CheckpointError(f"{step_dir}: {'; '.join(faults)}. Choose another checkpoint, or restore the file(s)")
-    return manifest
-
-
-def is_complete(step_dir: Path) -> bool:
-    """Is there a whole manifest? Says nothing of the other files' bytes: `verify` does."""
-    try:
-        read(step_dir)
-    except CheckpointError:
-        return False
-    return True
-
-
-def latest_tag(output_dir: Path) -> str | None:
-    """What `latest` says; None when there is no such file."""
-    try:
-        return (output_dir / LATEST).read_text(encoding="utf-8").strip() or None
-    except OSError:
-        return None
-
-
-def list_checkpoints(output_dir: Path) -> list[Found]:
-    """Every step_N folder of a run, by step, torn ones too."""
-    found = []
-    for path in output_dir.glob("step_*"):
-        number = path.name.removeprefix("step_")
-        if not (number.isdecimal() and path.is_dir()):
-            continue
-        try:
-            read(path)
-            found.append(Found(path.name, int(number), path, True, ""))
-        except CheckpointError as err:
-            found.append(Found(path.name, int(number), path, False, str(err)))
-    return sorted(found, key=lambda each: each.step)
-
-
-def newest_good(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every byte verifies, and a line for each newer one passed over."""
-    passed_over = []
-    for found in reversed(list_checkpoints(output_dir)):
-        try:
-            verify(found.path)
-            return found.path, passed_over
-        except CheckpointError as err:
-            passed_over.append(str(err))
-    return None, passed_over
-
-
-def resolve(resume_from: str, output_dir: Path) -> Path:
-    """The folder that a path, a tag or "latest" means. CheckpointError names what exists when it means none."""
-    if resume_from == LATEST:
-        tag = latest_tag(output_dir)
-        if tag is None:
-            raise CheckpointError(f"{output_dir / LATEST} does not exist: {_what_exists(output_dir)}")
-        path = output_dir / tag
-        if Path(tag).name != tag or not path.is_dir():
-            raise CheckpointError(f"{output_dir / LATEST} names {tag!r}, which is not there: {_what_exists(output_dir)}")
-        return path
-    for path in (output_dir / resume_from, Path(resume_from)):
-        if path.is_dir():
-            return path
-    raise CheckpointError(f"no checkpoint {resume_from!r}, neither in {output_dir} nor as a path: {_what_exists(output_dir)}")
-
-
-def _what_exists(output_dir: Path) -> str:
-    complete = [found.tag for found in list_checkpoints(output_dir) if found.complete]
-    return f"there are {', '.join(complete)}" if complete else f"{output_dir} holds no whole checkpoint"
-
-
-# -- keeping ------------------------------------------------------------------------------------------
-
-
-def retain(output_dir: Path, *, keep_last: int, keep_every: int | None = None) -> list[str]:
-    """Deletes old checkpoints, and torn folders older than the newest; returns a line for each.
-
-    Kept: the newest keep_last, those whose step is a multiple of keep_every, those with a file named
-    `pinned`, and what `latest` names. Nothing is deleted unless the newest verifies. A checkpoint is renamed
-    out of sight before its files go, so a kill in between leaves nothing that looks whole.
-    """
-    if keep_last < 1:
-        raise ValueError(f"keep_last={keep_last} must be at least 1")
-    for leftover in output_dir.glob(f"{TRASH}*"):
-        shutil.rmtree(leftover)
+    if keep_last < 1 or (keep_every is not None and keep_every < 1):
+        raise ValueError(f"keep_last={keep_last} and keep_every={keep_every} must be at least 1")
+    for trash in output_dir.glob(f"{_TRASH}*"):  # a deletion was interrupted
+        shutil.rmtree(trash)
     found = list_checkpoints(output_dir)
-    whole = [each for each in found if each.complete]
-    if not whole:
+    complete = [f for f in found if f.complete]
+    if not complete:
         return []
-    verify(whole[-1].path)
-    kept = {each.tag for each in whole[-keep_last:]} | {latest_tag(output_dir)}
-    kept |= {each.tag for each in whole if keep_every and each.step % keep_every == 0}
-    kept |= {each.tag for each in found if (each.path / PIN).exists()}
-    removed = []
-    for each in found:
-        if each.tag in kept or each.step > whole[-1].step:
+    newest = complete[-1]
+    kept = {*pinned, latest_tag(output_dir), *(f.tag for f in complete[-keep_last:])}
+    condemned = []
+    for f in found[: found.index(newest)]:
+        if f.tag in kept or (f.path / PIN).exists() or f.path.is_symlink():
             continue
-        hidden = output_dir / f"{TRASH}{each.tag}"
-        os.replace(each.path, hidden)
-        shutil.rmtree(hidden)
-        removed.append(f"removed {each.tag}" + ("" if each.complete else " (torn)"))
-    return removed
+        if not (f.path / MANIFEST).exists():
+            condemned.append(Removed(f.tag, "torn: its save was interrupted"))
+        elif f.complete and (keep_every is None or f.step % keep_every):
+            condemned.append(Removed(f.tag, f"older than the {keep_last} newest; {newest.tag} is good"))
+    if condemned:
+        verify(newest.path)
+    for removed in condemned:
+        _discard(output_dir / removed.tag)
+    return condemned
 
 
-def require_space(path: Path, wanted_bytes: int) -> None:
-    """CheckpointError, in GiB, when the disk under `path` has less room than `wanted_bytes`."""
-    free = shutil.disk_usage(path).free
-    if free < wanted_bytes:
+def free_bytes(path: Path) -> int:
+    """Bytes that may still be written where `path` is, or will be."""
+    while not path.exists():
+        path = path.absolute().parent
+    return shutil.disk_usage(path).free
+
+
+def require_space(path: Path, bytes_needed: int) -> None:
+    """Raises CheckpointError when fewer than `bytes_needed` bytes can be written at `path`."""
+    free = free_bytes(path)
+    if free < bytes_needed:
         raise CheckpointError(
-            f"{path}: {free / 2**30:.2f} GiB free, {wanted_bytes / 2**30:.2f} GiB needed for a checkpoint; "
-            f"free some room, or keep fewer checkpoints"
+            f"{path}: a checkpoint needs {bytes_needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; "
+            f"free {(bytes_needed - free) / 2**30:.2f} GiB, or choose another --output_dir"
         )
 
 
-# -- files --------------------------------------------------------------------------------------------
+# -- reading -----------------------------------------------------------------------------------------------
 
 
-def _payload(step_dir: Path) -> list[str]:
-    """Relative paths of the files that make up a checkpoint, sorted."""
-    return sorted(
-        path.relative_to(step_dir).as_posix() for path in step_dir.rglob("*")
-        if path.is_file() and path.relative_to(step_dir).as_posix() not in (MANIFEST, PIN)
-        and path.suffix != TEMPORARY
-    )  # fmt: skip
+def read(step_dir: Path) -> Manifest:
+    """The manifest alone. Raises CheckpointError when it is missing, edited, or of a newer format."""
+    manifest, wrong = _read(step_dir)
+    if manifest is None:
+        raise _refused(step_dir, [wrong])
+    return manifest
 
 
-def _hash(path: Path) -> Entry:
-    sha, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            sha.update(block)
-            size += len(block)
-    return Entry(size, sha.hexdigest())
+def verify(step_dir: Path, *, hashes: bool = True) -> None:
+    """Raises CheckpointError, naming every bad file, unless the folder is exactly what was sealed.
+
+    hashes: read every byte; without it only names and sizes are compared.
+    """
+    wrong = _wrong(step_dir, hashes=hashes)
+    if wrong:
+        raise _refused(step_dir, wrong)
 
 
-def _body(manifest: Manifest) -> dict:
-    files = {name: asdict(entry) for name, entry in manifest.files.items()}
-    return {"format": FORMAT, "created": manifest.created, "files": files}
+def is_complete(step_dir: Path) -> bool:
+    """Whether names and sizes agree with the manifest; contents are not hashed."""
+    return not _wrong(step_dir, hashes=False)
 
 
-def _digest(body: dict) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+def latest_tag(output_dir: Path) -> str | None:
+    """The tag in `latest`; None before the first. Raises CheckpointError when something else stands there."""
+    path = output_dir / LATEST
+    if not path.exists():
+        return None
+    tag = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not _TAG.fullmatch(tag):
+        raise CheckpointError(f"{path} holds {tag[:40]!r}, no tag like step_100; take --resume_from auto")
+    return tag
 
 
-def _write_synced(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + TEMPORARY)
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync(path.parent)
+def list_checkpoints(output_dir: Path) -> list[Found]:
+    """Every `step_N` folder, complete or not, by step."""
+    found = []
+    for path in output_dir.iterdir() if output_dir.is_dir() else ():
+        if _TAG.fullmatch(path.name) and path.is_dir():
+            wrong = _wrong(path, hashes=False)
+            step = int(path.name.removeprefix("step_"))
+            found.append(Found(path.name, step, path, complete=not wrong, reason="; ".join(wrong)))
+    return sorted(found, key=lambda f: f.step)
 
 
-def _sync(path: Path) -> None:
+def newest_good(output_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose every byte is right, and a line for each newer folder passed over."""
+    passed_over = []
+    for found in reversed(list_checkpoints(output_dir)):
+        wrong = found.reason or "; ".join(_wrong(found.path, hashes=True))
+        if not wrong:
+            return found.path, passed_over
+        passed_over.append(f"{found.tag}: {wrong}")
+    return None, passed_over
+
+
+def resolve(resume_from: str, output_dir: Path) -> Path | None:
+    """The checkpoint a person means by a tag of `output_dir`, a path, "latest", or "auto".
+
+    "auto" is the newest good one, every byte verified, or None when there is none. Of the others only the
+    manifest has been read: `verify` before loading. Raises CheckpointError saying what there is instead.
+    """
+    if resume_from == "auto":
+        return newest_good(output_dir)[0]
+    tag = latest_tag(output_dir) if resume_from == LATEST else resume_from
+    if tag is None:
+        raise CheckpointError(f"{output_dir / LATEST} does not exist: {_choices(output_dir)}")
+    # an absolute path has a last part, which is the tag, also for "." and ".."
+    path = output_dir / tag if _TAG.fullmatch(tag) else Path(os.path.abspath(tag))
+    if not path.is_dir():
+        raise CheckpointError(f"{path}, meant by {resume_from!r}, does not exist: {_choices(output_dir)}")
+    if not (path / MANIFEST).exists() and list_checkpoints(path):
+        raise CheckpointError(f"{path} is the folder of a run, not of a checkpoint: {_choices(path)}")
+    read(path)
+    return path
+
+
+# -- inside ------------------------------------------------------------------------------------------------
+
+
+def _contents(step_dir: Path) -> dict[str, Path]:
+    """What a manifest answers for, by relative path: all but folders, itself, the pin and temporaries."""
+    return {
+        name: path
+        for path in step_dir.rglob("*")
+        if (name := path.relative_to(step_dir).as_posix()) not in (MANIFEST, PIN)
+        if path.is_symlink() or not path.is_dir()
+        if path.suffix != _TEMPORARY
+    }
+
+
+def _read(step_dir: Path) -> tuple[Manifest | None, str]:
+    """The manifest, or None and what is wrong with it."""
+    try:
+        raw = (step_dir / MANIFEST).read_bytes()
+    except FileNotFoundError:
+        return None, f"{MANIFEST}: missing: the save was interrupted, or this is no checkpoint"
+    except OSError as err:
+        return None, f"{MANIFEST}: cannot be read: {err.strerror}"
+    manifest = None
+    try:
+        data = json.loads(raw)
+        if type(data["format"]) is int and data["format"] > FORMAT:
+            return (
+                None,
+                f"{MANIFEST}: format {data['format']}; this version reads up to {FORMAT}: update the project",
+            )
+        manifest = Manifest({name: FileEntry(**entry) for name, entry in data["files"].items()}, data["created"])
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        pass  # not the shape of a manifest
+    # byte for byte: an edit that json does not see is an edit
+    if manifest is None or manifest.render() != raw:
+        return None, f"{MANIFEST}: edited or damaged: it does not agree with its own digest"
+    return manifest, ""
+
+
+def _wrong(step_dir: Path, *, hashes: bool) -> list[str]:
+    """One line for every bad file; none when the folder is what was sealed."""
+    manifest, wrong = _read(step_dir)
+    if manifest is None:
+        return [wrong]
+    present = _contents(step_dir)
+    lines = [f"{name}: not in the manifest" for name in set(present) - set(manifest.files)]
+    lines += [f"{name}: missing" for name in set(manifest.files) - set(present)]
+    names = [name for name in manifest.files if name in present]
+    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+        lines += filter(None, pool.map(partial(_wrong_file, manifest, present, hashes=hashes), names))
+    return sorted(lines)
+
+
+def _wrong_file(manifest: Manifest, present: Mapping[str, Path], name: str, *, hashes: bool) -> str | None:
+    path, entry = present[name], manifest.files[name]
+    try:
+        info = path.lstat()
+        if not stat.S_ISREG(info.st_mode):
+            return f"{name}: replaced by a link or special file"
+        if info.st_size != entry.bytes:
+            return f"{name}: {info.st_size} bytes, {entry.bytes} in the manifest"
+        sha256 = _sha256(path) if hashes else entry.sha256
+    except OSError as err:
+        return f"{name}: cannot be read: {err.strerror}"
+    if sha256 == entry.sha256:
+        return None
+    owner = next((other for other, e in manifest.files.items() if e.sha256 == sha256), None)
+    return f"{name}: its sha256 is not that of the manifest" + (f" but that of {owner}" if owner else "")
+
+
+def _refused(step_dir: Path, wrong: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{step_dir} is not a good checkpoint:\n  " + "\n  ".join(wrong) + "\n"
+        "Restore it from a copy, or take another: --resume_from auto finds the newest good one"
+    )
+
+
+def _choices(output_dir: Path) -> str:
+    tags = [f.tag for f in list_checkpoints(output_dir) if f.complete]
+    return f"choose one of {', '.join(tags)} in {output_dir}" if tags else f"{output_dir} holds no complete checkpoint"
+
+
+def _discard(step_dir: Path) -> None:
+    """Deletes a folder; killed half-way, what is left no longer has a checkpoint's name."""
+    trash = step_dir.with_name(_TRASH + step_dir.name)
+    if trash.exists():
+        shutil.rmtree(trash)
+    os.replace(step_dir, trash)
+    _fsync(trash.parent)
+    shutil.rmtree(trash)
+
+
+def _sha256(path: Path) -> str:
+    sha, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(block):
+            sha.update(block[:count])
+    return sha.hexdigest()
+
+
+def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,45 +1,58 @@
-"""Reads files that torch.save wrote without running anything in them."""
+"""Reading torch.save files without running anything that is in them."""
 
 from __future__ import annotations
 
-import pickle
-import re
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from gsa.checkpoint.errors import CheckpointError
+from gsa.checkpoint.manifest import CheckpointError
 
-__all__ = ["CheckpointError", "load"]
+_ZIP_MAGIC = b"PK\x03\x04"
+_MEND = "take another checkpoint: --resume_from auto finds the newest good one"
+_allow_list_lock = threading.Lock()
 
 
-def load(path: str | Path, *, extra_allowed: Sequence[type | Callable] = (), mmap: bool = False) -> Any:
-    """The object in a torch.save file, tensors on the CPU.
+def load(path: str | Path, *, extra_allowed: Sequence[type | Callable[..., object]] = (), mmap: bool = False) -> object:
+    """What `torch.save` wrote, on the CPU: tensors, plain containers and numbers.
 
-    Only tensors and plain containers are built, and the classes in extra_allowed; mmap: leave tensors on
-    disk until they are read. Raises CheckpointError, and has run nothing, when the file holds anything else
-    or is not a whole torch file.
+    extra_allowed: classes and functions the file may name beyond torch's own allow-list.
+    mmap: tensors are read from the file when touched, and the file must stay as it is while they live.
+    Raises CheckpointError, with nothing in the file run, when it is missing, damaged, older than torch 1.6,
+    or names anything else.
     """
-    path = Path(path)
     try:
-        with torch.serialization.safe_globals(list(extra_allowed)):
+        with open(path, "rb") as file:
+            magic = file.read(len(_ZIP_MAGIC))
+    except OSError as err:
+        raise CheckpointError(f"{path}: cannot be read: {err.strerror}; {_MEND}") from err
+    # torch would hand anything else to its reader of old formats: a pickle, or a tar of them
+    if magic != _ZIP_MAGIC:
+        raise CheckpointError(f"{path}: not a file of torch.save (torch 1.6 or later), or damaged; {_MEND}")
+    # torch has one allow-list per process, and a load that ends takes its names off it
+    with _allow_list_lock, safe_globals(list(extra_allowed)):
+        try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except FileNotFoundError as err:
-        raise CheckpointError(f"{path} is missing; choose another checkpoint") from err
-    except pickle.UnpicklingError as err:
-        raise CheckpointError(f"{path}: {_refused(str(err))}; nothing in it was run. Choose a checkpoint you trust") from err
-    except Exception as err:  # a damaged file can fail anywhere in zip, pickle or tensor code
-        raise CheckpointError(
-            f"{path} is damaged: not a whole torch file ({type(err).__name__}); choose another checkpoint"
-        ) from err
+        except Exception as err:  # the bytes are a stranger's, and what they can make torch raise has no bound
+            raise CheckpointError(f"{path}: {_explain(path)}") from err
 
 
-def _refused(message: str) -> str:
-    """The name of what was refused, out of torch's long advice to switch safety off."""
-    named = re.search(r"GLOBAL ([\w.]+)|(?:import|class|function) ([\w.]+)", message)
-    name = next((group for group in named.groups() if group), None) if named else None
-    if name:
-        return f"refused: it asks for {name}, which is not on the allow-list"
-    return "refused: it holds something other than tensors and plain values, or is damaged"
+def _explain(path: str | Path) -> str:
+    try:
+        refused = sorted(get_unsafe_globals_in_checkpoint(path))  # reads the pickle as data
+    except Exception:  # the same bytes again
+        refused = []
+    if not refused:
+        return f"damaged, or not made of tensors and plain values; {_MEND}"
+    if any(name.startswith("omegaconf.") for name in refused):
+        return (
+            f"refused: it holds an OmegaConf object ({', '.join(refused)}), which only its own code could "
+            f"restore; save OmegaConf.to_container(config, resolve=True) instead"
+        )
+    return (
+        f"refused, and nothing in it was run: it names {', '.join(refused)}, and a checkpoint is made of "
+        f"tensors and plain values. Do not trust where it came from; {_MEND}"
+    )

@@ -1,97 +1,136 @@
-"""RunState: what the trainer adds to DeepSpeed's checkpoint, as plain values under one private key."""
+"""RunState: what a run must know to go on, besides what the engine saves. Plain values only, versioned."""
 
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import asdict, dataclass, fields
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from gsa.checkpoint.errors import CheckpointError
+from gsa.checkpoint.manifest import CheckpointError
 
 CLIENT_KEY = "gsa_run"
-"""The one key of client_state: DeepSpeed lets a client key overwrite its own of the same name."""
+"""The one key of DeepSpeed's client state that is ours: it lets any other overwrite its own."""
 
 VERSION = 1
-CONFIG_JSON = "config.json"
+CONFIG = "config.json"
+"""The configuration of the run, beside its weights; its "model" section is the model's."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands. Equal on all ranks: under ZeRO 1 and 2 every rank reads rank 0's.
-
-    step: optimizer steps finished. epoch: passes over the text. samples_consumed: windows, the position in
-    the data. config: the whole run configuration. stage: what attention ran over in the last step.
-    created: UTC, ISO 8601.
-    """
+    """The same on every rank. Everything a step needs follows from it and the engine's own files."""
 
     step: int
+    """optimizer steps done"""
     epoch: float
+    """passes over the data, with the fraction"""
     samples_consumed: int
+    """windows of max_seq_len tokens, over all ranks; the position in the data"""
     tokens_seen: int
-    config: dict
+    """training targets, over all ranks"""
+    config: dict[str, Any]
+    """the run's whole configuration, resolved"""
     data_fingerprint: str
+    """of the prepared data and how it is cut: another means another order"""
     tracking_id: str | None
     stage: Literal["dense", "sparse"]
+    """which attention the last step used"""
     versions: dict[str, str]
+    """of torch, deepspeed, project"""
     world_size: int
     zero_stage: int
     created: str
+    """ISO 8601, UTC"""
 
-    def to_dict(self) -> dict:
-        """Plain values only, with "version". TypeError names the path of anything else: it would not load again."""
-        plain = {"version": VERSION, **asdict(self)}
-        _require_plain(plain, CLIENT_KEY)
-        return plain
+    def to_dict(self) -> dict[str, Any]:
+        """A copy made of JSON types. Raises TypeError naming the key of any other value, at any depth."""
+        plain = require_plain({f.name: getattr(self, f.name) for f in fields(self)}, CLIENT_KEY)
+        for name, expected in _misfits(plain):
+            raise TypeError(f"{CLIENT_KEY}.{name}={plain[name]!r} is not {expected}")
+        return {"version": VERSION, **plain}
 
     @classmethod
-    def from_dict(cls, saved: Any) -> RunState:
-        """Reads what any version of this project wrote. CheckpointError for a newer one, or a missing value."""
-        if not isinstance(saved, dict) or not isinstance(saved.get("version"), int):
-            raise CheckpointError("the checkpoint carries no state of a run of this project; use training.init_from for weights alone")
-        if saved["version"] > VERSION:
+    def from_dict(cls, data: object) -> RunState:
+        """Reads what any version up to this one wrote; CheckpointError for a newer or a damaged one."""
+        version = data.get("version") if isinstance(data, dict) else None
+        if type(version) is not int or version < 1:
+            raise CheckpointError(f"the run state has no version: {_MEND}")
+        if version > VERSION:
+            versions = data.get("versions")
+            needed = versions.get("project") if isinstance(versions, dict) else None
             raise CheckpointError(
-                f"the checkpoint's run state has version {saved['version']}, this project reads up to {VERSION}; "
-                f"update the project"
+                f"the run state has version {version}, this project reads up to {VERSION}: "
+                f"update the project to {needed or 'the version that wrote it'} or later"
             )
-        missing = [f.name for f in fields(cls) if f.name not in saved]
-        if missing:
-            raise CheckpointError(f"the checkpoint's run state lacks {', '.join(missing)}; choose another checkpoint")
-        return cls(**{f.name: saved[f.name] for f in fields(cls)})
+        names = {f.name for f in fields(cls)}
+        differing = sorted(names ^ (set(data) - {"version"}))
+        if differing:
+            raise CheckpointError(f"the run state lacks, or does not know, {', '.join(differing)}: {_MEND}")
+        for name, expected in _misfits(data):
+            raise CheckpointError(f"the run state has {name}={data[name]!r}, which is not {expected}: {_MEND}")
+        return cls(**{name: data[name] for name in names})
 
 
-def _require_plain(value: Any, path: str) -> None:
-    if value is None or type(value) in (bool, int, float, str):
-        return
-    if type(value) is dict:
-        for key, item in value.items():
-            if type(key) is not str:
-                raise TypeError(f"{path}: key {key!r} is a {type(key).__name__}, not a str")
-            _require_plain(item, f"{path}.{key}")
-    elif type(value) in (list, tuple):
-        for i, item in enumerate(value):
-            _require_plain(item, f"{path}[{i}]")
-    else:
-        raise TypeError(f"{path} is a {type(value).__name__}; only plain values may enter a checkpoint")
+_MEND = "it is damaged or not from this project; take another checkpoint with --resume_from"
 
 
-def write_config_json(config: dict, step_dir: Path) -> None:
-    """The run's configuration beside its weights, in one json; its "model" section is the model's."""
-    _require_plain(config, "config")
-    with open(step_dir / CONFIG_JSON, "w", encoding="utf-8") as file:
-        json.dump(config, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_config_json(step_dir: Path) -> dict:
-    """The configuration of the run that wrote a checkpoint. CheckpointError when it cannot be read."""
-    path = step_dir / CONFIG_JSON
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise CheckpointError(f"{path}: {err}; choose another checkpoint") from err
-    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
-        raise CheckpointError(f"{path}: no model section in it; choose another checkpoint")
+def read_config_json(step_dir: Path) -> dict[str, Any]:
+    """The configuration a checkpoint was made with. Raises CheckpointError when it is missing or damaged."""
+    config = read_json_object(step_dir / CONFIG)
+    config.pop("format", None)  # gsa.weights' own
     return config
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object. Raises CheckpointError naming it otherwise."""
+    try:
+        data = json.loads(path.read_bytes())
+    except OSError as err:
+        raise CheckpointError(f"{path}: cannot be read: {err.strerror}; is its folder a checkpoint?") from err
+    except (ValueError, RecursionError) as err:
+        raise CheckpointError(f"{path}: not JSON ({err}); restore it from a copy") from err
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: holds no JSON object; restore it from a copy")
+    return data
+
+
+def require_plain(value: object, where: str) -> Any:
+    """A deep copy, if it is made of JSON types only; else TypeError naming the key.
+
+    where: name of the value in the message. Subclasses are refused as well: a numpy float64 is a float, an
+    OmegaConf node behaves like a dict, and both put code into a pickle.
+    """
+    if type(value) is dict:
+        for key in value:
+            if type(key) is not str:
+                raise TypeError(f"{where} has the key {key!r} of type {_type_name(key)}; JSON keys are str")
+        return {key: require_plain(entry, f"{where}.{key}") for key, entry in value.items()}
+    if type(value) is list:
+        return [require_plain(entry, f"{where}[{i}]") for i, entry in enumerate(value)]
+    if value is None or type(value) in (str, int, bool) or (type(value) is float and math.isfinite(value)):
+        return value
+    raise TypeError(
+        f"{where} is {value!r:.80} of type {_type_name(value)}; a checkpoint takes only str, int, "
+        f"finite float, bool, None, list and dict: convert it (OmegaConf.to_container, .item(), .tolist())"
+    )
+
+
+def _type_name(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _misfits(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each field of RunState whose value in `data` is of another type, and its type."""
+    hints = get_type_hints(RunState)
+    kinds = {float: (int, float), dict[str, Any]: dict, dict[str, str]: dict}
+    for field in fields(RunState):
+        hint, value = hints[field.name], data[field.name]
+        if get_origin(hint) is Literal:
+            fits = value in get_args(hint)
+        else:  # a bool is an int to Python, and no field is one
+            fits = isinstance(value, kinds.get(hint, hint)) and type(value) is not bool
+        if not fits:
+            yield field.name, field.type

@@ -71,7 +71,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor
     return out.transpose(1, 2)
 
 
-def alignment_kl(q: torch.Tensor, k: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+def alignment_kl(
+    q: torch.Tensor, k: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor, alpha: torch.Tensor
+) -> torch.Tensor:
     """KL(p || softmax(alpha * scores)) of each given row, over the keys in its mask (section 7).
 
     q: (B, R, H, D) the queries of R rows; k: (B, S, G, D); scores, mask: (B, R, S); alpha: 0-dim.

@@ -98,7 +98,12 @@ def test_a_document_cannot_hear_what_is_packed_with_it(mode):
 
 
 @settings(deadline=None, max_examples=15)
-@given(length=st.integers(2, 41), cut=st.integers(1, 40), group=st.sampled_from([1, 2, 4, 8]), seed=st.integers(0, 99))
+@given(
+    length=st.integers(2, 41),
+    cut=st.integers(1, 40),
+    group=st.sampled_from([1, 2, 4, 8]),
+    seed=st.integers(0, 99),
+)
 def test_documents_and_future_at_odd_sizes_and_every_group_size(length, cut, group, seed):
     cut = min(cut, length - 1)
     model = make(seed, n_heads=8, n_kv_heads=8 // group)
@@ -144,7 +149,12 @@ def test_selecting_every_key_equals_dense_attention(start):
     missing = dense.load_state_dict(sparse.state_dict(), strict=False)
     assert not missing.missing_keys
     ours, theirs = (gradients(model, "loss", doc_start=start) for model in (sparse, dense))
-    torch.testing.assert_close(sparse(some_tokens(), doc_start=start).logits, dense(some_tokens(), doc_start=start).logits, rtol=0, atol=1e-10)
+    torch.testing.assert_close(
+        sparse(some_tokens(), doc_start=start).logits,
+        dense(some_tokens(), doc_start=start).logits,
+        rtol=0,
+        atol=1e-10,
+    )
     for name, grad in theirs.items():
         torch.testing.assert_close(ours[name], grad, rtol=1e-9, atol=1e-12)
     few = make()
@@ -336,7 +346,12 @@ def by_hand(scores: list[float], visible: list[int], k: int, heads: int) -> set[
 
 
 @settings(deadline=None, max_examples=60)
-@given(data=st.data(), length=st.integers(1, 24), heads=st.integers(1, 4), levels=st.sampled_from([1, 2, 5, 100000]))
+@given(
+    data=st.data(),
+    length=st.integers(1, 24),
+    heads=st.integers(1, 4),
+    levels=st.sampled_from([1, 2, 5, 100000]),
+)
 def test_the_selected_set_is_exact_ties_to_the_more_recent(data, length, heads, levels):
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
     scores = torch.randint(0, levels, (1, length, length), generator=random).double() / levels * heads

@@ -15,13 +15,24 @@ from gsa.loss import linear_cross_entropy
 from gsa.model import count_params, flops_per_token
 
 PRETRAIN = ModelConfig(
-    d_model=1024, n_layers=26, n_heads=16, n_kv_heads=4, d_ffn=3072, vocab_size=151936, max_position_embeddings=2048
+    d_model=1024,
+    n_layers=26,
+    n_heads=16,
+    n_kv_heads=4,
+    d_ffn=3072,
+    vocab_size=151936,
+    max_position_embeddings=2048,
 )
 
 
 @pytest.mark.parametrize(
     "config",
-    [PRETRAIN, replace(PRETRAIN, tie_embeddings=False), replace(PRETRAIN, sparse=False, value_gate=False), replace(PRETRAIN, d_head=32, output_gate=False)],
+    [
+        PRETRAIN,
+        replace(PRETRAIN, tie_embeddings=False),
+        replace(PRETRAIN, sparse=False, value_gate=False),
+        replace(PRETRAIN, d_head=32, output_gate=False),
+    ],
 )
 def test_the_closed_form_counts_every_parameter(config):
     with torch.device("meta"):
@@ -39,13 +50,18 @@ def test_flops_count_sparse_attention_as_sparse():
     assert sparse["attention"] / dense["attention"] == pytest.approx(0.4375, rel=0.01)
     assert dense["attention"] == pytest.approx(26 * 3 * 4 * 1024 * 1024.5)
     assert sparse["indexer"] > 0 and dense["indexer"] == 0
-    assert flops_per_token(replace(PRETRAIN, k_base=4096, k_max=4096), 2048)["attention"] == pytest.approx(dense["attention"])
+    assert flops_per_token(replace(PRETRAIN, k_base=4096, k_max=4096), 2048)["attention"] == pytest.approx(
+        dense["attention"]
+    )
 
 
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"n_kv_heads": 3}, r"model.n_kv_heads=3 does not divide model.n_heads=16; choose one of \[1, 2, 4, 8, 16\]"),
+        (
+            {"n_kv_heads": 3},
+            r"model.n_kv_heads=3 does not divide model.n_heads=16; choose one of \[1, 2, 4, 8, 16\]",
+        ),
         ({"n_heads": 24, "n_kv_heads": 4}, "model.n_heads=24 does not divide model.d_model=1024"),
         ({"d_head": 33}, "model.d_head=33 must be even"),
         ({"k_min": 600}, "model.k_min=600, model.k_base=512"),
@@ -61,7 +77,9 @@ def test_impossible_shapes_are_refused_by_name(changes, words):
 
 
 def test_too_long_an_input_is_refused():
-    model = GSAForCausalLM(ModelConfig(d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ffn=16, vocab_size=7, max_position_embeddings=8))
+    model = GSAForCausalLM(
+        ModelConfig(d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, d_ffn=16, vocab_size=7, max_position_embeddings=8)
+    )
     with pytest.raises(ValueError, match="9 tokens are more than model.max_position_embeddings=8"):
         model(torch.zeros(1, 9, dtype=torch.long))
     with pytest.raises(ValueError, match='not "dense" or "sparse"'):
@@ -70,7 +88,10 @@ def test_too_long_an_input_is_refused():
 
 def problem(n=50, d=8, v=33, dtype=torch.float64):
     torch.manual_seed(0)
-    hidden, weight = torch.randn(n, d, dtype=dtype, requires_grad=True), torch.randn(v, d, dtype=dtype, requires_grad=True)
+    hidden, weight = (
+        torch.randn(n, d, dtype=dtype, requires_grad=True),
+        torch.randn(v, d, dtype=dtype, requires_grad=True),
+    )
     targets = torch.randint(0, v, (n,))
     targets[::7] = -100
     return hidden, weight, targets
@@ -83,7 +104,11 @@ def test_the_loss_and_its_gradients_are_those_of_the_plain_loss(chunk_rows, monk
     ours = linear_cross_entropy(hidden, weight, targets, (targets >= 0).sum())
     plain = F.cross_entropy(hidden @ weight.t(), targets)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
-    for mine, theirs in zip(torch.autograd.grad(3 * ours, (hidden, weight)), torch.autograd.grad(3 * plain, (hidden, weight)), strict=True):
+    for mine, theirs in zip(
+        torch.autograd.grad(3 * ours, (hidden, weight)),
+        torch.autograd.grad(3 * plain, (hidden, weight)),
+        strict=True,
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
 
 

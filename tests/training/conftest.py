@@ -47,7 +47,11 @@ def documents(count: int, seed: int) -> list[list[int]]:
     random = np.random.Generator(np.random.PCG64(seed))
     walks = []
     for _ in range(count):
-        length, start, stride = int(random.integers(3, 60)), int(random.integers(40)), int(random.integers(1, 4))
+        length, start, stride = (
+            int(random.integers(3, 60)),
+            int(random.integers(40)),
+            int(random.integers(1, 4)),
+        )
         walks.append([(start + stride * i) % 40 + 1 for i in range(length)])
     return walks
 

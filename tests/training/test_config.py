@@ -45,7 +45,9 @@ def refusal(path: Path, *overrides: str) -> str:
 
 def test_overrides_stand_over_yaml_over_defaults(tmp_path):
     path = written(tmp_path, "training:\n  max_steps: 70\n  learning_rate: 3e-4\nmodel: {d_model: 192, n_heads: 6}\n")
-    cfg = load_config(path, ["training.max_steps=80", "training.stop_at_step=${training.max_steps}", "logging.wandb=true"])
+    cfg = load_config(
+        path, ["training.max_steps=80", "training.stop_at_step=${training.max_steps}", "logging.wandb=true"]
+    )
     assert (cfg.training.max_steps, cfg.training.stop_at_step, cfg.training.learning_rate) == (80, 80, 3e-4)
     assert cfg.training.beta2 == 0.95 and cfg.logging.wandb is True
     assert cfg.model.d_head == 32  # this model's, not the default model's
@@ -102,7 +104,10 @@ def test_a_missing_or_binary_file_is_named(tmp_path):
 
 
 def test_warmup_and_intervals_longer_than_the_run_are_allowed(tmp_path):
-    path = written(tmp_path, "training: {max_steps: 5, warmup_steps: 50, indexer_warmup_steps: 50, eval_interval: 99, save_interval: 99}\n")
+    path = written(
+        tmp_path,
+        "training: {max_steps: 5, warmup_steps: 50, indexer_warmup_steps: 50, eval_interval: 99, save_interval: 99}\n",
+    )
     assert load_config(path, []).training.warmup_steps == 50
 
 
@@ -124,7 +129,14 @@ def test_the_resolved_yaml_reads_back_the_same(tmp_path):
 
 @pytest.mark.parametrize(
     "micro, accumulation, total, ranks, expected",
-    [(4, None, None, 2, (1, 8)), (4, 3, None, 2, (3, 24)), (4, None, 16, 1, (4, 16)), (4, None, 16, 4, (1, 16)), (8, 8, 256, 4, (8, 256)), (8, 8, 256, 2, (16, 256))],
+    [
+        (4, None, None, 2, (1, 8)),
+        (4, 3, None, 2, (3, 24)),
+        (4, None, 16, 1, (4, 16)),
+        (4, None, 16, 4, (1, 16)),
+        (8, 8, 256, 4, (8, 256)),
+        (8, 8, 256, 2, (16, 256)),
+    ],
 )
 def test_accumulation_follows_from_the_global_batch(micro, accumulation, total, ranks, expected):
     cfg = TrainingConfig(micro_batch_size=micro, gradient_accumulation_steps=accumulation, global_batch_size=total)
@@ -142,7 +154,9 @@ def test_accumulation_follows_from_the_global_batch(micro, accumulation, total, 
 def test_an_indivisible_batch_lists_what_fits():
     with pytest.raises(ConfigError) as caught:
         plan_batch(TrainingConfig(micro_batch_size=4, global_batch_size=24), 4)
-    assert "choose a micro_batch_size of 1, 2, 3, 6, or 1, 2, 3, 6 ranks, or a global_batch_size of 16 or 32" in str(caught.value)
+    assert "choose a micro_batch_size of 1, 2, 3, 6, or 1, 2, 3, 6 ranks, or a global_batch_size of 16 or 32" in str(
+        caught.value
+    )
     for micro in (1, 2, 3, 6):
         plan_batch(TrainingConfig(micro_batch_size=micro, global_batch_size=24), 4)
     for ranks in (1, 2, 3, 6):
@@ -173,16 +187,28 @@ def test_every_shipped_pair_resolves_or_is_refused_with_its_reason(yaml_path, js
 @pytest.mark.parametrize(
     "content, words",
     [
-        ('{"gradient_clipping": 0.5}', ["zero.json says gradient_clipping=0.5", "training.grad_clip of", "quickstart.yaml", "1.0"]),
+        (
+            '{"gradient_clipping": 0.5}',
+            ["zero.json says gradient_clipping=0.5", "training.grad_clip of", "quickstart.yaml", "1.0"],
+        ),
         ('{"train_batch_size": 99}', ["train_batch_size=99", "training.global_batch_size"]),
         ('{"bf16": {"enabled": true}}', ["training.precision", "false"]),
         ('{"optimizer": {"type": "Adam"}}', ["section 'optimizer' does not belong here"]),
         ('{"fp16": {"enabled": true}}', ["use training.precision=bf16"]),
         ('{"elasticity": {}}', ["removed from DeepSpeed 0.19.8"]),
-        ('{"zero_optimisation": {"stage": 2}}', ["unknown key 'zero_optimisation'", "did you mean zero_optimization"]),
-        ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}', ['zero_optimization.reduce_bucket_size is "auto"']),
+        (
+            '{"zero_optimisation": {"stage": 2}}',
+            ["unknown key 'zero_optimisation'", "did you mean zero_optimization"],
+        ),
+        (
+            '{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}',
+            ['zero_optimization.reduce_bucket_size is "auto"'],
+        ),
         ('{"zero_optimization": {"stage": 4}}', ["stage must be 0, 1, 2 or 3, not 4"]),
-        ('{"zero_optimization": {"stage": 1}, "zero_optimization": {}}', ["'zero_optimization' is set twice"]),
+        (
+            '{"zero_optimization": {"stage": 1}, "zero_optimization": {}}',
+            ["'zero_optimization' is set twice"],
+        ),
         ('{"a": 1,}', ["zero.json, line 1", "not JSON"]),
         ("[]", ["is a JSON object"]),
     ],
@@ -199,7 +225,9 @@ def test_a_json_that_oversteps_is_refused(tmp_path, content, words):
 
 def test_owned_keys_may_be_auto_or_agree(tmp_path):
     path = tmp_path / "zero.json"
-    path.write_text('{"train_batch_size": "auto", "gradient_clipping": 1.0, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 1}}')
+    path.write_text(
+        '{"train_batch_size": "auto", "gradient_clipping": 1.0, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 1}}'
+    )
     cfg = load_config(QUICKSTART, [])
     resolved = resolve_ds_config(path, cfg, plan_batch(cfg.training, 2), QUICKSTART)
     assert resolved["train_batch_size"] == 16 and resolved["bf16"] == {"enabled": False}
@@ -213,10 +241,23 @@ def test_owned_keys_may_be_auto_or_agree(tmp_path):
 def test_the_pretraining_run_is_what_its_name_says():
     cfg = load_config(ROOT / "training" / "configs" / "pretrain_512m_low_memory.yaml", [])
     m, t = cfg.model, cfg.training
-    assert (m.d_model, m.n_layers, m.n_heads, m.n_kv_heads, m.d_ffn, m.vocab_size, m.tie_embeddings) == (1024, 26, 16, 4, 3072, 151936, True)
+    assert (m.d_model, m.n_layers, m.n_heads, m.n_kv_heads, m.d_ffn, m.vocab_size, m.tie_embeddings) == (
+        1024,
+        26,
+        16,
+        4,
+        3072,
+        151936,
+        True,
+    )
     assert count_params(m)["total"] == pytest.approx(511.9e6, rel=0.01)
     plan = plan_batch(t, 4)
-    assert (plan.micro_batch_size, plan.accumulation_steps, plan.global_batch_size, t.max_seq_len) == (8, 8, 256, 2048)
+    assert (plan.micro_batch_size, plan.accumulation_steps, plan.global_batch_size, t.max_seq_len) == (
+        8,
+        8,
+        256,
+        2048,
+    )
     assert plan.note is None
 
 

@@ -30,7 +30,13 @@ def opened(folder: Path, T: int = 8, **kwargs) -> PackedTokens:
 
 @pytest.fixture
 def small(tmp_path) -> Path:
-    write_dataset(tmp_path / "d", documents([5, 3, 20, 1, 7, 8, 9, 16, 2, 30] * 3), vocab_size=5000, held_out=documents([9]), shard_tokens=90)
+    write_dataset(
+        tmp_path / "d",
+        documents([5, 3, 20, 1, 7, 8, 9, 16, 2, 30] * 3),
+        vocab_size=5000,
+        held_out=documents([9]),
+        shard_tokens=90,
+    )
     return tmp_path / "d"
 
 
@@ -134,7 +140,14 @@ def test_a_reader_that_fails_is_raised_with_its_samples(small, monkeypatch):
     data = opened(small)
     monkeypatch.setattr(PackedTokens, "batch", lambda self, samples: 1 / 0)
     for workers in (0, 2):
-        loader = Loader(data, samples_consumed=8, plan=BatchPlan(4, 1, 1, 4), rank=0, num_workers=workers, pin_memory=False)
+        loader = Loader(
+            data,
+            samples_consumed=8,
+            plan=BatchPlan(4, 1, 1, 4),
+            rank=0,
+            num_workers=workers,
+            pin_memory=False,
+        )
         with pytest.raises(DataError, match=r"samples 8\.\.11 cannot be read: ZeroDivisionError"):
             next(loader)
         loader.close()
@@ -144,7 +157,10 @@ def test_a_reader_that_fails_is_raised_with_its_samples(small, monkeypatch):
 
 
 @settings(deadline=None, max_examples=40)
-@given(lengths=st.lists(st.sampled_from([1, 2, 6, 7, 8, 9, 15, 16, 17, 40]), min_size=1, max_size=30), T=st.sampled_from([4, 8, 11]))
+@given(
+    lengths=st.lists(st.sampled_from([1, 2, 6, 7, 8, 9, 15, 16, 17, 40]), min_size=1, max_size=30),
+    T=st.sampled_from([4, 8, 11]),
+)
 def test_every_token_once_and_targets_stay_in_the_document(tmp_path_factory, lengths, T):
     folder = tmp_path_factory.mktemp("d")
     write_dataset(folder, documents(lengths), vocab_size=2000, held_out=[[1]], shard_tokens=60)

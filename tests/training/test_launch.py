@@ -85,12 +85,12 @@ def test_plain_python_is_one_rank(finished):
         (2, "already holds a run; continue it with --resume_from auto", ["@finished"]),
         (2, "made with another model.d_head, model.d_model", ["@finished", "--resume_from", "latest", "model.d_model=64"]),
         (2, "training.learning_rate differ", ["@finished", "--resume_from", "latest", "training.learning_rate=1e-2"]),
-        (3, "no checkpoint 'step_77'", ["@finished", "--resume_from", "step_77"]),
-        (3, "there are step_2", ["@finished", "--resume_from", "step_77"]),
+        (3, "meant by 'step_77', does not exist", ["@finished", "--resume_from", "step_77"]),
+        (3, "choose one of step_2", ["@finished", "--resume_from", "step_77"]),
         (3, "is not a prepared dataset", ["data.data_dir=nowhere"]),
         (3, "has 64 entries, more than model.vocab_size=32", ["model.vocab_size=32"]),
         (3, "latest does not exist", ["--resume_from", "latest"]),
-        (3, "model.safetensors is damaged", ["@damaged", "--resume_from", "auto"]),
+        (3, "model.safetensors: its sha256 is not that of the manifest", ["@damaged", "--resume_from", "auto"]),
     ],
 )  # fmt: skip
 def test_bad_input_is_refused_before_any_process_group(tmp_path, tiny_yaml, finished, code, words, argv):
@@ -116,7 +116,10 @@ def test_a_refusal_under_a_launcher_is_said_once_with_its_exit_code(tmp_path, ti
     process = start_training(2, ["--config", str(tiny_yaml), "--output_dir", str(tmp_path / "x"), "training.seeed=1"])
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 2
-    assert output.count("error: override 'training.seeed=1': unknown key 'training.seeed'; did you mean training.seed") == 1
+    assert (
+        output.count("error: override 'training.seeed=1': unknown key 'training.seeed'; did you mean training.seed")
+        == 1
+    )
 
 
 def test_auto_starts_afresh_and_then_continues_and_passes_over_what_is_torn(tmp_path, tiny_yaml):
@@ -128,7 +131,7 @@ def test_auto_starts_afresh_and_then_continues_and_passes_over_what_is_torn(tmp_
     (torn / "mp_rank_00_model_states.pt").write_bytes(b"half")
     done = train_alone([*argv, "training.stop_at_step=2"])
     assert done.returncode == 0, done.stderr
-    assert "passed over:" in done.stdout and "step_4 has no manifest.json: its save was interrupted" in done.stdout
+    assert "passed over:" in done.stdout and "step_4: manifest.json: missing: the save was interrupted" in done.stdout
     assert "resumed step_1: continuing at step 2 of 2" in done.stdout
     assert not torn.exists() and (tmp_path / "run" / "segments" / "step_4.0").exists()
 
@@ -157,4 +160,3 @@ def test_wandb_offline_without_a_key_and_never_fatal(tmp_path, tiny_yaml, monkey
     done = train_alone([*argv, "--output_dir", str(blocked)])
     assert done.returncode == 0, done.stderr
     assert (blocked / "step_2").exists()
-

@@ -19,7 +19,14 @@ def step(n):
 
 def test_rewind_keeps_one_curve_and_loses_nothing(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    rows = [{"event": "start", "step": 0}, step(1), step(2), {"event": "save", "step": 2}, step(3), {"event": "eval", "step": 3}]
+    rows = [
+        {"event": "start", "step": 0},
+        step(1),
+        step(2),
+        {"event": "save", "step": 2},
+        step(3),
+        {"event": "eval", "step": 3},
+    ]
     write(path, rows)
     assert rewind(path, 2) == 2
     assert read_rows(path) == rows[:4]

@@ -67,7 +67,9 @@ def documents(out: Path, split: str) -> list[str]:
 
 def tree(out: Path) -> dict[str, str]:
     return {
-        p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.rglob("*")) if p.is_file()
+        p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(out.rglob("*"))
+        if p.is_file()
     }
 
 
@@ -110,7 +112,9 @@ def test_counts_and_bytes_per_token_are_exact(prepared):
 def test_the_reader_reads_it(prepared):
     data = PackedTokens({str(prepared): 1.0}, split="train", max_seq_len=64, seed=0)
     data.verify()
-    assert data.n_targets(0, data.n_windows) == manifest(prepared)["splits"]["train"]["tokens"] - len(documents(prepared, "train"))
+    assert data.n_targets(0, data.n_windows) == manifest(prepared)["splits"]["train"]["tokens"] - len(
+        documents(prepared, "train")
+    )
 
 
 def test_a_second_time_does_nothing_and_other_input_is_refused(prepared, capsys):
@@ -192,7 +196,16 @@ def test_input_that_means_nothing_is_refused(tmp_path, capsys, argv, words):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-@pytest.mark.parametrize("argv", [[], ["--embedded", "x.txt"], ["x.txt", "--tokenizer", "t", "--vocab-size", "9"], ["x.txt", "--held-out", "1"], ["x.txt", "--workers", "0"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--embedded", "x.txt"],
+        ["x.txt", "--tokenizer", "t", "--vocab-size", "9"],
+        ["x.txt", "--held-out", "1"],
+        ["x.txt", "--workers", "0"],
+    ],
+)
 def test_arguments_that_cannot_be_are_refused(argv):
     with pytest.raises(SystemExit) as caught:
         prepare_data.main(["--out", "o", *argv])
@@ -203,17 +216,67 @@ def test_arguments_that_cannot_be_are_refused(argv):
 
 GOOD = [{"text": prose(i)} for i in range(8)]
 BAD = {
-    "empty document": ("a.jsonl", lines(GOOD[:2] + [{"text": "  \n"}] + GOOD[2:]), "a.jsonl, line 3: empty document", "empty"),
-    "empty line": ("a.jsonl", lines(GOOD[:2]) + b"\n" + lines(GOOD[2:]), "a.jsonl, line 3: empty line", "empty"),
-    "invalid UTF-8": ("a.jsonl", lines(GOOD[:1]) + b'{"text": "\xff\xfe"}\n' + lines(GOOD[1:]), "a.jsonl, line 2: not UTF-8", "invalid_utf8"),
-    "bad JSON": ("a.jsonl", lines(GOOD[:1]) + b'{"text": \n' + lines(GOOD[1:]), "a.jsonl, line 2: not JSON", "bad_json"),
-    "missing field": ("a.jsonl", lines([{"body": "x"}, *GOOD]), "a.jsonl, line 1: no text in field 'text' (it has body)", "missing_field"),
-    "a number as text": ("a.jsonl", lines([{"text": 5}, *GOOD]), "a.jsonl, line 1: no text in field 'text'", "missing_field"),
-    "half a surrogate": ("a.jsonl", b'{"text": "a\\ud800"}\n' + lines(GOOD), "a.jsonl, line 1: half of a surrogate pair", "lone_surrogate"),
+    "empty document": (
+        "a.jsonl",
+        lines(GOOD[:2] + [{"text": "  \n"}] + GOOD[2:]),
+        "a.jsonl, line 3: empty document",
+        "empty",
+    ),
+    "empty line": (
+        "a.jsonl",
+        lines(GOOD[:2]) + b"\n" + lines(GOOD[2:]),
+        "a.jsonl, line 3: empty line",
+        "empty",
+    ),
+    "invalid UTF-8": (
+        "a.jsonl",
+        lines(GOOD[:1]) + b'{"text": "\xff\xfe"}\n' + lines(GOOD[1:]),
+        "a.jsonl, line 2: not UTF-8",
+        "invalid_utf8",
+    ),
+    "bad JSON": (
+        "a.jsonl",
+        lines(GOOD[:1]) + b'{"text": \n' + lines(GOOD[1:]),
+        "a.jsonl, line 2: not JSON",
+        "bad_json",
+    ),
+    "missing field": (
+        "a.jsonl",
+        lines([{"body": "x"}, *GOOD]),
+        "a.jsonl, line 1: no text in field 'text' (it has body)",
+        "missing_field",
+    ),
+    "a number as text": (
+        "a.jsonl",
+        lines([{"text": 5}, *GOOD]),
+        "a.jsonl, line 1: no text in field 'text'",
+        "missing_field",
+    ),
+    "half a surrogate": (
+        "a.jsonl",
+        b'{"text": "a\\ud800"}\n' + lines(GOOD),
+        "a.jsonl, line 1: half of a surrogate pair",
+        "lone_surrogate",
+    ),
     "binary": ("a.jsonl", b'{"text": "a\\u0000"}\n' + lines(GOOD), "a.jsonl, line 1: holds NUL", "binary"),
-    "too long a line": ("a.jsonl", lines(GOOD[:2] + [{"text": "x" * (1 << 20)}] + GOOD[2:]), "a.jsonl, line 3: document of more than 1 MiB", "too_long"),
-    "truncated gzip": ("a.jsonl.gz", gzip.compress(lines(GOOD * 40), mtime=0)[:-40], "a.jsonl.gz: truncated or unreadable", "unreadable"),
-    "truncated zstd": ("a.jsonl.zst", zstandard.compress(lines(GOOD * 40))[:-40], "a.jsonl.zst: truncated or unreadable", "unreadable"),
+    "too long a line": (
+        "a.jsonl",
+        lines(GOOD[:2] + [{"text": "x" * (1 << 20)}] + GOOD[2:]),
+        "a.jsonl, line 3: document of more than 1 MiB",
+        "too_long",
+    ),
+    "truncated gzip": (
+        "a.jsonl.gz",
+        gzip.compress(lines(GOOD * 40), mtime=0)[:-40],
+        "a.jsonl.gz: truncated or unreadable",
+        "unreadable",
+    ),
+    "truncated zstd": (
+        "a.jsonl.zst",
+        zstandard.compress(lines(GOOD * 40))[:-40],
+        "a.jsonl.zst: truncated or unreadable",
+        "unreadable",
+    ),
     "not gzip": ("a.jsonl.gz", lines(GOOD), "a.jsonl.gz: truncated or unreadable", "unreadable"),
 }
 
@@ -263,7 +326,13 @@ def test_a_200_mb_line_costs_little_memory(tmp_path):
         "kinds = [getattr(d, 'kind', 'ok') for d in read_documents(Source(sys.argv[1], 'long.jsonl', None), how)]\n"
         "print(kinds, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(source / "long.jsonl")], cwd=ROOT, env=rank_environment(), capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(source / "long.jsonl")],
+        cwd=ROOT,
+        env=rank_environment(),
+        capture_output=True,
+        text=True,
+    )
     kinds, _, peak_mib = done.stdout.rpartition(" ")
     assert kinds == str(["too_long"] + ["ok"] * 8), done.stderr
     assert int(peak_mib) < 80
@@ -309,7 +378,11 @@ def test_a_planted_copy_shows_in_the_overlap_report(tmp_path):
     train.write_text(train.read_text() + held + "and one more thing\n")
     assert prepare(tmp_path / "again", str(source)) == 0
     overlap = manifest(tmp_path / "again")["overlap"]
-    assert overlap["above_half"] == 1 and overlap["worst"][0]["document"].endswith(name) and overlap["worst"][0]["share"] > 0.9
+    assert (
+        overlap["above_half"] == 1
+        and overlap["worst"][0]["document"].endswith(name)
+        and overlap["worst"][0]["share"] > 0.9
+    )
 
 
 def test_a_limit_keeps_a_fixed_subset(tmp_path):
@@ -343,7 +416,9 @@ def test_shards_are_cut_between_documents(tmp_path, many_units, monkeypatch):
     assert prepare(tmp_path / "out", str(many_units)) == 0
     shards = manifest(tmp_path / "out")["splits"]["train"]["shards"]
     assert len(shards) > 3 and all(shard["tokens"] <= 500 for shard in shards)
-    assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out")) == sorted(prose(i) for i in range(24))
+    assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out")) == sorted(
+        prose(i) for i in range(24)
+    )
 
 
 SLOW = """
@@ -359,10 +434,22 @@ if __name__ == "__main__":
 
 
 def test_a_killed_preparation_goes_on_where_it_was(tmp_path, many_units):
-    argv = ["--out", str(tmp_path / "killed"), "--held-out", "0.2", "--vocab-size", "300", "--workers", "1", str(many_units)]
+    argv = [
+        "--out",
+        str(tmp_path / "killed"),
+        "--held-out",
+        "0.2",
+        "--vocab-size",
+        "300",
+        "--workers",
+        "1",
+        str(many_units),
+    ]
     script = tmp_path / "slow.py"
     script.write_text(SLOW)
-    process = subprocess.Popen([sys.executable, str(script), *argv], cwd=ROOT, env=rank_environment(), start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, str(script), *argv], cwd=ROOT, env=rank_environment(), start_new_session=True
+    )
     work = tmp_path / "killed" / "work"
     deadline = time.monotonic() + 60
     while len(list(work.glob("unit_*.json"))) < 3:
@@ -370,7 +457,9 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path, many_units):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    done = {p: p.stat().st_mtime_ns for p in work.glob("unit_*.bin") if p.with_name(p.name.split(".")[0] + ".json").exists()}
+    done = {
+        p: p.stat().st_mtime_ns for p in work.glob("unit_*.bin") if p.with_name(p.name.split(".")[0] + ".json").exists()
+    }
     assert 3 <= len({p.name.split(".")[0] for p in done}) < 12
     (work / "unit_00011.train.bin.tmp").write_bytes(b"half")  # a torn file is no obstacle
     assembled = []
@@ -399,10 +488,15 @@ def small_bpe() -> Tokenizer:
 
 
 @settings(deadline=None, max_examples=60)
-@given(text=st.text(alphabet=st.sampled_from(list("ab é日 \n\t.,'s1\u3000\r")), max_size=300), size=st.integers(1, 40))
+@given(
+    text=st.text(alphabet=st.sampled_from(list("ab é日 \n\t.,'s1\u3000\r")), max_size=300),
+    size=st.integers(1, 40),
+)
 def test_cutting_long_text_changes_no_token(small_bpe, text, size):
     whole = small_bpe.encode(text, add_special_tokens=False).ids
-    assert [i for piece in bpe.pieces(text, size) for i in small_bpe.encode(piece, add_special_tokens=False).ids] == whole
+    assert [
+        i for piece in bpe.pieces(text, size) for i in small_bpe.encode(piece, add_special_tokens=False).ids
+    ] == whole
 
 
 def test_special_tokens_spelled_in_a_text_are_text(small_bpe):
@@ -425,7 +519,9 @@ def test_a_large_vocabulary_takes_four_bytes_and_a_given_tokenizer_is_kept(tmp_p
     assert prepare(tmp_path / "out", str(source), "--tokenizer", str(tmp_path / "big.json"), vocab=None) == 0
     m = manifest(tmp_path / "out")
     assert (m["dtype"], m["vocab_size"]) == ("uint32", 65538)
-    assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out")) == sorted(prose(i) for i in range(6))
+    assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out")) == sorted(
+        prose(i) for i in range(6)
+    )
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, small_bpe):
@@ -459,6 +555,8 @@ def test_the_embedded_corpus_is_source_text_of_this_installation():
     assert 60e6 < size < 200e6
     names = [f.name for f in files]
     assert len(names) == len(set(names)) and names == sorted(names)
-    assert "python/asyncio/base_events.py" in names and "torch/nn/functional.py" in names and "wandb/__init__.py" in names
+    assert (
+        "python/asyncio/base_events.py" in names and "torch/nn/functional.py" in names and "wandb/__init__.py" in names
+    )
     assert not any(LEFT_OUT & set(name.split("/")[:-1]) for name in names)
     assert {f.group for f in files if f.name.startswith("torch/nn/")} == {"torch/nn"}

@@ -78,7 +78,11 @@ def runs(tmp_path_factory, tiny_yaml):
             cases += [case("poisoned", "model.tie_embeddings=false", "training.micro_batch_size=1",
                            f"training.init_from={poisoned}", code=4)]  # fmt: skip
             for stage in ("zero1", "zero2", "zero3"):
-                half = ("training.stop_at_step=3", "training.precision=bf16", "training.indexer_warmup_steps=2")
+                half = (
+                    "training.stop_at_step=3",
+                    "training.precision=bf16",
+                    "training.indexer_warmup_steps=2",
+                )
                 cases += [
                     case(f"{stage}_straight", *half[1:], stage=stage),
                     case(f"{stage}_halves_a", *half, stage=stage, into=f"{stage}_halves"),
@@ -136,7 +140,9 @@ def test_offload_and_accumulation_change_nothing(runs, case):
 
 @pytest.mark.parametrize("case", ["recomputed", "workers", "inline"])
 def test_recomputation_and_loader_workers_change_no_bit(runs, case):
-    assert [timeless(r) for r in rows_of(runs / "2" / case)] == [timeless(r) for r in rows_of(runs / "2" / "zero2_sparse")]
+    assert [timeless(r) for r in rows_of(runs / "2" / case)] == [
+        timeless(r) for r in rows_of(runs / "2" / "zero2_sparse")
+    ]
 
 
 def timeless(row: dict) -> dict:
@@ -150,9 +156,15 @@ def test_a_resumed_run_is_the_straight_run(runs, stage):
     assert [row["step"] for row in halves] == [1, 2, 3, 4, 5, 6]
     assert [timeless(row) for row in halves] == [timeless(row) for row in straight]
     assert [row["stage"] for row in halves] == ["dense"] * 2 + ["sparse"] * 4
-    evals = [[(e["step"], e["eval_loss"]) for e in events_of(runs / "2" / f"{stage}_{n}", "eval")] for n in ("straight", "halves")]
+    evals = [
+        [(e["step"], e["eval_loss"]) for e in events_of(runs / "2" / f"{stage}_{n}", "eval")]
+        for n in ("straight", "halves")
+    ]
     assert evals[0] == evals[1]
-    assert [e["reason"] for e in events_of(runs / "2" / f"{stage}_halves", "stop")] == ["stop_at_step", "finished"]
+    assert [e["reason"] for e in events_of(runs / "2" / f"{stage}_halves", "stop")] == [
+        "stop_at_step",
+        "finished",
+    ]
 
 
 def test_golden_first_steps(runs):

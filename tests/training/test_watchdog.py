@@ -101,8 +101,14 @@ def test_a_stopped_rank_is_named_by_the_living(tmp_path):
 def test_files_of_an_earlier_launch_say_nothing(tmp_path):
     ranks = tmp_path / ".ranks"
     ranks.mkdir()
-    (ranks / "rank_1.json").write_text('{"launch": "older", "pid": 1, "host": "x", "state": "running", "time": 0, "count": 0}')
+    (ranks / "rank_1.json").write_text(
+        '{"launch": "older", "pid": 1, "host": "x", "state": "running", "time": 0, "count": 0}'
+    )
     lone = subprocess.run(
-        [sys.executable, "-c", RANK, str(tmp_path), "0", "fine"], cwd=ROOT, env=rank_environment(), capture_output=True, text=True
+        [sys.executable, "-c", RANK, str(tmp_path), "0", "fine"],
+        cwd=ROOT,
+        env=rank_environment(),
+        capture_output=True,
+        text=True,
     )
     assert (lone.returncode, lone.stderr) == (0, "")
