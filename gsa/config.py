@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 ADAPTIVE_K = ("off", "variance", "entropy")
 
@@ -20,7 +20,7 @@ class ModelConfig:
     n_layers: int = _setting(8, "number of blocks")
     n_heads: int = _setting(8, "query heads (H)")
     n_kv_heads: int = _setting(2, "key/value heads (G); divides n_heads")
-    d_head: Optional[int] = _setting(None, "width of a head (D), even; default d_model / n_heads")  # noqa: UP045
+    d_head: int | None = _setting(None, "width of a head (D), even; default d_model / n_heads")
     d_ffn: int = _setting(1536, "hidden width of the SwiGLU feed-forward")
     vocab_size: int = _setting(32000, "entries of the embedding (V); at least the tokenizer's")
     max_position_embeddings: int = _setting(2048, "longest sequence, in tokens")

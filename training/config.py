@@ -10,7 +10,7 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 import yaml
 from omegaconf import OmegaConf
@@ -40,17 +40,19 @@ class TrainingConfig:
 
     seed: int = _setting(0, "decides initial weights, data order and sampled rows")
     max_steps: int = _setting(1000, "steps of the whole run; the schedule ends here")
-    stop_at_step: Optional[int] = _setting(None, "stop early with a checkpoint, schedule unchanged")  # noqa: UP045
+    stop_at_step: int | None = _setting(None, "stop early with a checkpoint, schedule unchanged")
     micro_batch_size: int = _setting(8, "windows per rank and forward pass")
-    global_batch_size: int | None = _setting(None, "windows per step over all ranks; rules over accumulation")  # noqa: UP045
-    gradient_accumulation_steps: Optional[int] = _setting(None, "forward passes per step; default 1, or what global_batch_size needs")  # noqa: E501, UP045  # fmt: skip
+    global_batch_size: int | None = _setting(None, "windows per step over all ranks; rules over accumulation")
+    gradient_accumulation_steps: int | None = _setting(
+        None, "forward passes per step; default 1, or what global_batch_size needs"
+    )
     max_seq_len: int = _setting(1024, "tokens per window")
     precision: str = _setting("bf16", "bf16 (float32 masters) or fp32")
     learning_rate: float = _setting(3e-4, "peak learning rate of AdamW")
     min_learning_rate: float = _setting(3e-5, "learning rate at the end of the schedule")
     warmup_steps: int = _setting(100, "steps of linear warm-up; may exceed the run")
     lr_scheduler: str = _setting("cosine", "decay after warm-up: cosine, linear, or wsd (constant, then linear)")
-    wsd_decay_steps: int | None = _setting(None, "steps of the final decay of wsd; default a fifth of max_steps")  # noqa: UP045
+    wsd_decay_steps: int | None = _setting(None, "steps of the final decay of wsd; default a fifth of max_steps")
     weight_decay: float = _setting(0.1, "decay of matrices; biases, norms and scalars have none")
     beta1: float = _setting(0.9, "AdamW's decay of the first moment")
     beta2: float = _setting(0.95, "AdamW's decay of the second moment")
@@ -69,7 +71,7 @@ class TrainingConfig:
     eval_windows: int = _setting(64, "held-out windows per evaluation; 0: all")
     save_interval: int = _setting(1000, "steps between checkpoints; 0: only at the stop or the end")
     log_interval: int = _setting(10, "steps between lines on a console that is not a terminal")
-    init_from: Optional[str] = _setting(None, "checkpoint folder whose weights a new run starts from")  # noqa: UP045
+    init_from: str | None = _setting(None, "checkpoint folder whose weights a new run starts from")
     hang_timeout_s: float = _setting(45.0, "seconds of silence in one phase of a step before a rank is taken for hung")
 
     def __post_init__(self) -> None:
@@ -118,7 +120,7 @@ class DataConfig:
     data_dir: str = _setting("data/quickstart", "a prepared dataset")
     mixture: dict[str, float] | None = _setting(
         None, "several prepared datasets, folder -> weight, in place of data_dir"
-    )  # noqa: UP045
+    )
     num_workers: int = _setting(1, "threads that read ahead; 0 reads in line. Never changes the data")
 
     def __post_init__(self) -> None:
@@ -137,8 +139,8 @@ class LoggingConfig:
 
     wandb: bool = _setting(False, "mirror metrics to W&B; offline without a key")
     project: str = _setting("gsa-pretrain", "W&B project")
-    entity: Optional[str] = _setting(None, "W&B entity; default: yours")  # noqa: UP045
-    run_name: Optional[str] = _setting(None, "W&B name of the run; default: the output folder's")  # noqa: UP045
+    entity: str | None = _setting(None, "W&B entity; default: yours")
+    run_name: str | None = _setting(None, "W&B name of the run; default: the output folder's")
 
 
 @dataclass(frozen=True)
@@ -355,7 +357,7 @@ def format_help() -> str:
     for section, made in SECTIONS.items():
         lines.append(f"{section}:")
         for f in fields(made):
-            kind = str(f.type).removeprefix("Optional[").removesuffix("]") if str(f.type).startswith("Opt") else f.type
+            kind = f.type.removesuffix(" | None")
             default = "none" if f.default is None or f.default is MISSING else f.default
             lines.append(f"  {f.name} ({kind}, default {default})\n      {f.metadata['help']}")
     return "\n".join(lines)

@@ -74,7 +74,7 @@ def runs(tmp_path_factory, tiny_yaml):
             shutil.copytree(base / "1" / "untied" / "step_1", poisoned)
             config, weights = load_weights(poisoned)
             weights["embed.weight"][POISONED] = float("nan")
-            save_weights(weights, poisoned)
+            save_weights(weights, {"model": config}, poisoned)
             cases += [case("poisoned", "model.tie_embeddings=false", "training.micro_batch_size=1",
                            f"training.init_from={poisoned}", code=4)]  # fmt: skip
             for stage in ("zero1", "zero2", "zero3"):
