@@ -20,10 +20,13 @@ def linear_cross_entropy(
     """Sum over valid rows of -log softmax(hidden @ weight.T)[target], divided by n_targets.
 
     hidden: (N, d); weight: (V, d), same dtype; targets: (N,) int64, -100 where there is nothing to predict.
-    n_targets: what to divide by, so that parts of a batch add up to the whole.
+    n_targets: what to divide by, so that parts of a batch add up to the whole; 0 counts as 1.
     Returns a 0-dim tensor, float32 (float64 for float64 input), exact in float32 also from bfloat16 input.
     Beyond its gradients it holds a chunk of logits, and the weight's gradient in float32 while it is summed.
     """
+    if not torch.is_grad_enabled():
+        # needs_input_grad knows nothing of no_grad: evaluation would form both gradients
+        hidden, weight = hidden.detach(), weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, targets, n_targets)
 
 
@@ -59,14 +62,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 d_hidden[chunk] = grad @ weight
             if need_weight:
                 d_weight += grad.t() @ hidden[chunk]
-        ctx.save_for_backward(d_hidden, d_weight, torch.as_tensor(n_targets, dtype=exact, device=hidden.device))
+        divisor = torch.as_tensor(n_targets, dtype=exact, device=hidden.device)
+        divisor = torch.where(divisor == 0, 1, divisor)
+        ctx.save_for_backward(d_hidden, d_weight, divisor)
         ctx.dtype = weight.dtype
-        return total / n_targets
+        return total / divisor
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        d_hidden, d_weight, n_targets = ctx.saved_tensors
-        scale = grad / n_targets
+        d_hidden, d_weight, divisor = ctx.saved_tensors
+        scale = grad / divisor
         return (
             None if d_hidden is None else d_hidden * scale.to(d_hidden.dtype),
             None if d_weight is None else (d_weight * scale).to(ctx.dtype),

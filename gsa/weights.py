@@ -44,10 +44,13 @@ def save_weights(state_dict: Mapping[str, torch.Tensor], config: dict[str, Any],
     with writing(dir / WEIGHTS):
         dir.mkdir(parents=True, exist_ok=True)
         temporary = dir / f"{WEIGHTS}.tmp"
+        temporary.touch()
+        mode = temporary.stat().st_mode
         try:
             save_file(stored, temporary, metadata={"format": "pt", "tied": json.dumps(tied)})
         except SafetensorError as err:  # its word for what the operating system said
             raise OSError(str(err)) from err
+        temporary.chmod(mode)  # safetensors takes everyone else's right to read
         replace_durably(temporary, dir / WEIGHTS)
     write_durably(dir / CONFIG, (json.dumps(header, indent=2) + "\n").encode())
 

@@ -27,8 +27,10 @@ class Selector(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> Selector:
         # model.bfloat16() must not round a mean that moves by 1 % a step
+        exact = self.v_ref
         super()._apply(fn, recurse)
-        self.v_ref = self.v_ref.float()
+        if not (exact.is_meta or self.v_ref.is_meta):
+            self.v_ref = exact.to(self.v_ref.device)
         return self
 
     @torch.no_grad()

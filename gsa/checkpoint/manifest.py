@@ -181,7 +181,7 @@ def clear_torn(step_dir: Path) -> None:
     if (step_dir / MANIFEST).exists():
         raise CheckpointError(f"{step_dir} holds a checkpoint already and is not overwritten; move it away")
     if step_dir.exists():
-        _discard(step_dir)
+        shutil.rmtree(step_dir)  # half removed, it is still torn
 
 
 def retain(
@@ -288,10 +288,10 @@ def newest_good(output_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose every byte is right, and a line for each newer folder passed over."""
     passed_over = []
     for found in reversed(list_checkpoints(output_dir)):
-        wrong = found.reason or "; ".join(_wrong(found.path, hashes=True))
+        wrong = _wrong(found.path, hashes=True)
         if not wrong:
             return found.path, passed_over
-        passed_over.append(f"{found.tag}: {wrong}")
+        passed_over.append(f"{found.tag}: {'; '.join(wrong)}")
     return None, passed_over
 
 
@@ -401,10 +401,8 @@ def _choices(output_dir: Path) -> str:
 def _discard(step_dir: Path) -> None:
     """Deletes a folder; killed half-way, what is left no longer has a checkpoint's name."""
     trash = step_dir.with_name(_TRASH + step_dir.name)
-    if trash.exists():
-        shutil.rmtree(trash)
     os.replace(step_dir, trash)
-    _fsync(trash.parent)
+    _fsync(trash.parent)  # a power cut must not bring the name back to half a folder
     shutil.rmtree(trash)
 
 

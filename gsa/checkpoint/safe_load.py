@@ -36,17 +36,17 @@ def load(path: str | Path, *, extra_allowed: Sequence[type | Callable[..., objec
     with _allow_list_lock, safe_globals(list(extra_allowed)):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except Exception as err:  # the bytes are a stranger's, and what they can make torch raise has no bound
-            raise CheckpointError(f"{path}: {_explain(path)}") from err
+        except Exception as err:  # a stranger's bytes: what they can make torch raise has no bound
+            raise CheckpointError(f"{path}: {_explain(path, err)}") from err
 
 
-def _explain(path: str | Path) -> str:
+def _explain(path: str | Path, err: Exception) -> str:
     try:
         refused = sorted(get_unsafe_globals_in_checkpoint(path))  # reads the pickle as data
     except Exception:  # the same bytes again
         refused = []
     if not refused:
-        return f"damaged, or not made of tensors and plain values; {_MEND}"
+        return f"damaged, or not made of tensors and plain values ({type(err).__name__}); {_MEND}"
     if any(name.startswith("omegaconf.") for name in refused):
         return (
             f"refused: it holds an OmegaConf object ({', '.join(refused)}), which only its own code could "

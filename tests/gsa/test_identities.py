@@ -244,7 +244,11 @@ def test_lower_precision_stays_near_float64(dtype, bound):
 
 
 def test_v_ref_stays_float32_in_a_bf16_model():
-    model = make().to(torch.bfloat16)
+    model = make()
+    model.update_v_ref(torch.tensor([[0.0012345678, 1.0]] * 2))
+    before = [b.clone() for n, b in model.named_buffers() if n.endswith("v_ref")]
+    model.to(torch.bfloat16)
+    assert all(torch.equal(b.float(), a.float()) for (n, b), a in zip(model.named_buffers(), before, strict=True))
     assert {b.dtype for n, b in model.named_buffers() if n.endswith("v_ref")} == {torch.float32}
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 

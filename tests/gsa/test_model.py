@@ -133,15 +133,34 @@ def test_bf16_value_is_exact_in_float32():
     assert ours.item() == pytest.approx(float(F.cross_entropy(logits, targets)), rel=1e-6)
 
 
+def test_nothing_to_divide_by_is_no_loss():
+    hidden, weight, targets = problem()
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100), 0)
+    loss.backward()
+    assert loss == 0 and not hidden.grad.any() and not weight.grad.any()
+
+
+def test_evaluation_forms_no_gradient():
+    hidden, weight, targets = problem(64, 8, 300, torch.float32)
+    with torch.no_grad(), LargestTensor() as seen:
+        linear_cross_entropy(hidden, weight, targets, 1.0)
+    assert seen.products == 1
+    with LargestTensor() as seen:
+        linear_cross_entropy(hidden, weight, targets, 1.0)
+    assert seen.products == 3
+
+
 class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor any operation made."""
+    """Remembers the largest tensor any operation made, and counts matrix products."""
 
     largest = 0
+    products = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
             self.largest = max(self.largest, out.numel())
+            self.products += func is torch.ops.aten.mm.default
         return out
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -237,7 +238,7 @@ def assert_refused(step_dir: Path, *names: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*(n for n, size in FILES.items() if size), "manifest.json"])
-@settings(max_examples=40, deadline=None, database=None)
+@settings(max_examples=20, deadline=None, database=None)
 @given(data=st.data())
 def test_a_flipped_bit_or_a_cut_anywhere_is_refused_by_name(sealed, name, data):
     path = sealed / name
@@ -271,6 +272,44 @@ def test_every_missing_longer_exchanged_added_or_linked_file_is_named(tmp_path):
     assert_refused(step_dir, a, b, c, d, e, "extra.pt")
     with pytest.raises(CheckpointError, match=f"{b}: its sha256 .* but that of {c}"):
         manifest.verify(step_dir)
+
+
+def test_a_link_is_refused_also_where_it_leads_to_the_same_bytes(tmp_path):
+    step_dir = save(tmp_path, 7)
+    name = next(iter(FILES))
+    (step_dir / name).rename(tmp_path / "elsewhere")
+    (step_dir / name).symlink_to(tmp_path / "elsewhere")
+    (step_dir / "folder").symlink_to(tmp_path)
+    os.mkfifo(step_dir / "fifo")
+    assert_refused(step_dir, name, "folder", "fifo")
+    with pytest.raises(CheckpointError, match=f"{name}: replaced by a link"):
+        manifest.verify(step_dir, hashes=False)
+
+
+def test_a_file_the_disk_cannot_read_is_named_and_passed_over(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    step_dir = save(tmp_path, 2)
+    bad, sha256 = step_dir / next(iter(FILES)), manifest._sha256
+
+    def failing(path: Path) -> str:
+        if path == bad:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return sha256(path)
+
+    monkeypatch.setattr(manifest, "_sha256", failing)
+    assert_refused(step_dir, bad.name)
+    found, passed_over = manifest.newest_good(tmp_path)
+    assert found == tmp_path / "step_1"
+    assert passed_over == [f"step_2: {bad.name}: cannot be read: Input/output error"]
+
+
+def test_temporaries_are_neither_sealed_nor_missed(tmp_path):
+    write_files(tmp_path)
+    (tmp_path / "nested" / "model.pt.tmp").write_bytes(b"half")
+    assert set(manifest.seal(tmp_path).files) == set(FILES)
+    manifest.verify(tmp_path)
+    (tmp_path / "nested" / "model.pt.tmp").unlink()
+    manifest.verify(tmp_path)
 
 
 def test_without_hashes_names_and_sizes_are_compared_all_the_same(tmp_path):
@@ -363,9 +402,15 @@ def test_links_and_empty_folders_are_not_sealed(tmp_path):
     with pytest.raises(CheckpointError, match="no file in it"):
         manifest.seal(tmp_path / "nowhere")
     write_files(tmp_path)
-    (tmp_path / "link").symlink_to("empty.txt")
-    with pytest.raises(CheckpointError, match="link: a link or special file"):
-        manifest.seal(tmp_path)
+    for make in (
+        lambda path: path.symlink_to("empty.txt"),
+        lambda path: path.symlink_to("nested"),
+        os.mkfifo,
+    ):
+        make(tmp_path / "other")
+        with pytest.raises(CheckpointError, match="other: a link or special file"):
+            manifest.seal(tmp_path)
+        (tmp_path / "other").unlink()
 
 
 def test_files_longer_than_a_block_are_hashed_whole(tmp_path, monkeypatch):
@@ -454,6 +499,8 @@ def test_a_checkpoint_not_found_is_an_error_that_names_the_choices(tmp_path):
     write_files(run / "step_3")
     with pytest.raises(CheckpointError, match="step_3 is not a good checkpoint"):
         manifest.resolve("step_3", run)
+    with pytest.raises(CheckpointError, match="choose one of step_1, step_2 in"):
+        manifest.resolve("step_4", run)
     (run / "latest").write_text("../../elsewhere\n")
     with pytest.raises(CheckpointError, match="no tag like step_100"):
         manifest.resolve("latest", run)
@@ -494,6 +541,21 @@ def test_nothing_is_deleted_while_the_newest_is_not_good(tmp_path):
     write_files(tmp_path / "torn" / "step_1")
     assert manifest.retain(tmp_path / "torn", keep_last=1) == []
     assert tags(tmp_path / "torn") == ["step_1"]
+
+
+def test_a_deleted_checkpoint_has_lost_its_name_on_disk_before_its_first_file_goes(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step)
+    events = []
+    fsync, replace, rmtree = os.fsync, os.replace, shutil.rmtree
+    monkeypatch.setattr(
+        os, "fsync", lambda fd: (events.append(("sync", os.readlink(f"/proc/self/fd/{fd}"))), fsync(fd))
+    )
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(("name", str(b))), replace(a, b)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (events.append(("gone", str(path))), rmtree(path)))
+    manifest.retain(tmp_path, keep_last=1)
+    trash = str(tmp_path / ".trash-step_1")
+    assert events == [("name", trash), ("sync", str(tmp_path)), ("gone", trash)]
 
 
 @pytest.mark.parametrize("limits", [{"keep_last": 0}, {"keep_last": 1, "keep_every": 0}])

@@ -75,8 +75,10 @@ def refusal(path: Path, **how) -> str:
 
 @pytest.mark.parametrize("mmap", [False, True])
 def test_tensors_and_plain_values_come_back(tmp_path, mmap):
-    torch.save(PLAIN, tmp_path / "good.pt")
-    loaded = safe_load.load(tmp_path / "good.pt", mmap=mmap)
+    path = tmp_path / "good.pt"
+    torch.save(PLAIN, path)
+    loaded = safe_load.load(path, mmap=mmap)
+    assert (str(path) in Path("/proc/self/maps").read_text()) == mmap
     for name in ("weight", "bf16"):
         assert loaded[name].dtype == PLAIN[name].dtype and torch.equal(loaded[name], PLAIN[name])
     assert loaded["order"] == PLAIN["order"] and loaded["values"] == PLAIN["values"]
@@ -180,6 +182,19 @@ def test_what_is_no_torch_file_is_refused(tmp_path, content):
     path = tmp_path / "bad.pt"
     path.write_bytes(content)
     assert "damaged" in refusal(path)
+
+
+def test_the_format_before_torch_1_6_is_refused_also_when_harmless(tmp_path):
+    path = tmp_path / "legacy.pt"
+    torch.save(PLAIN, path, _use_new_zipfile_serialization=False)
+    assert "torch 1.6 or later" in refusal(path)
+
+
+def test_running_out_of_memory_is_not_blamed_on_the_file_alone(tmp_path, monkeypatch):
+    path = tmp_path / "good.pt"
+    torch.save(PLAIN, path)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: (_ for _ in ()).throw(MemoryError()))
+    assert "MemoryError" in refusal(path)
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
