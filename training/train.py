@@ -23,6 +23,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 from gsa.checkpoint import manifest  # noqa: E402
 from gsa.checkpoint.manifest import CheckpointError  # noqa: E402
 from gsa.checkpoint.state import read_config_json  # noqa: E402
+from gsa.weights import load_weights  # noqa: E402
 from training import config as run_config  # noqa: E402
 from training.config import BatchPlan, ConfigError, RunConfig, config_changes, load_config, plan_batch  # noqa: E402
 from training.data import DataError, PackedTokens  # noqa: E402
@@ -120,6 +121,10 @@ def prepare(args: argparse.Namespace) -> Prepared:
     if environment_rank() == 0:
         folder.claim(args.resume_from)
         resume = _choose_checkpoint(args, cfg, folder)
+        if resume is not None:
+            _require_same_layout(resume, environment_world_size(), ds_config["zero_optimization"]["stage"])
+        elif cfg.training.init_from:
+            _require_same_shapes(Path(cfg.training.init_from), cfg)
         data, _ = _open_data(cfg)  # builds the window tables, which the other ranks then find
         _announce_epochs(cfg, plan.global_batch_size, data)
         if plan.note:
@@ -203,6 +208,31 @@ def _choose_checkpoint(args: argparse.Namespace, cfg: RunConfig, folder: RunFold
             f"restore the value(s), or accept with --allow_config_change"
         )
     return found
+
+
+def _require_same_layout(checkpoint: Path, ranks: int, stage: int) -> None:
+    """DeepSpeed takes up its shards at the number of ranks and the ZeRO stage (1 and 2 are alike) that wrote them."""
+    shards = len(list(checkpoint.glob("*_optim_states.pt")))
+    partitioned = bool(list(checkpoint.glob("zero_pp_rank_*_model_states.pt")))
+    made = "ZeRO 3" if partitioned else "ZeRO 1 or 2" if shards else "ZeRO 0"
+    asked = {0: "ZeRO 0", 3: "ZeRO 3"}.get(stage, "ZeRO 1 or 2")
+    if made != asked or (shards and shards != ranks):
+        raise CheckpointError(
+            f"{checkpoint} was made with {made}"
+            + (f" on {shards} rank(s)" if shards else "")
+            + f", this is {asked} on "
+            f"{ranks} rank(s), and resizing is not supported yet; launch it alike, or start a new run from its weights "
+            f"with training.init_from={checkpoint}"
+        )
+
+
+def _require_same_shapes(checkpoint: Path, cfg: RunConfig) -> None:
+    """The weights to start from must be there and fit the model."""
+    saved = load_weights(checkpoint)[0]
+    changes = config_changes({**run_config.to_plain(cfg), "model": saved}, run_config.to_plain(cfg))
+    wrong = [f"{c.key} ({c.old!r} there, {c.new!r} here)" for c in changes if c.effect == "impossible"]
+    if wrong:
+        raise ConfigError(f"training.init_from={checkpoint}: its weights do not fit: {', '.join(wrong)}")
 
 
 def _open_data(cfg: RunConfig) -> tuple[PackedTokens, PackedTokens]:

@@ -20,7 +20,7 @@ from gsa.weights import load_weights, save_weights
 from training import config as run_config
 from training.clock import StepClock
 from training.config import BatchPlan, RunConfig
-from training.data import Loader, PackedTokens, permute
+from training.data import DataError, Loader, PackedTokens, permute
 from training.engine import DEEPSPEED_VERSION, Engine
 from training.evaluate import evaluate, unigram_score
 from training.metrics import Console, MetricsLog, rewind
@@ -110,6 +110,11 @@ class Trainer:
     def _take_up(self, checkpoint: Path, allow_config_change: bool) -> None:
         self.watchdog.beat("load")
         state = RunState.from_dict(self.engine.load(checkpoint))
+        if state.data_fingerprint != self.data.fingerprint and not allow_config_change:
+            raise DataError(
+                f"{checkpoint.name} was trained on other text: the data's fingerprint is {self.data.fingerprint[:16]}, "
+                f"the checkpoint's {state.data_fingerprint[:16]}; restore the dataset, or accept with --allow_config_change"
+            )
         self.step, self.samples, self.tokens = state.step, state.samples_consumed, state.tokens_seen
         if allow_config_change:
             self.engine.apply_hyperparameters(self.cfg.training)

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+from helpers_dataset import write_dataset
 from launching import start_training, train_alone
 
 WAIT_S = 60
@@ -90,6 +92,9 @@ def test_plain_python_is_one_rank(finished):
         (3, "is not a prepared dataset", ["data.data_dir=nowhere"]),
         (3, "has 64 entries, more than model.vocab_size=32", ["model.vocab_size=32"]),
         (3, "latest does not exist", ["--resume_from", "latest"]),
+        (3, "made with ZeRO 1 or 2 on 1 rank(s), this is ZeRO 3 on 1 rank(s)", ["@finished", "--resume_from", "latest", "--deepspeed_config", "ds_configs/zero3.json"]),
+        (3, "nowhere/config.json: cannot be read", ["training.init_from=nowhere"]),
+        (2, "its weights do not fit: model.d_ffn (64 there, 32 here)", ["model.d_ffn=32", "training.init_from=@finished/step_2"]),
         (3, "model.safetensors: its sha256 is not that of the manifest", ["@damaged", "--resume_from", "auto"]),
     ],
 )  # fmt: skip
@@ -105,6 +110,7 @@ def test_bad_input_is_refused_before_any_process_group(tmp_path, tiny_yaml, fini
             path.write_bytes(raw)
             argv = ["@damaged", "--resume_from", "step_2"]
         argv = argv[1:]
+    argv = [word.replace("@finished", str(finished)) for word in argv]
     before = sorted(folder.rglob("*")) if folder.exists() else []
     done = train_alone(["--config", str(tiny_yaml), "--output_dir", str(folder), *argv])
     assert done.returncode == code, done.stderr
@@ -120,6 +126,25 @@ def test_a_refusal_under_a_launcher_is_said_once_with_its_exit_code(tmp_path, ti
         output.count("error: override 'training.seeed=1': unknown key 'training.seeed'; did you mean training.seed")
         == 1
     )
+
+
+def test_other_text_is_noticed_on_resume(tmp_path, tiny_yaml, finished):
+    shutil.copytree(finished, tmp_path / "run")
+    write_dataset(tmp_path / "other", [[1, 2, 3]] * 400, vocab_size=64, held_out=[[1, 2]])
+    argv = ["--config", str(tiny_yaml), "--output_dir", str(tmp_path / "run"), "--resume_from", "latest"]
+    shutil.copytree(data_of(tiny_yaml), tmp_path / "kept")
+    try:
+        shutil.rmtree(data_of(tiny_yaml))
+        shutil.copytree(tmp_path / "other", data_of(tiny_yaml))
+        done = train_alone([*argv, "training.max_steps=3"])
+    finally:
+        shutil.rmtree(data_of(tiny_yaml))
+        shutil.copytree(tmp_path / "kept", data_of(tiny_yaml))
+    assert done.returncode == 3 and "step_2 was trained on other text" in done.stderr, done.stderr
+
+
+def data_of(tiny_yaml: Path) -> Path:
+    return Path(yaml.safe_load(tiny_yaml.read_text())["data"]["data_dir"])
 
 
 def test_auto_starts_afresh_and_then_continues_and_passes_over_what_is_torn(tmp_path, tiny_yaml):
