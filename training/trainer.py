@@ -113,7 +113,8 @@ class Trainer:
         if state.data_fingerprint != self.data.fingerprint and not allow_config_change:
             raise DataError(
                 f"{checkpoint.name} was trained on other text: the data's fingerprint is {self.data.fingerprint[:16]}, "
-                f"the checkpoint's {state.data_fingerprint[:16]}; restore the dataset, or accept with --allow_config_change"
+                f"the checkpoint's {state.data_fingerprint[:16]}; restore the dataset, or accept with "
+                f"--allow_config_change"
             )
         self.step, self.samples, self.tokens = state.step, state.samples_consumed, state.tokens_seen
         if allow_config_change:
