@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
         "--config", type=Path, default=Path("training/configs/quickstart.yaml"), help="(default: %(default)s)"
     )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"), help="(default: %(default)s)")
-    parser.add_argument("--stop_at", type=int, default=100, help="step to stop and resume at (default: %(default)s)")
+    parser.add_argument("--stop_at", type=int, default=80, help="step to stop and resume at (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, over the yaml")
     args = parser.parse_args(argv)
     began = time.monotonic()
