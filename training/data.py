@@ -63,6 +63,7 @@ class _Source:
             path = folder / entry["file"]
             ends_path = path.with_name(path.stem + ".ends.npy")
             _require_size(path, entry["tokens"] * dtype.itemsize)
+            _require_sha256(ends_path, entry["ends_sha256"], folder)
             try:
                 ends = np.load(ends_path)
             except (OSError, ValueError) as err:
@@ -191,6 +192,16 @@ def _require_size(path: Path, expected: int) -> None:
         raise DataError(f"{path}: {err.strerror}; {_mend(path.parent.parent)}") from err
     if found != expected:
         raise DataError(f"{path} has {found} bytes, its manifest says {expected}; {_mend(path.parent.parent)}")
+
+
+def _require_sha256(path: Path, expected: str, folder: Path) -> None:
+    """A moved document end would give wrong targets, and a wrong window table under a good name."""
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as err:
+        raise DataError(f"{path}: {err.strerror}; {_mend(folder)}") from err
+    if found != expected:
+        raise DataError(f"{path}: its sha256 is not that of the manifest; {_mend(folder)}")
 
 
 def _mend(folder: Path) -> str:

@@ -237,6 +237,15 @@ def test_what_is_wrong_with_a_dataset_is_said_by_file(small, tmp_path):
         opened(small)
 
 
+def test_a_moved_document_end_is_refused(small):
+    path = small / "train" / "shard_00000.ends.npy"
+    ends = np.load(path)
+    ends[0] -= 1
+    np.save(path, ends)
+    with pytest.raises(DataError, match="shard_00000.ends.npy: its sha256 is not that of the manifest"):
+        opened(small)
+
+
 def test_other_tokenizers_and_weights_are_refused(small, tmp_path):
     other = tmp_path / "other"
     write_dataset(other, documents([5]), vocab_size=5000, held_out=[[1]])
