@@ -10,6 +10,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -27,6 +28,15 @@ EMBEDDED_ROOTS = (
 LEFT_OUT = {"test", "tests", "testing", "_vendor", "vendor", "vendored", "_vendored", "third_party", "site-packages",
             "__pycache__", "ensurepip", "_distutils", "lib2to3", "idle_test", "_test"}  # fmt: skip
 """Folders of the embedded corpus that are tests, or copies of what is elsewhere."""
+
+
+CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
+"""Places where every byte-level pre-tokeniser in use begins a new word, so that text may be cut there.
+
+Not after an empty line: GPT-2's pattern keeps two line ends together at the end of a text, and nowhere else.
+"""
+UNBROKEN_CHARS = 1 << 20
+"""The longest stretch without such a place: it is encoded at once, in about 200 bytes of memory a character."""
 
 
 class PrepareError(ValueError):
@@ -77,6 +87,7 @@ def find_files(inputs: list[str]) -> list[Source]:
     PrepareError when an input means nothing, or a named file has an unknown suffix.
     """
     found: dict[str, None] = {}
+    folders = []  # of the inputs
     for given in inputs:
         path = Path(given)
         if path.is_dir():
@@ -84,16 +95,30 @@ def find_files(inputs: list[str]) -> list[Source]:
             if not inside:
                 raise PrepareError(f"{given}: no file ending in {', '.join(SUFFIXES)} in this folder")
             found.update(dict.fromkeys(map(str, inside)))
+            folders.append(path)
         elif path.is_file():
             if not _suffix(path.name):
                 raise PrepareError(f"{given}: unknown kind of file; known are {', '.join(SUFFIXES)}")
             found[str(path)] = None
+            folders.append(path.parent)
         else:
             matches = [p for p in sorted(glob.glob(given, recursive=True)) if Path(p).is_file() and _suffix(p)]
             if not matches:
                 raise PrepareError(f"{given}: no such file, and no match as a glob")
             found.update(dict.fromkeys(matches))
-    return [Source(path, path, path if _suffix(path) in (".txt", ".md") else None) for path in sorted(found)]
+            folders.append(next(parent for parent in path.parents if not glob.has_magic(str(parent))))
+    # a file's group is its path from there: the split is the same wherever the text lies, however it is named
+    root = os.path.commonpath([folder.absolute() for folder in folders])
+    return [
+        Source(path, path, os.path.relpath(path, root) if _suffix(path) in (".txt", ".md") else None)
+        for path in sorted(found)
+    ]
+
+
+def count_unknown(inputs: list[str]) -> int:
+    """Files in the folders among `inputs` that have no known suffix, so that find_files passes them by."""
+    folders = [Path(given) for given in inputs if Path(given).is_dir()]
+    return sum(path.is_file() and not _suffix(path.name) for folder in folders for path in folder.rglob("*"))
 
 
 def _suffix(name: str) -> str | None:
@@ -231,7 +256,18 @@ def _usable(text: str, where: str) -> str | BadRecord:
         return BadRecord(
             "lone_surrogate", where, f"half of a surrogate pair at character {err.start}: not Unicode text"
         )
+    if len(text) > UNBROKEN_CHARS and _longest_stretch(text) > UNBROKEN_CHARS:
+        return BadRecord(
+            "unbroken", where, f"more than {UNBROKEN_CHARS:,} characters without a space or line end to cut at"
+        )
     return text
+
+
+def _longest_stretch(text: str) -> int:
+    longest = begin = 0
+    for cut in CUT.finditer(text):
+        longest, begin = max(longest, cut.start() - begin), cut.start()
+    return max(longest, len(text) - begin)
 
 
 def _read_text(source: Source, how: Reading) -> Document | BadRecord:
@@ -300,13 +336,18 @@ def _read_parquet(source: Source, how: Reading) -> Iterator[Document | BadRecord
             return
         row = 0
         for batch in file.iter_batches(batch_size=256, columns=columns):
-            for record in batch.to_pylist():
+            for i in range(batch.num_rows):
                 row += 1
                 where = f"{source.name}, row {row}"
+                try:
+                    record = {name: batch.column(name)[i].as_py() for name in columns}
+                except UnicodeDecodeError as err:
+                    yield BadRecord("invalid_utf8", where, f"not UTF-8 (byte {err.start})")
+                    continue
                 text = record[how.text_field]
                 if isinstance(text, str) and len(text.encode("utf-8", "surrogatepass")) > how.max_document_bytes:
                     yield _too_long(where, how)
                 else:
                     yield _from_record(record, where, how)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as err:
+    except pyarrow.ArrowException as err:
         yield BadRecord("unreadable", source.name, f"truncated or damaged parquet ({str(err).splitlines()[0]})")

@@ -3,7 +3,7 @@
 Two passes over the input, each in parallel over work units (a few MB of files each, or one large file): the
 first checks and hashes every document, the second tokenises what is kept. A unit's result appears by a
 rename, so a killed preparation goes on with the units that are missing. Nothing depends on the number of
-workers. Memory: 33 bytes per document, and one document per worker. Formats: docs/data.md.
+workers. Memory: about 100 bytes per document, and one document per worker. Formats: docs/data.md.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -36,13 +37,14 @@ from training.corpus import (  # noqa: E402
     PrepareError,
     Reading,
     Source,
+    count_unknown,
     embedded_files,
     find_files,
     read_documents,
 )
 
 FORMAT = 1
-CODE_VERSION = 1
+CODE_VERSION = 2
 """Part of every key: raise it when the same input would give other files."""
 
 UNIT_BYTES = 4 << 20
@@ -50,6 +52,9 @@ SHARD_TOKENS = 1 << 26
 SAMPLE_BYTES = 40 << 20
 GRAM = 13
 SPLITS = ("train", "held_out")
+COUNT_TOKENS = 1 << 22
+OWNED = "made by prepare_data"
+"""A file in the work folder: what else lies in the dataset's folder is ours to replace."""
 
 
 @dataclass(frozen=True)
@@ -159,13 +164,13 @@ def _prepare(args: argparse.Namespace) -> int:
         return 0
 
     work = args.out / "work"
-    work.mkdir(parents=True, exist_ok=True)
     units = _units(sources)
     with ProcessPoolExecutor(
         args.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_worker
     ) as pool:
         scans = _each(pool, _scan, [Job(unit, str(work), key, how, skip_bad) for unit in units], "reading")
         keep, skipped = _choose(scans, args.limit_mb)
+        skipped += Counter(unknown_kind=count_unknown(args.inputs))
         held_out = _held_out_groups(scans, keep, args.held_out)
         tokenizer = given or _trained(work, key, units, scans, keep, held_out, how, vocab)
         _write(work / "tokenizer.json", tokenizer.to_str())
@@ -192,23 +197,43 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _finished(out: Path, key: str, force: bool) -> dict | None:
-    """The manifest of a dataset made from the same input, None when there is nothing to keep."""
-    path = out / "manifest.json"
-    if not path.exists():
+    """The manifest of a dataset made from the same input; None when there is work to do, and a place for it.
+
+    PrepareError when the folder holds anything but a dataset or unfinished work of ours, whatever force says.
+    """
+    path, work = out / "manifest.json", out / "work"
+    manifest = _manifest(path)
+    if manifest is None and not (work / OWNED).exists() and any(p.is_file() for p in out.rglob("*")):
+        raise PrepareError(f"{out} holds other files, which a dataset might replace; give another --out")
+    if manifest is None:
+        work.mkdir(parents=True, exist_ok=True)
+        (work / OWNED).touch()
         return None
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    if manifest.get("key") == key:
+    if manifest["key"] == key:
         return manifest
     if not force:
         raise PrepareError(
             f"{out} holds a dataset made from other input or options (or files changed since); "
             f"give another --out, or --force to replace it"
         )
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    (work / OWNED).touch()
     for name in ("manifest.json", "tokenizer.json", "token_bytes.npy", "token_counts.npy"):
         (out / name).unlink(missing_ok=True)
-    for name in (*SPLITS, "packed", "work"):
+    for name in (*SPLITS, "packed"):
         shutil.rmtree(out / name, ignore_errors=True)
     return None
+
+
+def _manifest(path: Path) -> dict | None:
+    """The manifest of a dataset of ours, None when there is none: run folders have a manifest.json too."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    ours = isinstance(manifest, dict) and {"key", "splits", "fingerprint"} <= manifest.keys()
+    return manifest if ours else None
 
 
 def _stamp(source: Source) -> list:
@@ -230,6 +255,9 @@ def _units(sources: list[Source]) -> list[Unit]:
 
 def _worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    parent = multiprocessing.parent_process()
+    # a pool's processes outlive a parent that is killed: they themselves hold open the queue they wait on
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _each(pool: ProcessPoolExecutor, work: Callable[[Job], dict], jobs: list[Job], title: str) -> list[dict]:
@@ -421,6 +449,7 @@ def _encode_unit(job: Job) -> dict:
             file.close()
     for split in SPLITS:
         os.replace(work / f"{stem}.{split}.bin.tmp", work / f"{stem}.{split}.bin")
+        _save(work / f"{stem}.{split}.ends.npy", np.asarray(out[split].pop("ends"), np.int64))
     result = {"error": "", "key": job.key, "splits": out}
     _write(done, json.dumps(result))
     return result
@@ -443,10 +472,12 @@ def _assemble(out: Path, work: Path, tokenizer: Tokenizer, eod: str, units: list
         for unit, result in zip(units, encoded, strict=True):
             entry = result["splits"][split]
             if entry["tokens"]:
-                tokens = np.fromfile(work / f"unit_{unit.number:05d}.{split}.bin", dtype=writer.dtype)
-                if split == "train":
-                    counts += np.bincount(tokens, minlength=vocab)
-                writer.add(tokens, np.asarray(entry["ends"], np.int64))
+                stem = f"unit_{unit.number:05d}.{split}"
+                # mapped, not read: a unit may be one file of any size
+                tokens = np.memmap(work / f"{stem}.bin", dtype=writer.dtype, mode="r")
+                for begin in range(0, len(tokens) if split == "train" else 0, COUNT_TOKENS):
+                    counts += np.bincount(tokens[begin : begin + COUNT_TOKENS], minlength=vocab)
+                writer.add(tokens, np.load(work / f"{stem}.ends.npy"))
         shards = writer.close()
         splits[split] = {
             "documents": sum(s["documents"] for s in shards), "tokens": sum(s["tokens"] for s in shards),

@@ -5,22 +5,19 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from training.corpus import PrepareError
+from training.corpus import CUT, PrepareError
 
 EOD = "<|endoftext|>"
 """The end-of-document token, unless --eod-token names another."""
 
 PIECE_CHARS = 1 << 16
-_CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\n)(?=\S)")
-"""Places where every byte-level pre-tokeniser in use begins a new word, so that text may be cut there."""
-
+_ROUND_TRIP = "a  B'S\r\n\n\tÄß1234 中文\u3000\U0001f600 \x7f x "
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -44,7 +41,10 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load(path: Path) -> Tokenizer:
-    """A tokenizer.json, or Qwen2.5's *.tiktoken rank file rebuilt. PrepareError when neither, or not byte-level."""
+    """A tokenizer.json, or Qwen2.5's *.tiktoken rank file rebuilt; it truncates and pads nothing.
+
+    PrepareError when the file is neither, not byte-level, or does not give text back as it was.
+    """
     try:
         tokenizer = from_tiktoken(path) if path.suffix == ".tiktoken" else Tokenizer.from_file(str(path))
     except PrepareError:
@@ -53,6 +53,15 @@ def load(path: Path) -> Tokenizer:
         raise PrepareError(f"--tokenizer {path}: cannot be read ({err})") from err
     if not _is_byte_level(tokenizer):
         raise PrepareError(f"--tokenizer {path} is not a byte-level BPE; bits per byte need one")
+    # settings for batches of a fixed shape, often left in a tokenizer.json: they would drop or add tokens
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    missing = set(_byte_letters().values()) - tokenizer.get_vocab().keys()
+    if missing:
+        raise PrepareError(f"--tokenizer {path} lacks {len(missing)} of the 256 bytes, whose text would be lost")
+    back = tokenizer.decode(encode(tokenizer, _ROUND_TRIP), skip_special_tokens=False)
+    if back != _ROUND_TRIP:
+        raise PrepareError(f"--tokenizer {path} turns {_ROUND_TRIP!r} into {back!r}; it must give text back")
     return tokenizer
 
 
@@ -125,17 +134,22 @@ def sha256(tokenizer: Tokenizer) -> str:
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
     """(vocab,) uint16: UTF-8 bytes that each id stands for; 0 for special tokens and unused ids."""
     sizes = np.zeros(vocab_size(tokenizer), dtype=np.uint16)
-    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    added = tokenizer.get_added_tokens_decoder()
     for word, number in tokenizer.get_vocab(with_added_tokens=True).items():
-        sizes[number] = 0 if word in special else len(word)  # one letter per byte
+        sizes[number] = len(word)  # one letter per byte
+        if number in added:  # spelled as it is
+            sizes[number] = 0 if added[number].special else len(word.encode())
     return sizes
 
 
 def pieces(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
-    """`text` in parts of about `size` characters whose encodings, joined, are the encoding of the whole."""
+    """`text` in parts whose encodings, joined, are the encoding of the whole.
+
+    A part has `size` characters and goes on to the next place to cut; corpus.UNBROKEN_CHARS bounds that.
+    """
     begin = 0
     while len(text) - begin > size:
-        cut = _CUT.search(text, begin + size)
+        cut = CUT.search(text, begin + size)
         if cut is None:
             break
         yield text[begin : cut.start()]

@@ -20,9 +20,9 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import ROOT, rank_environment
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
-from training import prepare_data
+from training import corpus, prepare_data
 from training import tokenizer as bpe
 from training.corpus import PrepareError
 from training.data import PackedTokens
@@ -560,3 +560,131 @@ def test_the_embedded_corpus_is_source_text_of_this_installation():
     )
     assert not any(LEFT_OUT & set(name.split("/")[:-1]) for name in names)
     assert {f.group for f in files if f.name.startswith("torch/nn/")} == {"torch/nn"}
+
+
+# -- nothing lost, nothing harmed ---------------------------------------------------------------------------
+
+
+def test_cuts_after_empty_lines_change_no_token():
+    tokenizer = bpe.train(["a = 1\n\n\nb = 2\n\n"] * 50, 300)
+    assert tokenizer.token_to_id("ĊĊ") is not None
+    for text in ("a\n\nb", "a\n\n\nb c\n\nd", "。\n。\n\n。"):
+        for size in range(1, len(text)):
+            ids = [i for part in bpe.pieces(text, size) for i in bpe.encode(tokenizer, part)]
+            assert ids == tokenizer.encode(text, add_special_tokens=False).ids, (text, size)
+
+
+@pytest.mark.parametrize("setting", ["truncation", "padding"])
+def test_a_given_tokenizer_cuts_and_pads_no_text(tmp_path, small_bpe, setting):
+    changed = Tokenizer.from_str(small_bpe.to_str())
+    if setting == "truncation":
+        changed.enable_truncation(8)
+    else:
+        changed.enable_padding(length=5000, pad_id=0, pad_token=bpe.EOD)
+    changed.save(str(tmp_path / "t.json"))
+    text = prose(1, words=500)
+    assert bpe.encode(bpe.load(tmp_path / "t.json"), text) == bpe.encode(small_bpe, text)
+
+
+@pytest.mark.parametrize("part", ["normalizer", "prefix", "bytes"])
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path, small_bpe, part):
+    fields = json.loads(small_bpe.to_str())
+    if part == "normalizer":
+        fields["normalizer"] = {"type": "Lowercase"}
+    elif part == "prefix":
+        fields["pre_tokenizer"]["add_prefix_space"] = True
+    else:
+        fields["model"]["vocab"]["unused"] = fields["model"]["vocab"].pop("ÿ")
+    (tmp_path / "t.json").write_text(json.dumps(fields))
+    with pytest.raises(PrepareError, match=r"t\.json.*(turns|lacks)"):
+        bpe.load(tmp_path / "t.json")
+
+
+def test_added_tokens_that_are_text_have_bytes(small_bpe):
+    tokenizer = Tokenizer.from_str(small_bpe.to_str())
+    tokenizer.add_tokens([AddedToken("<tool_é>", special=False)])
+    text = "a<tool_é>b"
+    assert int(bpe.token_bytes(tokenizer)[bpe.encode(tokenizer, text)].sum()) == len(text.encode())
+
+
+def test_a_bad_row_costs_no_other_row(tmp_path, capsys):
+    rows = [prose(i, 8).encode() for i in range(600)]
+    rows[300] = b"bad \xff"
+    ends = np.cumsum([0, *map(len, rows)]).astype(np.int32)
+    column = pyarrow.StringArray.from_buffers(600, pyarrow.py_buffer(ends), pyarrow.py_buffer(b"".join(rows)))
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "x.parquet")
+    assert prepare(tmp_path / "strict", str(tmp_path / "x.parquet")) == 3
+    assert "x.parquet, row 301: not UTF-8" in capsys.readouterr().err
+    assert prepare(tmp_path / "out", str(tmp_path / "x.parquet"), "--on-bad", "skip") == 0
+    splits = manifest(tmp_path / "out")["splits"]
+    assert splits["train"]["documents"] + splits["held_out"]["documents"] == 599
+    assert manifest(tmp_path / "out")["skipped"] == {"invalid_utf8": 1}
+
+
+def test_an_unbroken_stretch_is_bad_input(tmp_path, capsys):
+    source = folder_of_texts(tmp_path / "in", 6)
+    (source / "blob.txt").write_text("good words " * 10 + "x" * (corpus.UNBROKEN_CHARS + 1))
+    (source / "long.txt").write_text("good words 。\n" * (corpus.UNBROKEN_CHARS // 8))
+    assert prepare(tmp_path / "out", str(source)) == 3
+    assert "blob.txt" in capsys.readouterr().err
+    assert prepare(tmp_path / "out", str(source), "--on-bad", "skip") == 0
+    assert manifest(tmp_path / "out")["skipped"] == {"unbroken": 1}
+
+
+def test_the_split_does_not_depend_on_how_a_path_is_written(tmp_path, monkeypatch):
+    folder_of_texts(tmp_path / "in", 20)
+    monkeypatch.chdir(tmp_path)
+    for name, path in (("a", "in"), ("b", str(tmp_path / "in")), ("c", "in/*.txt")):
+        assert prepare(tmp_path / name, path) == 0
+    assert len({manifest(tmp_path / name)["fingerprint"] for name in "abc"}) == 1
+
+
+def test_files_without_a_reader_are_counted(tmp_path, capsys):
+    source = folder_of_texts(tmp_path / "in", 6)
+    (source / "table.csv").write_text("a,b")
+    assert prepare(tmp_path / "out", str(source)) == 0
+    assert manifest(tmp_path / "out")["skipped"] == {"unknown_kind": 1}
+    assert "1 unknown_kind" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+@pytest.mark.parametrize("theirs", ["work/thesis.tex", "train/mine.py", "manifest.json"])
+def test_a_folder_of_other_files_is_left_alone(tmp_path, capsys, theirs, force):
+    source = folder_of_texts(tmp_path / "in", 6)
+    path = tmp_path / "out" / theirs
+    path.parent.mkdir(parents=True)
+    path.write_text("[]")
+    assert prepare(tmp_path / "out", str(source), *force) == 3
+    assert "other files" in capsys.readouterr().err
+    assert path.read_text() == "[]" and tree(tmp_path / "out").keys() == {theirs}
+
+
+def test_a_replacement_that_is_killed_can_be_repeated(tmp_path, monkeypatch):
+    source = str(folder_of_texts(tmp_path / "in", 6))
+    assert prepare(tmp_path / "out", source) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_data, "_units", lambda sources: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            prepare(tmp_path / "out", source, "--force", vocab=310)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert prepare(tmp_path / "out", source, vocab=310) == 0
+    assert manifest(tmp_path / "out")["vocab_size"] == 310
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path, many_units):
+    import psutil
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training.prepare_data", "--out", str(tmp_path / "out"), "--workers", "2"]
+        + ["--vocab-size", "20000", str(many_units)],
+        cwd=ROOT,
+        env=rank_environment(),
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out" / "work").glob("scan_*.npz")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.wait()
+    assert workers and not psutil.wait_procs(workers, timeout=20)[1]
