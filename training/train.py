@@ -162,7 +162,9 @@ def run(prepared: Prepared, world: World) -> int:
     except Diverged as err:
         if world.is_main:
             folder.update_run(status="failed", reason="diverged")
-        return _refuse(ValueError(str(err)), DIVERGED)
+            print(f"error: {err}", file=sys.stderr, flush=True)
+        world.barrier()  # a launcher ends all ranks when the first one exits: rank 0 has spoken now
+        return DIVERGED
     except (CheckpointError, DataError) as err:
         print(f"error: rank {world.rank}: {err}", file=sys.stderr, flush=True)
         return REFUSED_INPUT
@@ -188,6 +190,11 @@ def _choose_checkpoint(args: argparse.Namespace, cfg: RunConfig, folder: RunFold
     else:
         found = manifest.resolve(args.resume_from, folder.path)
         manifest.verify(found)
+        if found.parent.resolve() != folder.path.resolve() and folder.holds_a_run():
+            raise FolderError(
+                f"--output_dir {folder.path} already holds a run, and {found} belongs to another; "
+                f"give a new --output_dir for its continuation"
+            )
     changes = config_changes(read_config_json(found), run_config.to_plain(cfg))
     for change in changes:
         if change.effect != "harmless":

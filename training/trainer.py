@@ -95,7 +95,7 @@ class Trainer:
         self.console = Console(world.is_main, self._end(), initial=self.step, log_interval=cfg.training.log_interval)
         self.log: MetricsLog | None = None
         if world.is_main:
-            self._open_run(resume, moved=self._set_aside() if continued else 0)
+            self._open_run(resume, moved=self._set_aside())
         self.tracker = Tracker(
             cfg.logging, output_dir=folder.path, run_id=self.tracking_id, config=run_config.to_plain(cfg),
             enabled=world.is_main,
@@ -122,6 +122,7 @@ class Trainer:
         self.console.line(f"resumed {checkpoint.name}: continuing at step {self.step + 1} of {self._end()}")
 
     def _set_aside(self) -> int:
+        # also for a fresh start: a run that died before its first checkpoint has left rows behind
         for line in self.folder.set_aside(self.step):
             self.console.line(line)
         return rewind(self.folder.metrics, self.step)

@@ -6,13 +6,19 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
+import launching
 import pytest
 import yaml
 from helpers_dataset import write_dataset
-from launching import start_training, train_alone
+from launching import Case, run_cases, start_training, train_alone
+
+from gsa.checkpoint import manifest
+from training import train
+from training.metrics import read_rows
 
 WAIT_S = 60
 """The promise: a rank that dies or hangs is reported within a minute."""
@@ -98,7 +104,9 @@ def test_plain_python_is_one_rank(finished):
         (3, "model.safetensors: its sha256 is not that of the manifest", ["@damaged", "--resume_from", "auto"]),
     ],
 )  # fmt: skip
-def test_bad_input_is_refused_before_any_process_group(tmp_path, tiny_yaml, finished, code, words, argv):
+def test_bad_input_is_refused_before_any_process_group(
+    tmp_path, tiny_yaml, finished, monkeypatch, capsys, code, words, argv
+):
     folder = tmp_path / "new"
     if argv[0] in ("@finished", "@damaged"):
         folder = tmp_path / "copy"
@@ -112,9 +120,10 @@ def test_bad_input_is_refused_before_any_process_group(tmp_path, tiny_yaml, fini
         argv = argv[1:]
     argv = [word.replace("@finished", str(finished)) for word in argv]
     before = sorted(folder.rglob("*")) if folder.exists() else []
-    done = train_alone(["--config", str(tiny_yaml), "--output_dir", str(folder), *argv])
-    assert done.returncode == code, done.stderr
-    assert words in done.stderr and done.stderr.count("error:") == 1 and "Traceback" not in done.stderr
+    monkeypatch.setitem(sys.modules, "training.engine", None)  # importing the door to DeepSpeed would be an error
+    assert train.main(["--config", str(tiny_yaml), "--output_dir", str(folder), *argv]) == code
+    said = capsys.readouterr().err
+    assert words in said and said.count("error:") == 1 and "Traceback" not in said
     assert (sorted(folder.rglob("*")) if folder.exists() else []) == before
 
 
@@ -128,37 +137,91 @@ def test_a_refusal_under_a_launcher_is_said_once_with_its_exit_code(tmp_path, ti
     )
 
 
-def test_other_text_is_noticed_on_resume(tmp_path, tiny_yaml, finished):
-    shutil.copytree(finished, tmp_path / "run")
-    write_dataset(tmp_path / "other", [[1, 2, 3]] * 400, vocab_size=64, held_out=[[1, 2]])
-    argv = ["--config", str(tiny_yaml), "--output_dir", str(tmp_path / "run"), "--resume_from", "latest"]
-    shutil.copytree(data_of(tiny_yaml), tmp_path / "kept")
-    try:
-        shutil.rmtree(data_of(tiny_yaml))
-        shutil.copytree(tmp_path / "other", data_of(tiny_yaml))
-        done = train_alone([*argv, "training.max_steps=3"])
-    finally:
-        shutil.rmtree(data_of(tiny_yaml))
-        shutil.copytree(tmp_path / "kept", data_of(tiny_yaml))
-    assert done.returncode == 3 and "step_2 was trained on other text" in done.stderr, done.stderr
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory, tiny_yaml, finished) -> tuple[Path, str]:
+    """Three lives in one launch: folders `torn`, `dead` and `other`, prepared beforehand, and what was printed."""
+    base = tmp_path_factory.mktemp("resumed")
+    for name in ("torn", "other"):
+        shutil.copytree(finished, base / name)
+    (base / "torn" / "step_4").mkdir()
+    (base / "torn" / "step_4" / "mp_rank_00_model_states.pt").write_bytes(b"half")
+    dead = base / "dead"  # killed before its first checkpoint
+    dead.mkdir()
+    (dead / "run.json").write_text('{"status": "running"}')
+    (dead / "metrics.jsonl").write_text('{"event": "start", "step": 0}\n{"step": 1, "loss": 9.0}\n{"step": 2, "lo')
+    write_dataset(base / "text", [[1, 2, 3]] * 400, vocab_size=64, held_out=[[1, 2]])
+    moved = base / "moved.yaml"  # the same configuration, but other text lies where it points
+    shutil.copytree(data_of(tiny_yaml), base / "data")
+    moved.write_text(tiny_yaml.read_text().replace(str(data_of(tiny_yaml)), str(base / "data")))
+    for config in (base / "other" / "step_2" / "config.json",):
+        config.write_text(config.read_text().replace(str(data_of(tiny_yaml)), str(base / "data")))
+    manifest.seal(base / "other" / "step_2")
+    shutil.rmtree(base / "data")
+    shutil.copytree(base / "text", base / "data")
+
+    def case(name, config, resume, code=0):
+        return Case(
+            name,
+            (
+                "--config",
+                str(config),
+                "--output_dir",
+                str(base / name),
+                "--resume_from",
+                resume,
+                "training.max_steps=3",
+            ),
+            code,
+        )
+
+    output = run_cases(
+        1, [case("torn", tiny_yaml, "auto"), case("dead", tiny_yaml, "auto"), case("other", moved, "latest", 3)], base
+    )
+    return base, output
 
 
 def data_of(tiny_yaml: Path) -> Path:
     return Path(yaml.safe_load(tiny_yaml.read_text())["data"]["data_dir"])
 
 
-def test_auto_starts_afresh_and_then_continues_and_passes_over_what_is_torn(tmp_path, tiny_yaml):
-    argv = ["--config", str(tiny_yaml), "--output_dir", str(tmp_path / "run"), "--resume_from", "auto"]
-    done = train_alone([*argv, "training.stop_at_step=1"])
-    assert done.returncode == 0 and "starting afresh" in done.stdout
-    torn = tmp_path / "run" / "step_4"
-    torn.mkdir()
-    (torn / "mp_rank_00_model_states.pt").write_bytes(b"half")
-    done = train_alone([*argv, "training.stop_at_step=2"])
-    assert done.returncode == 0, done.stderr
-    assert "passed over:" in done.stdout and "step_4: manifest.json: missing: the save was interrupted" in done.stdout
-    assert "resumed step_1: continuing at step 2 of 2" in done.stdout
-    assert not torn.exists() and (tmp_path / "run" / "segments" / "step_4.0").exists()
+def steps_of(folder: Path) -> list[int]:
+    return [row["step"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+
+
+def test_auto_passes_over_what_is_torn_and_continues_the_newest_good_one(resumed):
+    base, output = resumed
+    assert "passed over: step_4: manifest.json: missing: the save was interrupted" in output
+    assert "resumed step_2: continuing at step 3 of 3" in output
+    assert (base / "torn" / "segments" / "step_4.0").exists() and not (base / "torn" / "step_4").exists()
+    assert steps_of(base / "torn") == [1, 2, 3]
+
+
+def test_auto_starts_afresh_where_a_run_died_before_its_first_checkpoint(resumed):
+    """The soak found this: rows of the dead start stayed in the file, and the curve began twice."""
+    base, output = resumed
+    assert f"no good checkpoint under {base / 'dead'}: starting afresh" in output
+    assert steps_of(base / "dead") == [1, 2, 3]
+    assert read_rows(base / "dead" / "segments" / "metrics_0.jsonl") == [{"step": 1, "loss": 9.0}]
+
+
+def test_other_text_is_noticed_on_resume(resumed):
+    base, output = resumed
+    assert "error: rank 0: step_2 was trained on other text: the data's fingerprint is" in output
+    assert steps_of(base / "other") == [1, 2] and not (base / "other" / "step_3").exists()
+
+
+def test_a_checkpoint_of_another_run_does_not_go_into_a_folder_that_holds_one(tmp_path, tiny_yaml, finished, capsys):
+    shutil.copytree(finished, tmp_path / "own")
+    argv = [
+        "--config",
+        str(tiny_yaml),
+        "--output_dir",
+        str(tmp_path / "own"),
+        "--resume_from",
+        str(finished / "step_2"),
+    ]
+    assert train.main(argv) == 2
+    assert "belongs to another; give a new --output_dir" in capsys.readouterr().err
 
 
 def test_help_lists_every_key():
@@ -170,18 +233,17 @@ def test_help_lists_every_key():
 def test_wandb_offline_without_a_key_and_never_fatal(tmp_path, tiny_yaml, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
-    import launching
-
     environment = {k: v for k, v in launching.rank_environment().items() if k != "WANDB_MODE"}
     monkeypatch.setattr(launching, "rank_environment", lambda: environment)
-    argv = ["--config", str(tiny_yaml), "training.max_steps=2", "logging.wandb=true"]
-    done = train_alone([*argv, "--output_dir", str(tmp_path / "run")])
-    assert done.returncode == 0, done.stderr
-    assert "no key found, so this run is tracked offline" in done.stderr
-    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     blocked = tmp_path / "blocked"
     blocked.mkdir()
     (blocked / "wandb").write_text("a file where W&B wants a folder")
-    done = train_alone([*argv, "--output_dir", str(blocked)])
-    assert done.returncode == 0, done.stderr
-    assert (blocked / "step_2").exists()
+    argv = ("--config", str(tiny_yaml), "training.max_steps=2", "logging.wandb=true", "--output_dir")
+    output = run_cases(
+        1, [Case("free", (*argv, str(tmp_path / "free"))), Case("blocked", (*argv, str(blocked)))], tmp_path
+    )
+    assert "no key found, so this run is tracked offline" in output
+    assert list((tmp_path / "free" / "wandb").glob("offline-run-*"))
+    assert (blocked / "step_2" / "manifest.json").exists()
+    assert output.count("W&B could not start (NotADirectoryError") == 1
+    assert "training goes on, metrics.jsonl has every row" in output
