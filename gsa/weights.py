@@ -47,11 +47,13 @@ def save_weights(state_dict: Mapping[str, torch.Tensor], config: dict[str, Any],
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
-            save_file(stored, temporary, metadata={"format": "pt", "tied": json.dumps(tied)})
+            # one metadata key: safetensors writes several in random order, and equal weights are to be equal files
+            save_file(stored, temporary, metadata={"format": "pt"})
         except SafetensorError as err:  # its word for what the operating system said
             raise OSError(str(err)) from err
         temporary.chmod(mode)  # safetensors takes everyone else's right to read
         replace_durably(temporary, dir / WEIGHTS)
+    header["tied"] = tied
     write_durably(dir / CONFIG, (json.dumps(header, indent=2) + "\n").encode())
 
 
@@ -73,8 +75,7 @@ def load_weights(dir: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         with safe_open(path, framework="pt") as file:
             state_dict = {name: file.get_tensor(name) for name in file.keys()}
-            tied = json.loads((file.metadata() or {}).get("tied", "{}"))
-        state_dict.update({name: state_dict[owner] for name, owner in tied.items()})
+        state_dict.update({name: state_dict[owner] for name, owner in header.get("tied", {}).items()})
     except OSError as err:
         raise CheckpointError(f"{path}: cannot be read: {err.strerror or err}; restore it from a copy") from err
     except (SafetensorError, ValueError, KeyError, AttributeError, TypeError) as err:

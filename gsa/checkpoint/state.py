@@ -80,7 +80,8 @@ _MEND = "it is damaged or not from this project; take another checkpoint with --
 def read_config_json(step_dir: Path) -> dict[str, Any]:
     """The configuration a checkpoint was made with. Raises CheckpointError when it is missing or damaged."""
     config = read_json_object(step_dir / CONFIG)
-    config.pop("format", None)  # gsa.weights' own
+    for own in ("format", "tied"):  # gsa.weights'
+        config.pop(own, None)
     return config
 
 

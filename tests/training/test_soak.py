@@ -52,7 +52,8 @@ def test_random_kills_of_all_ranks_change_nothing(tmp_path, tiny_yaml):
         break
     assert kills == KILLS
     assert rows(tmp_path / "killed") == rows(tmp_path / "calm")
-    ours, theirs = (
-        manifest.read(tmp_path / name / "step_400").files["model.safetensors"] for name in ("killed", "calm")
-    )
-    assert ours == theirs
+    ours, theirs = (manifest.read(tmp_path / name / "step_400").files for name in ("killed", "calm"))
+    assert ours.keys() == theirs.keys()
+    # mp_rank_00_model_states.pt also holds the time of the save and the tracking id
+    same = [name for name in ours if name == "model.safetensors" or name.endswith("_optim_states.pt")]
+    assert len(same) == 3 and all(ours[name] == theirs[name] for name in same)
