@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,12 +20,13 @@ import torch
 
 from training import packing
 from training.config import BatchPlan
-from training.data_order import Order, permute
+from training.data_order import BLOCK, Order, permute
 
 __all__ = ["Batch", "DataError", "Loader", "PackedTokens", "permute", "step_samples"]
 
 IGNORE = -100
 FORMAT = 1
+MANIFEST_KEYS = ("dtype", "vocab_size", "eod_id", "tokenizer_sha256", "fingerprint", "splits")
 
 
 class DataError(ValueError):
@@ -72,7 +75,7 @@ class _Source:
                 raise DataError(f"{ends_path} does not describe {path.name}; {_mend(folder)}")
             if entry["tokens"]:
                 windows = packing.cached_windows(path, ends, entry["ends_sha256"], window_tokens)
-                self.shards.append(_Shard(np.memmap(path, dtype=dtype, mode="r"), windows))
+                self.shards.append(_Shard(_map(path, dtype, entry["tokens"]), windows))
         self.first_window = np.cumsum([0, *(len(shard.windows) for shard in self.shards)])
         self.n_windows = int(self.first_window[-1])
         if not self.n_windows:
@@ -106,8 +109,15 @@ class PackedTokens:
 
     def __init__(self, sources: Mapping[str, float], *, split: str, max_seq_len: int, seed: int) -> None:
         self.sources, self.split, self.max_seq_len = dict(sources), split, max_seq_len
-        if any(not weight > 0 for weight in self.sources.values()):
-            raise DataError(f"weights of a mixture must be above 0: {self.sources}")
+        for folder, weight in self.sources.items():
+            if not 0 < weight < math.inf:
+                raise DataError(f"data.mixture: weight {weight} of {folder} must be above 0 and finite")
+        for folder, weight in self.sources.items():
+            if weight < sum(self.sources.values()) / BLOCK:
+                raise DataError(
+                    f"data.mixture: weight {weight} of {folder} is below 1/{BLOCK} of the sum, and shares are exact in "
+                    f"every {BLOCK} samples; raise it or leave it out"
+                )
         self._sources = [_Source(Path(folder), split, max_seq_len) for folder in self.sources]
         manifests = [source.manifest for source in self._sources]
         for folder, manifest in zip(self.sources, manifests, strict=True):
@@ -180,9 +190,19 @@ def read_manifest(folder: Path) -> dict:
         raise DataError(f"{folder} is not a prepared dataset (no manifest.json); {_mend(folder)}") from err
     except json.JSONDecodeError as err:
         raise DataError(f"{path} is not JSON ({err}); {_mend(folder)}") from err
-    if manifest.get("format") != FORMAT:
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        manifest = manifest if isinstance(manifest, dict) else {}
         raise DataError(f"{path} has format {manifest.get('format')!r}, this project reads {FORMAT}; {_mend(folder)}")
+    missing = [key for key in MANIFEST_KEYS if key not in manifest]
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(missing)}; {_mend(folder)}")
     return manifest
+
+
+def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    """The tokens of a shard, read from disk when touched. Holds no descriptor: a process has about 1000."""
+    assert sys.byteorder == "little"
+    return torch.from_file(str(path), shared=False, size=count, dtype=getattr(torch, dtype.name)).numpy()
 
 
 def _require_size(path: Path, expected: int) -> None:

@@ -151,6 +151,13 @@ def test_accumulation_follows_from_the_global_batch(micro, accumulation, total, 
         )
 
 
+def test_the_quickstart_runs_on_any_number_of_ranks():
+    cfg = load_config(QUICKSTART, [])
+    assert [plan_batch(cfg.training, ranks).global_batch_size for ranks in range(1, 10)] == [
+        8 * r for r in range(1, 10)
+    ]
+
+
 def test_an_indivisible_batch_lists_what_fits():
     with pytest.raises(ConfigError) as caught:
         plan_batch(TrainingConfig(micro_batch_size=4, global_batch_size=24), 4)
@@ -266,9 +273,9 @@ def test_every_key_has_one_effect_on_resume():
 
 
 def test_changes_are_sorted_into_their_effects():
-    old = to_plain(load_config(QUICKSTART, []))
+    old = to_plain(load_config(QUICKSTART, ["training.global_batch_size=16"]))
     new = to_plain(load_config(QUICKSTART, [
-        "training.max_steps=999", "training.learning_rate=1e-3", "model.d_model=96", "training.micro_batch_size=2",
+        "training.global_batch_size=16", "training.max_steps=999", "training.learning_rate=1e-3", "model.d_model=96", "training.micro_batch_size=2",
     ]))  # fmt: skip
     effects = {change.key: change.effect for change in config_changes(old, new)}
     assert effects == {

@@ -254,8 +254,28 @@ def test_other_tokenizers_and_weights_are_refused(small, tmp_path):
     (other / "manifest.json").write_text(json.dumps(manifest | {"tokenizer_sha256": "x"}))
     with pytest.raises(DataError, match="different tokenizers"):
         PackedTokens({str(small): 1.0, str(other): 1.0}, split="train", max_seq_len=8, seed=0)
-    with pytest.raises(DataError, match="must be above 0"):
-        PackedTokens({str(small): 0.0}, split="train", max_seq_len=8, seed=0)
+    other.joinpath("manifest.json").write_text(json.dumps(manifest))
+    for weight in (0.0, -1.0, 1e-5, float("inf"), float("nan")):
+        with pytest.raises(
+            DataError, match=rf"weight {weight} of \S+other (must be above 0 and finite|is below 1/1000 of)"
+        ):
+            PackedTokens({str(small): 1.0, str(other): weight}, split="train", max_seq_len=8, seed=0)
+
+
+def test_shards_hold_no_file_descriptor(tmp_path):
+    write_dataset(tmp_path, documents([20] * 60), vocab_size=5000, held_out=[[1]], shard_tokens=40)
+    before = len(os.listdir("/proc/self/fd"))
+    data = opened(tmp_path)
+    assert len(list((tmp_path / "train").glob("*.bin"))) == 60
+    assert data.batch(np.arange(8)).tokens.shape == (8, 8)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("content", ["[]", '{"format": 1}', '{"format": 1, "dtype": "uint16"}'])
+def test_a_manifest_that_lacks_something_is_refused(small, content):
+    (small / "manifest.json").write_text(content)
+    with pytest.raises(DataError, match="manifest.json (has format None|lacks )"):
+        opened(small)
 
 
 def test_the_fingerprint_names_text_and_mixture(small, tmp_path):
