@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from tqdm import tqdm
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -142,13 +144,10 @@ def text_chart(values: list[float], *, width: int = 72, height: int = 10, label:
 class Console:
     """Lines on rank 0's terminal; nothing on the others. The bar appears only on a real terminal."""
 
-    def __init__(self, enabled: bool, total: int, initial: int = 0, log_interval: int = 10) -> None:
+    def __init__(self, enabled: bool, total: int, log_interval: int = 10) -> None:
         self._enabled, self._interval = enabled, max(1, log_interval)
-        self._bar = None
-        if enabled and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=initial, unit="step", dynamic_ncols=True)
+        self._bar: tqdm | None = None
+        self._wants_bar = enabled and sys.stderr.isatty()
         self._total = total
 
     def line(self, text: str) -> None:
@@ -163,7 +162,9 @@ class Console:
         """One finished step: moves the bar, or prints a line every log_interval steps."""
         if not self._enabled:
             return
-        if self._bar is not None:
+        if self._wants_bar:
+            if self._bar is None:
+                self._bar = tqdm(total=self._total, initial=row["step"] - 1, unit="step", dynamic_ncols=True)
             self._bar.set_postfix_str(
                 f"loss {row['loss']:.4f} lr {row['lr']:.2e} {row['tokens_per_s']:,.0f} tok/s", refresh=False
             )

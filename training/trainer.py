@@ -92,7 +92,6 @@ class Trainer:
             self._take_up(resume, allow_config_change)
         self._first_step = self.step
         self.world.barrier()  # every rank has read run.json before rank 0 writes it
-        self.console = Console(world.is_main, self._end(), initial=self.step, log_interval=cfg.training.log_interval)
         self.log: MetricsLog | None = None
         if world.is_main:
             self._open_run(resume, moved=self._set_aside())

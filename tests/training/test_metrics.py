@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from training.metrics import MetricsLog, read_rows, rewind, text_chart
+from training.metrics import Console, MetricsLog, read_rows, rewind, text_chart
 
 
 def write(path, rows, torn=""):
@@ -68,3 +68,32 @@ def test_chart_shows_the_fall():
     assert lines[-1].rstrip().endswith("*")
     assert sum(line.count("*") for line in lines) == 10
     assert "nothing to draw" in text_chart([float("nan")], label="loss")
+
+
+def test_the_bar_shows_steps_loss_and_eta_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys):
+    row = {
+        "step": 41,
+        "loss": 2.5,
+        "lr": 1e-3,
+        "tokens_per_s": 1234.0,
+        "indexer_loss": 0.1,
+        "grad_norm": 1.0,
+        "epoch": 0.5,
+    }
+    quiet = Console(True, 80, log_interval=20)
+    for step in range(38, 62):
+        quiet.step({**row, "step": step}, eta_s=3725)
+    out = capsys.readouterr()
+    assert [line.split()[1] for line in out.out.splitlines()] == ["40/80", "60/80"] and not out.err
+    assert "ETA 1:02:05" in out.out
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "120")
+    bar = Console(True, 80)
+    bar.step(row, eta_s=1)
+    bar.line("step 41: saved step_41")
+    bar.close()
+    out = capsys.readouterr()
+    assert "41/80" in out.err and "loss 2.5000" in out.err and "1,234 tok/s" in out.err
+    assert "saved step_41" in out.out + out.err
+    Console(False, 80).step(row, eta_s=1)
+    assert capsys.readouterr() == ("", "")
