@@ -26,7 +26,8 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "gsa/kernels/": ({"gsa.kernels"}, {"torch"}),
     "gsa/kernels/triton_": ({"gsa.kernels"}, {"torch", "triton"}),
     "gsa/checkpoint/": ({"gsa.config", "gsa.checkpoint"}, {"torch"}),
-    "gsa/checkpoint/legacy.py": ({"gsa.config", "gsa.checkpoint"}, {"torch", "omegaconf"}),
+    "gsa/checkpoint/full_state.py": ({"gsa.checkpoint", "gsa.weights"}, {"torch"}),
+    "gsa/checkpoint/legacy.py": ({"gsa.config", "gsa.checkpoint", "gsa.model", "gsa.attention"}, {"torch", "yaml"}),
     "gsa/weights.py": ({"gsa.config", "gsa.checkpoint"}, {"torch", "safetensors"}),
 }
 ONLY_DOOR = {"deepspeed": "training/engine.py", "wandb": "training/tracking.py"}
@@ -123,7 +124,7 @@ def test_a_hole_in_a_wall_is_seen(file, source):
             "gsa/model.py",
             "import math\nimport torch.nn.functional as F\nfrom gsa.attention.rope import rotate",
         ),
-        ("gsa/checkpoint/legacy.py", "import omegaconf"),
+        ("gsa/checkpoint/legacy.py", "import yaml"),
         ("training/engine.py", "import deepspeed\nfrom gsa import GSAForCausalLM"),
         ("training/tracking.py", "import wandb"),
     ],

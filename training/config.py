@@ -16,6 +16,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gsa.checkpoint import legacy
 from gsa.config import ModelConfig
 
 Effect = Literal["harmless", "curve", "impossible"]
@@ -70,6 +71,9 @@ class TrainingConfig:
     eval_interval: int = _setting(500, "steps between held-out evaluations; 0: only at the end")
     eval_windows: int = _setting(64, "held-out windows per evaluation; 0: all")
     save_interval: int = _setting(1000, "steps between checkpoints; 0: only at the stop or the end")
+    keep_last: int | None = _setting(3, "newest checkpoints that are kept, besides pinned ones; null keeps all")
+    keep_every: int | None = _setting(None, "checkpoints of steps that are multiples of this are kept for ever")
+    async_save: bool = _setting(True, "write checkpoints in the background, out of a copy in host memory")
     log_interval: int = _setting(10, "steps between lines on a console that is not a terminal")
     init_from: str | None = _setting(None, "checkpoint folder whose weights a new run starts from")
     hang_timeout_s: float = _setting(45.0, "seconds of silence in one phase of a step before a rank is taken for hung")
@@ -77,7 +81,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _at_least(self, "training", 1, (
             "max_steps", "stop_at_step", "micro_batch_size", "global_batch_size", "gradient_accumulation_steps",
-            "max_seq_len",
+            "max_seq_len", "keep_last", "keep_every",
         ))  # fmt: skip
         _at_least(self, "training", 0, (
             "seed", "warmup_steps", "wsd_decay_steps", "weight_decay", "grad_clip", "indexer_warmup_steps",
@@ -204,11 +208,11 @@ def load_config(path: Path, overrides: Sequence[str]) -> RunConfig:
     Raises ConfigError for a missing or broken file, an unknown or repeated key, a value of the wrong type,
     a combination that cannot be; the message names the file and line, or the override.
     """
+    said = [*_read_yaml(path), *(_read_override(text) for text in overrides)]
     cfg = OmegaConf.structured(RunConfig)
     for node in (cfg, *(cfg[name] for name in SECTIONS)):
         OmegaConf.set_readonly(node, False)  # OmegaConf's reading of "frozen"
     cfg.model.d_head = None  # the default instance has worked out its own: this model's may differ
-    said = [*_read_yaml(path), *(_read_override(text) for text in overrides)]
     for one in said:
         if one.key not in all_keys():
             raise ConfigError(f"{one.by}: unknown key {one.key!r}{did_you_mean(one.key, all_keys())}")
@@ -236,7 +240,7 @@ def did_you_mean(key: str, known: Sequence[str] | dict[str, Any]) -> str:
     return f"; did you mean {' or '.join(close)}?" if close else "; training/train.py --help lists every key"
 
 
-def _read_yaml(path: Path) -> Iterator[_Said]:
+def _read_yaml(path: Path) -> list[_Said]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as err:
@@ -251,7 +255,7 @@ def _read_yaml(path: Path) -> Iterator[_Said]:
         raise ConfigError(f"{path}{line}: not yaml: {getattr(err, 'problem', None) or err}") from err
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(f"{path}: a configuration is a mapping with sections {', '.join(SECTIONS)}; this is not")
-    loader = yaml.SafeLoader("")
+    loader, said = yaml.SafeLoader(""), []
     for section, line, node in _items(root, path):
         if section not in SECTIONS:
             flat = did_you_mean(section, [*SECTIONS, *all_keys()])
@@ -263,7 +267,20 @@ def _read_yaml(path: Path) -> Iterator[_Said]:
         for key, key_line, value in _items(node, path):
             if isinstance(value, yaml.MappingNode):
                 list(_items(value, path))  # refuses repeated keys inside
-            yield _Said(f"{section}.{key}", loader.construct_object(value, deep=True), f"{path}, line {key_line}")
+            said.append(
+                _Said(f"{section}.{key}", loader.construct_object(value, deep=True), f"{path}, line {key_line}")
+            )
+    return _translated(said, path)
+
+
+def _translated(said: list[_Said], path: Path) -> list[_Said]:
+    """The predecessor's layout, known by its model.gsa, in our words; who said it stays."""
+    by = {one.key: one.by for one in said}
+    try:
+        ours = legacy.translate({one.key: one.value for one in said})
+    except ValueError as err:
+        raise ConfigError(f"{path}: {err}") from err
+    return [_Said(key, value, by.get(key, f"{path} (the predecessor's layout)")) for key, value in ours.items()]
 
 
 def _items(node: yaml.MappingNode, path: Path) -> Iterator[tuple[str, int, yaml.Node]]:
@@ -335,6 +352,14 @@ def plan_batch(cfg: TrainingConfig, world_size: int) -> BatchPlan:
     return BatchPlan(micro, accumulation, world_size, total, note)
 
 
+def global_batch_size(config: dict, world_size: int) -> int:
+    """Windows per step of a run with this plain configuration on this many ranks."""
+    training = config["training"]
+    return training.get("global_batch_size") or (
+        training["micro_batch_size"] * (training.get("gradient_accumulation_steps") or 1) * world_size
+    )
+
+
 def _short(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers[:12])) + (", ..." if len(numbers) > 12 else "")
 
@@ -368,7 +393,8 @@ def format_help() -> str:
 _HARMLESS = """
     training.max_steps training.stop_at_step training.micro_batch_size training.gradient_accumulation_steps
     training.gradient_checkpointing training.eval_interval training.eval_windows training.save_interval
-    training.log_interval training.init_from training.hang_timeout_s data.num_workers
+    training.keep_last training.keep_every training.async_save training.log_interval training.init_from
+    training.hang_timeout_s data.num_workers
     logging.wandb logging.project logging.entity logging.run_name
 """.split()
 _IMPOSSIBLE = """
@@ -403,7 +429,8 @@ class Change:
 def config_changes(old: dict, new: dict) -> list[Change]:
     """Keys that differ between two plain configurations, by key; a key that one lacks counts as its default.
 
-    A change of accumulation or micro-batch without a global_batch_size is a change of the global batch.
+    Micro-batch and accumulation are harmless by themselves: compare `global_batch_size` of both runs as well.
+    A max_steps below the old one changes the curve.
     """
     defaults = to_plain(RunConfig())
     changes = []
@@ -411,8 +438,7 @@ def config_changes(old: dict, new: dict) -> list[Change]:
         section, name = key.split(".")
         before, after = (cfg.get(section, {}).get(name, defaults[section][name]) for cfg in (old, new))
         if before != after:
-            unruled = new["training"]["global_batch_size"] is None and key in (
-                "training.micro_batch_size", "training.gradient_accumulation_steps",
-            )  # fmt: skip
-            changes.append(Change(key, before, after, "curve" if unruled else effect))
+            if key == "training.max_steps" and after < before:
+                effect = "curve"  # what was trained so far had a longer schedule in mind
+            changes.append(Change(key, before, after, effect))
     return sorted(changes, key=lambda change: change.key)

@@ -6,16 +6,15 @@ file's work. Written against deepspeed 0.19.8.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import random
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,14 +32,19 @@ from deepspeed.utils import logger as deepspeed_logger  # noqa: E402
 from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
 
 from gsa.checkpoint import safe_load  # noqa: E402
+from gsa.checkpoint.full_state import FullState, Layout, family, read_full_state, read_layout  # noqa: E402
 from gsa.checkpoint.manifest import CheckpointError  # noqa: E402
-from gsa.checkpoint.state import CLIENT_KEY  # noqa: E402
+from gsa.checkpoint.state import CLIENT_KEY, RunState  # noqa: E402
 from training.config import TrainingConfig  # noqa: E402
 from training.optimizer import group_hyperparameters, schedule_factor  # noqa: E402
+from training.reshape import install  # noqa: E402
+from training.snapshot import HostBuffers, Snapshot, host_tree  # noqa: E402
 from training.world import World, environment_world_size  # noqa: E402
 
 DEEPSPEED_GLOBALS = (LossScaler, ZeroStageEnum, fragment_address)
 """The classes inside DeepSpeed's own files; the loader's allow-list for them, and nothing more."""
+
+T = TypeVar("T")
 
 DEEPSPEED_VERSION: str = deepspeed.__version__
 
@@ -84,45 +88,20 @@ def start(timeout_s: float) -> World:
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
 
 
-class _HashingFile:
-    """A file being written whose size and sha256 are known when it is closed, without reading it again."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._sha, self.bytes = file, hashlib.sha256(), 0
-
-    def write(self, data: bytes) -> int:
-        self._sha.update(data)
-        self.bytes += len(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    @property
-    def sha256(self) -> str:
-        return self._sha.hexdigest()
-
-
 class _SafeFiles(CheckpointEngine):
-    """DeepSpeed's checkpoint files, written whole or not at all, and read without running them."""
+    """DeepSpeed's checkpoint files: kept as snapshots for someone else to write, and read without running them."""
 
     def __init__(self) -> None:
         super().__init__(None)
         self.name = "gsa"
-        self.hashes: dict[str, tuple[int, str]] = {}
+        self.buffers: HostBuffers | None = None
+        self.snapshot = Snapshot()
 
     def create(self, info: Any) -> None:
-        self.hashes = {}
+        self.snapshot = Snapshot()
 
     def save(self, state_dict: object, path: str) -> None:
-        temporary = f"{path}.tmp"
-        with open(temporary, "wb") as raw:
-            file = _HashingFile(raw)
-            torch.save(state_dict, file)
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(temporary, path)
-        self.hashes[os.path.basename(path)] = (file.bytes, file.sha256)
+        self.snapshot.files[Path(path)] = host_tree(state_dict, os.path.basename(path), self.buffers)
 
     def load(self, path: str, map_location: object = None) -> object:
         return safe_load.load(path, extra_allowed=DEEPSPEED_GLOBALS)
@@ -199,47 +178,107 @@ class Engine:
         """Learning rate of the next update, by group name."""
         return {group["name"]: float(group["lr"]) for group in self.param_groups()}
 
-    def full_weights(self) -> dict[str, torch.Tensor] | None:
+    def full_weights(self, buffers: HostBuffers | None = None) -> dict[str, torch.Tensor] | None:
         """The model's state dict on the CPU, whole, on rank 0; None on the others. Every rank must call it."""
         main = dist.get_rank() == 0
-        names = {id(p): name for name, p in self.module.named_parameters()}
-        parameters: dict[str, torch.Tensor] = {}
-        for parameter in self.module.parameters():
+        weights: dict[str, torch.Tensor] = {}
+
+        def keep(name: str, tensor: torch.Tensor) -> None:
+            if main:
+                weights[name] = tensor.detach().cpu().clone() if buffers is None else buffers.copy(name, tensor)
+
+        for name, parameter in self.module.named_parameters():
             gather = [parameter] if hasattr(parameter, "ds_id") else []
             with deepspeed.zero.GatheredParameters(gather, enabled=bool(gather)):
-                if main:
-                    parameters[names[id(parameter)]] = parameter.detach().cpu().clone()
-        if not main:
-            return None
-        parameters.update({name: buffer.detach().cpu().clone() for name, buffer in self.module.named_buffers()})
-        return parameters
+                keep(name, parameter)
+        for name, buffer in self.module.named_buffers():
+            keep(name, buffer)
+        return weights if main else None
 
-    def save(self, output_dir: Path, tag: str, client_state: dict) -> dict[str, tuple[int, str]]:
-        """Writes DeepSpeed's files of every rank to output_dir/tag and returns {file: (bytes, sha256)} on rank 0.
+    def snapshot(self, output_dir: Path, tag: str, client_state: dict, *, buffers: HostBuffers | None) -> Snapshot:
+        """What this rank has to write into output_dir/tag, taken by DeepSpeed's save_checkpoint; nothing is written.
 
-        Every rank must call it, at an optimizer-step boundary. The files are complete and on disk on all
-        ranks when it returns; they are not yet a checkpoint: gsa.checkpoint.manifest makes them one.
+        Every rank must call it, at an optimizer-step boundary. buffers: host memory to copy into, so that
+        training may go on at once; None: the snapshot is the live state, to be written before it does.
         """
+        self._files.buffers = buffers
         self._engine.save_checkpoint(
             str(output_dir), tag=tag, client_state={CLIENT_KEY: client_state}, save_latest=False
         )
-        gathered: list = [None] * dist.get_world_size()
-        dist.all_gather_object(gathered, self._files.hashes)
-        return {name: entry for part in gathered for name, entry in part.items()}
+        snapshot = self._files.snapshot
+        whole = next((f["module"] for path, f in snapshot.files.items() if path.name.startswith("mp_rank_00")), None)
+        if self.zero_stage == 3:
+            snapshot.weights = self.full_weights(buffers)
+        elif dist.get_rank() == 0:
+            snapshot.weights = dict(whole)
+        if buffers is not None:
+            buffers.wait()
+        return snapshot
 
-    def load(self, checkpoint: Path) -> dict:
-        """Takes up weights, masters, moments, schedule and counters; returns the trainer's client state.
+    def load(self, checkpoint: Path) -> RunState:
+        """Takes up weights, masters, moments, schedule and counters; returns the trainer's state.
 
-        The number of ranks and the ZeRO stage must be those of the save, and the files verified before:
-        DeepSpeed loads flipped bits in silence. Raises CheckpointError when a file is refused.
+        Any number of ranks and any ZeRO stage: DeepSpeed loads what was cut alike, the rest is put together
+        from the shards and cut anew. The files must have been verified before: DeepSpeed loads flipped bits in
+        silence. Raises CheckpointError on all ranks when one of them refuses a file.
         """
+        layout = self._agreed(lambda: read_layout(checkpoint))
+        alike = layout == self._layout()
+        state = self._agreed(lambda: self._require_safe(checkpoint, alike))
+        if not alike:
+            self.take_up(state)
+            return state.run
         path, client = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if path is None or CLIENT_KEY not in client:
             raise CheckpointError(
                 f"{checkpoint}: DeepSpeed found nothing to load, or the state of the run is missing; "
                 f"choose another checkpoint with --resume_from"
             )
-        return client[CLIENT_KEY]
+        return RunState.from_dict(client[CLIENT_KEY])
+
+    def take_up(self, state: FullState) -> None:
+        """Makes the engine's state that of another engine, or of the predecessor. Every rank must call it."""
+        self._agreed(lambda: install(state, self.module, self._engine.optimizer, self.zero_stage))
+        schedule = self._engine.lr_scheduler
+        position = {"last_epoch": state.run.step, "_step_count": state.run.step + 1}
+        schedule.load_state_dict({**schedule.state_dict(), **(state.schedule or position)})
+        self._engine.global_steps = state.run.step
+        self._engine.global_samples = state.run.samples_consumed
+
+    def _layout(self) -> Layout:
+        """How this engine would cut a checkpoint."""
+        zero = self.zero_stage > 0
+        order = self._engine._get_zero_param_shapes() if zero else ()
+        return Layout(
+            family(self.zero_stage),
+            dist.get_world_size() if zero else 1,
+            "bf16" if self._engine.bfloat16_enabled() else "fp32",
+            tuple(tuple(group) for group in order),
+        )
+
+    def _require_safe(self, checkpoint: Path, alike: bool) -> FullState | None:
+        """Parses what this rank is about to load, before any collective waits for it."""
+        if not alike:
+            return read_full_state(checkpoint)
+        rank = f"zero_pp_rank_{dist.get_rank()}_"
+        for path in checkpoint.glob("*_states.pt"):
+            if path.name.startswith("mp_rank_00") or path.name.removeprefix("bf16_").startswith(rank):
+                safe_load.load(path, extra_allowed=DEEPSPEED_GLOBALS, mmap=True)
+        return None
+
+    def _agreed(self, call: Callable[[], T]) -> T:
+        """The result of `call`, or CheckpointError on all ranks when one has raised it: none waits for a lost one."""
+        result, error = None, None
+        try:
+            result = call()
+        except CheckpointError as err:
+            error = err
+        words: list = [None] * dist.get_world_size()
+        dist.all_gather_object(words, None if error is None else str(error))
+        said = list(dict.fromkeys(word for word in words if word is not None))
+        if said:
+            raise CheckpointError("\n".join(said)) from error
+        return result
 
     def apply_hyperparameters(self, cfg: TrainingConfig) -> None:
         """Makes learning rates, decay, betas, eps and clipping those of `cfg`.

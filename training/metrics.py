@@ -53,7 +53,8 @@ EVENTS: dict[str, str] = {
     "start": "a process group began training: world size, versions",
     "resume": "a checkpoint was loaded: its tag, rows moved to a segment",
     "eval": "held-out evaluation: eval_loss (nats/token), eval_bpb (bits per byte), per stage of attention",
-    "save": "a checkpoint was published: tag, seconds, bytes",
+    "save": "a checkpoint was published: its step and tag, bytes, save_stall_seconds (the loop stood still), "
+    "save_background_seconds (from then to publication), save_background_cpu_seconds (of rank 0's writer)",
     "stop": "the run ended in order: reason",
     "error": "the run ended out of order: reason",
 }
@@ -95,20 +96,22 @@ def rewind(path: Path, step: int) -> int:
     """Makes metrics.jsonl end at `step`; rows after it go to segments/metrics_<k>.jsonl beside it.
 
     Rows are in time order, so everything after the last row that belongs to a step <= `step` moves,
-    events too. A torn last line is dropped. Returns how many rows moved. Atomic: the segment is written
+    events too; but a save is told when it is published, steps later, and stays with its step. A torn last
+    line is dropped. Returns how many rows moved. Atomic: the segment is written
     first, then the shortened file replaces the old one.
     """
     if not path.exists():
         return 0
     rows = read_rows(path)
     keep = next((i for i, row in enumerate(rows) if "loss" in row and row["step"] > step), len(rows))
-    moved = rows[keep:]
+    late = [row for row in rows[keep:] if row.get("event") == "save" and row["step"] <= step]
+    moved = [row for row in rows[keep:] if row not in late]
     if moved:
         segments = path.parent / "segments"
         segments.mkdir(exist_ok=True)
         number = len(list(segments.glob("metrics_*.jsonl")))
         _replace(segments / f"metrics_{number}.jsonl", moved)
-    _replace(path, rows[:keep])
+    _replace(path, rows[:keep] + late)
     return len(moved)
 
 

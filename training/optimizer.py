@@ -26,9 +26,10 @@ def parameter_groups(model: nn.Module, cfg: TrainingConfig) -> list[dict]:
 
     Biases, norms and scalars take no weight decay. A parameter is the indexer's when its name contains
     ".indexer."; the indexer learns from its own loss alone, so it may have its own learning rate
-    (training.indexer_lr_multiplier). Inside a group the order is that of named_parameters().
+    (training.indexer_lr_multiplier). Inside a group the order is that of named_parameters(), and torch keeps
+    the names, so that a checkpoint says whose moments it holds.
     """
-    groups: dict[str, list[nn.Parameter]] = {
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {
         "decay": [],
         "no_decay": [],
         "indexer": [],
@@ -39,7 +40,7 @@ def parameter_groups(model: nn.Module, cfg: TrainingConfig) -> list[dict]:
             group = "indexer" if parameter.ndim >= 2 else "indexer_no_decay"
         else:
             group = "decay" if parameter.ndim >= 2 else "no_decay"
-        groups[group].append(parameter)
+        groups[group].append((name, parameter))
     return [
         {"name": name, "params": parameters, **group_hyperparameters(name, cfg)}
         for name, parameters in groups.items()

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from gsa.checkpoint import manifest
+
 PROJECT = "gsa-trainer"
 
 
@@ -58,12 +60,16 @@ class RunFolder:
     def set_aside(self, after_step: int) -> list[str]:
         """Moves checkpoints of steps after `after_step` to segments/, so that nothing resumes a dead branch.
 
-        Returns a line for each one moved.
+        What an interrupted save left there is removed. Returns a line for each folder.
         """
         moved = []
         for found in sorted(self.path.glob("step_*")):
             number = found.name.removeprefix("step_")
             if not number.isdigit() or int(number) <= after_step:
+                continue
+            if manifest.is_torn(found):
+                manifest.clear_torn(found)
+                moved.append(f"{found.name} lies after the step resumed from, and its save was interrupted: removed")
                 continue
             segments = self.path / "segments"
             segments.mkdir(exist_ok=True)

@@ -20,15 +20,15 @@ from pathlib import Path
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from gsa.checkpoint import manifest  # noqa: E402
-from gsa.checkpoint.manifest import CheckpointError  # noqa: E402
-from gsa.checkpoint.state import read_config_json  # noqa: E402
+from gsa.checkpoint.manifest import CheckpointError, require_space  # noqa: E402
 from gsa.weights import load_weights  # noqa: E402
 from training import config as run_config  # noqa: E402
 from training.config import BatchPlan, ConfigError, RunConfig, config_changes, load_config, plan_batch  # noqa: E402
 from training.data import DataError, PackedTokens  # noqa: E402
 from training.ds_config import resolve_ds_config  # noqa: E402
+from training.resume import Start, decided_by, find_checkpoint, start_from  # noqa: E402
 from training.run_folder import FolderError, RunFolder  # noqa: E402
+from training.space import checkpoint_bytes  # noqa: E402
 from training.world import World, environment_rank, environment_world_size  # noqa: E402
 
 FINISHED, FAILED, REFUSED_CONFIG, REFUSED_INPUT, DIVERGED = 0, 1, 2, 3, 4
@@ -76,8 +76,7 @@ class Prepared:
     plan: BatchPlan
     ds_config: dict
     folder: RunFolder
-    resume: Path | None
-    allow_config_change: bool
+    start: Start | None
 
 
 def main(argv: list[str]) -> int:
@@ -117,19 +116,23 @@ def prepare(args: argparse.Namespace) -> Prepared:
     plan = plan_batch(cfg.training, environment_world_size())
     ds_config = resolve_ds_config(args.deepspeed_config, cfg, plan, args.config)
     folder = RunFolder(args.output_dir)
-    resume: Path | None = None
+    start = found = None
     if environment_rank() == 0:
         folder.claim(args.resume_from)
-        resume = _choose_checkpoint(args, cfg, folder)
-        if resume is not None:
-            _require_same_layout(resume, environment_world_size(), ds_config["zero_optimization"]["stage"])
+        found = find_checkpoint(args.resume_from, folder) if args.resume_from else None
+        if found is not None:
+            cfg = decided_by(found, cfg)
+        data, _ = _open_data(cfg)  # builds the window tables, which the other ranks then find
+        if found is not None:
+            stage = ds_config["zero_optimization"]["stage"]
+            start = start_from(found, cfg, plan, stage, data, args.allow_config_change)
         elif cfg.training.init_from:
             _require_same_shapes(Path(cfg.training.init_from), cfg)
-        data, _ = _open_data(cfg)  # builds the window tables, which the other ranks then find
+        require_space(args.output_dir, checkpoint_bytes(cfg, found))
         _announce_epochs(cfg, plan.global_batch_size, data)
         if plan.note:
             print(plan.note, flush=True)
-    return Prepared(cfg, plan, ds_config, folder, resume, args.allow_config_change)
+    return Prepared(cfg, plan, ds_config, folder, start)
 
 
 def run(prepared: Prepared, world: World) -> int:
@@ -137,8 +140,9 @@ def run(prepared: Prepared, world: World) -> int:
     from training.trainer import Diverged, Trainer
     from training.watchdog import Watchdog
 
-    cfg, folder = prepared.cfg, prepared.folder
-    resume, launch = world.broadcast((prepared.resume, time.time_ns()))
+    folder = prepared.folder
+    # rank 0 alone has read the checkpoint, which may decide some keys
+    cfg, start, launch = world.broadcast((prepared.cfg, prepared.start, time.time_ns()))
     try:
         data, held_out = _open_data(cfg)
         if world.is_main:
@@ -153,8 +157,7 @@ def run(prepared: Prepared, world: World) -> int:
         ) as watchdog:
             trainer = Trainer(
                 cfg, ds_config=prepared.ds_config, plan=prepared.plan, world=world, folder=folder, data=data,
-                held_out=held_out, resume=resume, allow_config_change=prepared.allow_config_change,
-                watchdog=watchdog,
+                held_out=held_out, start=start, watchdog=watchdog,
             )  # fmt: skip
             trainer.train()
             trainer.close()
@@ -174,63 +177,6 @@ def run(prepared: Prepared, world: World) -> int:
         if world.is_main:
             folder.update_run(status="failed", reason=f"{type(err).__name__}: {err}")
         return FAILED
-
-
-def _choose_checkpoint(args: argparse.Namespace, cfg: RunConfig, folder: RunFolder) -> Path | None:
-    """The verified checkpoint to continue, with its configuration compared to this one; None for a fresh start."""
-    if args.resume_from is None:
-        return None
-    if args.resume_from == "auto":
-        found, passed_over = manifest.newest_good(folder.path)
-        for line in passed_over:
-            print(f"passed over: {line}", flush=True)
-        if found is None:
-            print(f"no good checkpoint under {folder.path}: starting afresh", flush=True)
-            return None
-    else:
-        found = manifest.resolve(args.resume_from, folder.path)
-        manifest.verify(found)
-        if found.parent.resolve() != folder.path.resolve() and folder.holds_a_run():
-            raise FolderError(
-                f"--output_dir {folder.path} already holds a run, and {found} belongs to another; "
-                f"give a new --output_dir for its continuation"
-            )
-    changes = config_changes(read_config_json(found), run_config.to_plain(cfg))
-    for change in changes:
-        if change.effect != "harmless":
-            print(
-                f"changed since {found.name}: {change.key}: {change.old!r} -> {change.new!r} ({change.effect})",
-                flush=True,
-            )
-    impossible = [c.key for c in changes if c.effect == "impossible"]
-    if impossible:
-        raise ConfigError(
-            f"{found} was made with another {', '.join(impossible)}: its tensors do not fit; "
-            f"restore the value(s), or start a new run"
-        )
-    curve = [c.key for c in changes if c.effect == "curve"]
-    if curve and not args.allow_config_change:
-        raise ConfigError(
-            f"{', '.join(curve)} differ from those of {found} and would bend the curve; "
-            f"restore the value(s), or accept with --allow_config_change"
-        )
-    return found
-
-
-def _require_same_layout(checkpoint: Path, ranks: int, stage: int) -> None:
-    """DeepSpeed takes up its shards at the number of ranks and the ZeRO stage (1 and 2 are alike) that wrote them."""
-    shards = len(list(checkpoint.glob("*_optim_states.pt")))
-    partitioned = bool(list(checkpoint.glob("zero_pp_rank_*_model_states.pt")))
-    made = "ZeRO 3" if partitioned else "ZeRO 1 or 2" if shards else "ZeRO 0"
-    asked = {0: "ZeRO 0", 3: "ZeRO 3"}.get(stage, "ZeRO 1 or 2")
-    if made != asked or (shards and shards != ranks):
-        raise CheckpointError(
-            f"{checkpoint} was made with {made}"
-            + (f" on {shards} rank(s)" if shards else "")
-            + f", this is {asked} on "
-            f"{ranks} rank(s), and resizing is not supported yet; launch it alike, or start a new run from its weights "
-            f"with training.init_from={checkpoint}"
-        )
 
 
 def _require_same_shapes(checkpoint: Path, cfg: RunConfig) -> None:

@@ -15,20 +15,27 @@ import torch.distributed as dist
 
 from gsa import GSAForCausalLM
 from gsa.checkpoint import manifest
+from gsa.checkpoint.legacy import read_legacy
 from gsa.checkpoint.state import RunState
-from gsa.weights import load_weights, save_weights
+from gsa.weights import load_weights
 from training import config as run_config
 from training.clock import StepClock
 from training.config import BatchPlan, RunConfig
-from training.data import DataError, Loader, PackedTokens, permute
+from training.data import Loader, PackedTokens, permute
 from training.engine import DEEPSPEED_VERSION, Engine
 from training.evaluate import evaluate, unigram_score
 from training.metrics import Console, MetricsLog, rewind
 from training.optimizer import build_optimizer, build_schedule
+from training.resume import Start
 from training.run_folder import PROJECT, RunFolder, version
+from training.saving import Retention, Saver, SaveReport
+from training.space import checkpoint_bytes
 from training.tracking import Tracker, new_run_id
 from training.watchdog import Watchdog
 from training.world import World
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""Save at the next step boundary, then end in order."""
 
 
 class Diverged(RuntimeError):
@@ -48,8 +55,8 @@ def indexer_rows(seed: int, step: int, seq_len: int, share: float) -> torch.Tens
 class Trainer:
     """Owns a run from its first step to its last checkpoint.
 
-    resume: a verified checkpoint to continue, or None. The folder has been claimed, the configuration
-    checked. Losses are normalised by the counts of the whole global batch: the engine divides by
+    start: the verified checkpoint to continue and where its state leads, or None. The folder has been claimed,
+    the configuration checked. Losses are normalised by the counts of the whole global batch: the engine divides by
     accumulation and by ranks, so a micro-batch's sum is divided by count / (accumulation x ranks).
     """
 
@@ -63,20 +70,21 @@ class Trainer:
         folder: RunFolder,
         data: PackedTokens,
         held_out: PackedTokens,
-        resume: Path | None,
-        allow_config_change: bool,
+        start: Start | None,
         watchdog: Watchdog,
     ) -> None:
         self.cfg, self.plan, self.world, self.folder = cfg, plan, world, folder
         self.data, self.held_out, self.watchdog = data, held_out, watchdog
-        self.step = self.samples = self.tokens = 0
+        self.step = self.samples = self.tokens = self.indexer_start = 0
+        self.epoch_offset = 0.0
+        self.decided: dict = {}
         self._stop_signal = 0
         self._unigram_bpb: float | None = None
 
         # the CPU generator alone decides the weights: alike on every rank, stage and device
         torch.manual_seed(cfg.training.seed)
         model = GSAForCausalLM(cfg.model)
-        if resume is None and cfg.training.init_from:
+        if start is None and cfg.training.init_from:
             model.load_state_dict(load_weights(Path(cfg.training.init_from))[1])
         model.set_activation_checkpointing(cfg.training.gradient_checkpointing)
         self.n_layers = cfg.model.n_layers
@@ -86,15 +94,30 @@ class Trainer:
 
         self.console = Console(world.is_main, self._end(), log_interval=cfg.training.log_interval)
         run = folder.read_run()
-        continued = resume is not None and resume.parent.resolve() == folder.path.resolve()
-        self.tracking_id = (run.get("tracking_id") if continued else None) or new_run_id()
-        if resume is not None:
-            self._take_up(resume, allow_config_change)
+        self._continued = (
+            start is not None
+            and not start.legacy
+            and start.state.step > 0
+            and (start.checkpoint.parent.resolve() == folder.path.resolve())
+        )
+        kept = (run.get("tracking_id") or start.state.tracking_id) if self._continued else None
+        self.tracking_id = kept or new_run_id()
+        if start is not None:
+            self._take_up(start)
         self._first_step = self.step
         self.world.barrier()  # every rank has read run.json before rank 0 writes it
         self.log: MetricsLog | None = None
         if world.is_main:
-            self._open_run(resume, moved=self._set_aside())
+            self._open_run(start, moved=self._set_aside())
+        self.saver = Saver(
+            self.engine,
+            world,
+            folder.path,
+            background=cfg.training.async_save,
+            bytes_needed=checkpoint_bytes(cfg, start and start.checkpoint),
+            retention=Retention(cfg.training.keep_last, cfg.training.keep_every),
+            published=self._published,
+        )
         self.tracker = Tracker(
             cfg.logging, output_dir=folder.path, run_id=self.tracking_id, config=run_config.to_plain(cfg),
             enabled=world.is_main,
@@ -106,19 +129,22 @@ class Trainer:
         stop = self.cfg.training.stop_at_step
         return self.cfg.training.max_steps if stop is None else min(stop, self.cfg.training.max_steps)
 
-    def _take_up(self, checkpoint: Path, allow_config_change: bool) -> None:
+    def _take_up(self, start: Start) -> None:
         self.watchdog.beat("load")
-        state = RunState.from_dict(self.engine.load(checkpoint))
-        if state.data_fingerprint != self.data.fingerprint and not allow_config_change:
-            raise DataError(
-                f"{checkpoint.name} was trained on other text: the data's fingerprint is {self.data.fingerprint[:16]}, "
-                f"the checkpoint's {state.data_fingerprint[:16]}; restore the dataset, or accept with "
-                f"--allow_config_change"
-            )
+        if start.legacy:
+            self.engine.take_up(read_legacy(start.checkpoint, self.cfg.model, start.state))
+        else:
+            self.engine.load(start.checkpoint)
+        # what the yaml says runs: DeepSpeed brings back the saved rates, decay, betas and clipping
+        self.engine.apply_hyperparameters(self.cfg.training)
+        state = start.state
         self.step, self.samples, self.tokens = state.step, state.samples_consumed, state.tokens_seen
-        if allow_config_change:
-            self.engine.apply_hyperparameters(self.cfg.training)
-        self.console.line(f"resumed {checkpoint.name}: continuing at step {self.step + 1} of {self._end()}")
+        self.indexer_start, self.epoch_offset, self.decided = state.indexer_start, state.epoch_offset, state.decided
+        to_do = f"continuing at step {self.step + 1} of {self._end()}" if self.step < self._end() else "at its end"
+        self.console.line(f"resumed {start.checkpoint.name}: {to_do}, epoch {self._epoch():.3f}")
+
+    def _epoch(self) -> float:
+        return self.epoch_offset + self.data.epoch(self.samples)
 
     def _set_aside(self) -> int:
         # also for a fresh start: a run that died before its first checkpoint has left rows behind
@@ -126,16 +152,16 @@ class Trainer:
             self.console.line(line)
         return rewind(self.folder.metrics, self.step)
 
-    def _open_run(self, resume: Path | None, moved: int) -> None:
+    def _open_run(self, start: Start | None, moved: int) -> None:
         self.log = MetricsLog(self.folder.metrics)
         self.folder.update_run(
             status="running", reason=None, step=self.step, tracking_id=self.tracking_id, world_size=self.world.size,
             zero_stage=self.engine.zero_stage,
         )  # fmt: skip
-        event = {"event": "start" if resume is None else "resume", "step": self.step, "world_size": self.world.size,
+        event = {"event": "start" if start is None else "resume", "step": self.step, "world_size": self.world.size,
                  "zero_stage": self.engine.zero_stage}  # fmt: skip
-        if resume is not None:
-            event |= {"checkpoint": resume.name, "rows_moved": moved}
+        if start is not None:
+            event |= {"checkpoint": start.checkpoint.name, "rows_moved": moved}
         self._event(event)
 
     def _event(self, row: dict) -> None:
@@ -159,14 +185,14 @@ class Trainer:
         Raises Diverged when the loss or the gradient norm is not finite; the last checkpoint stays good.
         """
         cfg = self.cfg.training
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
         loader = Loader(
             self.data, samples_consumed=self.samples, plan=self.plan, rank=self.world.rank,
             num_workers=self.cfg.data.num_workers, pin_memory=self.world.device.type == "cuda",
         )  # fmt: skip
         clock = StepClock(self.world.device)
-        saved_at = self.step if self.step else -1
+        saved_at = self.step if self._continued else -1  # another folder's checkpoint is not ours yet
         stop_signal = 0
         pace: float | None = None  # seconds per step, a running mean for the ETA
         self.engine.train()
@@ -186,10 +212,14 @@ class Trainer:
                 if last or (cfg.save_interval and self.step % cfg.save_interval == 0):
                     self._save()
                     saved_at = self.step
+        except Diverged:
+            self._finish_save()  # all ranks are here: what was good before is kept
+            raise
         finally:
             loader.close()
-        if saved_at != self.step:  # a run resumed at its very end, or of no steps
+        if saved_at != self.step:  # nothing to train: a copy in this run's layout
             self._save()
+        self._finish_save()
         if stop_signal:
             reason = signal.Signals(stop_signal).name
         else:
@@ -204,7 +234,7 @@ class Trainer:
         """One optimizer step. Returns its measured row, without totals and times, and an agreed signal or 0."""
         cfg, plan = self.cfg.training, self.plan
         first = self.samples
-        self.model.set_stage("dense" if self.step < cfg.indexer_warmup_steps else "sparse")
+        self.model.set_stage("dense" if self.step - self.indexer_start < cfg.indexer_warmup_steps else "sparse")
         n_targets = self.data.n_targets(first, plan.global_batch_size)
         share = max(1, n_targets) / (plan.accumulation_steps * plan.world_size)
         rows = indexer_rows(cfg.seed, self.step, cfg.max_seq_len, cfg.indexer_loss_rows).to(self.world.device)
@@ -230,16 +260,17 @@ class Trainer:
 
         # one small collective and one wait for the device per step, whatever the accumulation
         means = torch.stack([torch.stack(part).double().mean() for part in (losses, indexer_losses, selected)])
-        signals = torch.zeros(1, dtype=torch.float64, device=self.world.device) + self._stop_signal
-        shared = torch.cat([means / self.world.size, signals, selection.flatten()])
+        flags = torch.tensor([self._stop_signal, *self.saver.flags()], dtype=torch.float64, device=self.world.device)
+        shared = torch.cat([means / self.world.size, flags, selection.flatten()])
         dist.all_reduce(shared)
-        self.model.update_v_ref(shared[4:].view(self.n_layers, 2))
-        loss, indexer_loss, n_selected, signal_sum = shared[:4].tolist()
+        self.model.update_v_ref(shared[6:].view(self.n_layers, 2))
+        loss, indexer_loss, n_selected, signal_sum, settled, failed = shared[:6].tolist()
+        self.saver.advance(settled, failed)
         grad_norm = self.engine.grad_norm()
         if not (math.isfinite(loss) and math.isfinite(indexer_loss) and math.isfinite(grad_norm)):
             self._diverged(losses, indexer_losses, first, loss, grad_norm)
         row = {
-            "step": self.step, "epoch": self.data.epoch(self.samples), "samples": self.samples, "tokens": self.tokens,
+            "step": self.step, "epoch": self._epoch(), "samples": self.samples, "tokens": self.tokens,
             "loss": loss, "indexer_loss": indexer_loss, "grad_norm": grad_norm, "lr": rates["decay"],
             "lr_indexer": rates.get("indexer", 0.0), "stage": self.model.stage, "selected_k": n_selected,
         }  # fmt: skip
@@ -300,9 +331,9 @@ class Trainer:
     # -- signals ---------------------------------------------------------------------------------------
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self._stop_signal:  # a second one: at once
-            raise SystemExit(128 + number)
         self._stop_signal = number
+        for again in STOP_SIGNALS:  # a second one ends the process at once, even inside a collective
+            signal.signal(again, signal.SIG_DFL)
 
     def _agree_on_signal(self) -> int:
         """The highest signal any rank has seen; called on all ranks when at least one has seen one."""
@@ -344,30 +375,31 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        """One checkpoint, published only when every rank's files are on disk; once per step."""
-        began = time.perf_counter()
         self.watchdog.beat("save")
-        tag = f"step_{self.step}"
-        step_dir = self.folder.path / tag
-        if self.world.is_main:
-            manifest.clear_torn(step_dir)
-        self.world.barrier()
-        state = RunState(
-            step=self.step, epoch=self.data.epoch(self.samples), samples_consumed=self.samples,
-            tokens_seen=self.tokens, config=run_config.to_plain(self.cfg), data_fingerprint=self.data.fingerprint,
-            tracking_id=self.tracking_id, stage=self.model.stage,
+        self.saver.start(RunState(
+            step=self.step, epoch=self._epoch(), samples_consumed=self.samples, tokens_seen=self.tokens,
+            config=run_config.to_plain(self.cfg), data_fingerprint=self.data.fingerprint, tracking_id=self.tracking_id,
+            stage=self.model.stage,
             versions={"torch": str(torch.__version__), "deepspeed": DEEPSPEED_VERSION, "project": version(PROJECT)},
             world_size=self.world.size, zero_stage=self.engine.zero_stage,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )  # fmt: skip
-        hashes = self.engine.save(self.folder.path, tag, state.to_dict())
-        weights = self.engine.full_weights()
-        if self.world.is_main:
-            save_weights(weights, state.config, step_dir)
-            sealed = manifest.seal(step_dir, hashes=hashes)
-            manifest.publish(self.folder.path, tag)
-            size = sum(entry.bytes for entry in sealed.files.values())
-            seconds = time.perf_counter() - began
-            self._event({"event": "save", "step": self.step, "tag": tag, "save_seconds": seconds, "bytes": size})
-            self.console.line(f"step {self.step}: saved {tag}, {size / 2**20:.1f} MiB, {seconds:.1f} s")
-        self.world.barrier()  # nobody trains on, or exits, before the checkpoint exists
+            created=datetime.now(UTC).isoformat(timespec="seconds"), epoch_offset=self.epoch_offset,
+            indexer_start=self.indexer_start, decided=self.decided,
+        ))  # fmt: skip
+
+    def _finish_save(self) -> None:
+        """Nobody exits before the checkpoint exists."""
+        self.watchdog.beat("save")
+        self.saver.finish()
+
+    def _published(self, report: SaveReport) -> None:
+        self._event({
+            "event": "save", "step": report.step, "tag": report.tag, "bytes": report.bytes,
+            "save_stall_seconds": report.stall_s, "save_background_seconds": report.background_s,
+            "save_background_cpu_seconds": report.background_cpu_s,
+        })  # fmt: skip
+        self.console.line(
+            f"saved {report.tag}: {report.bytes / 2**20:.1f} MiB, training stood still for {report.stall_s:.2f} s, "
+            f"written in {report.stall_s + report.background_s:.2f} s"
+        )
+        for removed in report.removed:
+            self.console.line(f"removed {removed.tag}: {removed.reason}")

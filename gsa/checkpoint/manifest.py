@@ -29,6 +29,8 @@ PIN = "pinned"
 
 _TAG = re.compile(r"step_(0|[1-9][0-9]*)")
 _TEMPORARY = ".tmp"
+_OURS = re.compile(r".*_(?:model|optim)_states\.pt|model\.safetensors|config\.json|pinned|.*\.tmp")
+"""What a save leaves when it is interrupted."""
 _TRASH = ".trash-"
 _BLOCK_BYTES = 8 * 2**20
 _HASHING_THREADS = 4
@@ -119,7 +121,7 @@ def seal(
         _fsync(path)
         size = path.stat().st_size
         if name not in hashes:
-            return FileEntry(size, _sha256(path))
+            return FileEntry(size, sha256_of(path))
         written, sha256 = hashes[name]
         if size != written:
             raise CheckpointError(f"{path}: {size} bytes on disk, {written} were written; save again")
@@ -176,22 +178,31 @@ def replace_durably(temporary: Path, path: Path) -> None:
 def clear_torn(step_dir: Path) -> None:
     """Removes what an interrupted save left, so that the step can be saved again; nothing there is fine.
 
-    Raises CheckpointError when the folder has a manifest, good or damaged: that is for a person to move.
+    Raises CheckpointError when the folder has a manifest, good or damaged, or files that no save of ours leaves:
+    that is for a person to move.
     """
     if (step_dir / MANIFEST).exists():
         raise CheckpointError(f"{step_dir} holds a checkpoint already and is not overwritten; move it away")
     if step_dir.exists():
+        if not is_torn(step_dir):
+            raise CheckpointError(f"{step_dir} holds files that are not of this project; move it away")
         shutil.rmtree(step_dir)  # half removed, it is still torn
 
 
 def retain(
-    output_dir: Path, keep_last: int, keep_every: int | None = None, pinned: Collection[str] = ()
+    output_dir: Path,
+    keep_last: int,
+    keep_every: int | None = None,
+    pinned: Collection[str] = (),
+    *,
+    threads: int = _HASHING_THREADS,
 ) -> list[Removed]:
     """Deletes old checkpoints, after the newest has been read back and found good.
 
     Kept: the newest `keep_last` (at least 1), those whose step is a multiple of `keep_every`, those tagged in
     `pinned` or holding a file `pinned`, the one `latest` names, linked folders, and damaged ones, which are
-    for a person to look at. Folders without a manifest older than the newest checkpoint are deleted too.
+    for a person to look at. What interrupted saves of this project left, older than the newest checkpoint, is
+    deleted too; a folder with anything else in it is not ours to judge. threads: that read the newest back.
     Raises CheckpointError, with no checkpoint deleted, when the newest is not good.
     """
     if keep_last < 1 or (keep_every is not None and keep_every < 1):
@@ -208,12 +219,12 @@ def retain(
     for f in found[: found.index(newest)]:
         if f.tag in kept or (f.path / PIN).exists() or f.path.is_symlink():
             continue
-        if not (f.path / MANIFEST).exists():
+        if is_torn(f.path):
             condemned.append(Removed(f.tag, "torn: its save was interrupted"))
         elif f.complete and (keep_every is None or f.step % keep_every):
             condemned.append(Removed(f.tag, f"older than the {keep_last} newest; {newest.tag} is good"))
     if condemned:
-        verify(newest.path)
+        verify(newest.path, threads=threads)
     for removed in condemned:
         _discard(output_dir / removed.tag)
     return condemned
@@ -247,12 +258,12 @@ def read(step_dir: Path) -> Manifest:
     return manifest
 
 
-def verify(step_dir: Path, *, hashes: bool = True) -> None:
+def verify(step_dir: Path, *, hashes: bool = True, threads: int = _HASHING_THREADS) -> None:
     """Raises CheckpointError, naming every bad file, unless the folder is exactly what was sealed.
 
-    hashes: read every byte; without it only names and sizes are compared.
+    hashes: read every byte, in `threads` threads; without it only names and sizes are compared.
     """
-    wrong = _wrong(step_dir, hashes=hashes)
+    wrong = _wrong(step_dir, hashes=hashes, threads=threads)
     if wrong:
         raise _refused(step_dir, wrong)
 
@@ -303,11 +314,7 @@ def resolve(resume_from: str, output_dir: Path) -> Path | None:
     """
     if resume_from == "auto":
         return newest_good(output_dir)[0]
-    tag = latest_tag(output_dir) if resume_from == LATEST else resume_from
-    if tag is None:
-        raise CheckpointError(f"{output_dir / LATEST} does not exist: {_choices(output_dir)}")
-    # an absolute path has a last part, which is the tag, also for "." and ".."
-    path = output_dir / tag if _TAG.fullmatch(tag) else Path(os.path.abspath(tag))
+    path = named(resume_from, output_dir)
     if not path.is_dir():
         raise CheckpointError(f"{path}, meant by {resume_from!r}, does not exist: {_choices(output_dir)}")
     if not (path / MANIFEST).exists() and list_checkpoints(path):
@@ -316,7 +323,23 @@ def resolve(resume_from: str, output_dir: Path) -> Path | None:
     return path
 
 
+def named(resume_from: str, output_dir: Path) -> Path:
+    """The folder that a tag of `output_dir`, a path or "latest" means, whether it is there or not."""
+    tag = latest_tag(output_dir) if resume_from == LATEST else resume_from
+    if tag is None:
+        raise CheckpointError(f"{output_dir / LATEST} does not exist: {_choices(output_dir)}")
+    # an absolute path has a last part, which is the tag, also for "." and ".."
+    return output_dir / tag if _TAG.fullmatch(tag) else Path(os.path.abspath(tag))
+
+
 # -- inside ------------------------------------------------------------------------------------------------
+
+
+def is_torn(step_dir: Path) -> bool:
+    """No manifest, and nothing but what a save of this project writes before it."""
+    if (step_dir / MANIFEST).exists():
+        return False
+    return all(path.is_dir() or _OURS.fullmatch(path.name) for path in step_dir.rglob("*"))
 
 
 def _contents(step_dir: Path) -> dict[str, Path]:
@@ -355,7 +378,7 @@ def _read(step_dir: Path) -> tuple[Manifest | None, str]:
     return manifest, ""
 
 
-def _wrong(step_dir: Path, *, hashes: bool) -> list[str]:
+def _wrong(step_dir: Path, *, hashes: bool, threads: int = _HASHING_THREADS) -> list[str]:
     """One line for every bad file; none when the folder is what was sealed."""
     manifest, wrong = _read(step_dir)
     if manifest is None:
@@ -364,7 +387,7 @@ def _wrong(step_dir: Path, *, hashes: bool) -> list[str]:
     lines = [f"{name}: not in the manifest" for name in set(present) - set(manifest.files)]
     lines += [f"{name}: missing" for name in set(manifest.files) - set(present)]
     names = [name for name in manifest.files if name in present]
-    with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         lines += filter(None, pool.map(partial(_wrong_file, manifest, present, hashes=hashes), names))
     return sorted(lines)
 
@@ -377,7 +400,7 @@ def _wrong_file(manifest: Manifest, present: Mapping[str, Path], name: str, *, h
             return f"{name}: replaced by a link or special file"
         if info.st_size != entry.bytes:
             return f"{name}: {info.st_size} bytes, {entry.bytes} in the manifest"
-        sha256 = _sha256(path) if hashes else entry.sha256
+        sha256 = sha256_of(path) if hashes else entry.sha256
     except OSError as err:
         return f"{name}: cannot be read: {err.strerror}"
     if sha256 == entry.sha256:
@@ -406,7 +429,8 @@ def _discard(step_dir: Path) -> None:
     shutil.rmtree(trash)
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's content, read in blocks."""
     sha, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(block):

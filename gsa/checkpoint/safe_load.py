@@ -15,11 +15,14 @@ _ZIP_MAGIC = b"PK\x03\x04"
 _MEND = "take another checkpoint: --resume_from auto finds the newest good one"
 _allow_list_lock = threading.Lock()
 
+Allowed = type | Callable[..., object] | tuple[type | Callable[..., object], str]
 
-def load(path: str | Path, *, extra_allowed: Sequence[type | Callable[..., object]] = (), mmap: bool = False) -> object:
+
+def load(path: str | Path, *, extra_allowed: Sequence[Allowed] = (), mmap: bool = False) -> object:
     """What `torch.save` wrote, on the CPU: tensors, plain containers and numbers.
 
-    extra_allowed: classes and functions the file may name beyond torch's own allow-list.
+    extra_allowed: classes and functions the file may name beyond torch's own allow-list; (stand-in, name)
+    puts a class of ours where the file names another.
     mmap: tensors are read from the file when touched, and the file must stay as it is while they live.
     Raises CheckpointError, with nothing in the file run, when it is missing, damaged, older than torch 1.6,
     or names anything else.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -14,7 +14,7 @@ from gsa.checkpoint.manifest import CheckpointError
 CLIENT_KEY = "gsa_run"
 """The one key of DeepSpeed's client state that is ours: it lets any other overwrite its own."""
 
-VERSION = 1
+VERSION = 2
 CONFIG = "config.json"
 """The configuration of the run, beside its weights; its "model" section is the model's."""
 
@@ -44,6 +44,12 @@ class RunState:
     zero_stage: int
     created: str
     """ISO 8601, UTC"""
+    epoch_offset: float = 0.0
+    """passes of an imported run before its import, over the position in the data at that moment; since version 2"""
+    indexer_start: int = 0
+    """step from which the indexer's warm-up counts: that of the import of an untrained one; since version 2"""
+    decided: dict[str, Any] = field(default_factory=dict)
+    """dotted keys of the configuration that an imported checkpoint decides over the yaml; since version 2"""
 
     def to_dict(self) -> dict[str, Any]:
         """A copy made of JSON types. Raises TypeError naming the key of any other value, at any depth."""
@@ -65,6 +71,8 @@ class RunState:
                 f"the run state has version {version}, this project reads up to {VERSION}: "
                 f"update the project to {needed or 'the version that wrote it'} or later"
             )
+        if version < 2:
+            data = {"epoch_offset": 0.0, "indexer_start": 0, "decided": {}, **data}
         names = {f.name for f in fields(cls)}
         differing = sorted(names ^ (set(data) - {"version"}))
         if differing:
@@ -127,11 +135,11 @@ def _misfits(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Each field of RunState whose value in `data` is of another type, and its type."""
     hints = get_type_hints(RunState)
     kinds = {float: (int, float), dict[str, Any]: dict, dict[str, str]: dict}
-    for field in fields(RunState):
-        hint, value = hints[field.name], data[field.name]
+    for known in fields(RunState):
+        hint, value = hints[known.name], data[known.name]
         if get_origin(hint) is Literal:
             fits = value in get_args(hint)
         else:  # a bool is an int to Python, and no field is one
             fits = isinstance(value, kinds.get(hint, hint)) and type(value) is not bool
         if not fits:
-            yield field.name, field.type
+            yield known.name, known.type

@@ -16,6 +16,7 @@ from training.config import (
     all_keys,
     config_changes,
     format_help,
+    global_batch_size,
     load_config,
     plan_batch,
     to_plain,
@@ -283,7 +284,16 @@ def test_changes_are_sorted_into_their_effects():
         "model.d_head": "impossible", "training.micro_batch_size": "harmless",
     }  # fmt: skip
     assert config_changes(old, old) == []
-    old["training"]["global_batch_size"] = new["training"]["global_batch_size"] = None
-    assert {c.key: c.effect for c in config_changes(old, new)}["training.micro_batch_size"] == "curve"
+    shorter = to_plain(load_config(QUICKSTART, ["training.max_steps=2", "training.stop_at_step=null"]))
+    assert {c.key: c.effect for c in config_changes(new, shorter)}["training.max_steps"] == "curve"
     del old["training"]["seed"]  # a key that an older version did not know
     assert "training.seed" not in {c.key for c in config_changes(old, new)}
+
+
+def test_the_global_batch_is_told_from_its_parts_when_it_is_not_set():
+    plain = to_plain(load_config(QUICKSTART, ["training.global_batch_size=16"]))
+    assert global_batch_size(plain, 4) == 16
+    plain["training"].update(global_batch_size=None, micro_batch_size=3, gradient_accumulation_steps=None)
+    assert global_batch_size(plain, 4) == 12
+    plain["training"]["gradient_accumulation_steps"] = 2
+    assert global_batch_size(plain, 4) == 24

@@ -49,11 +49,12 @@ def test_groups_hold_every_parameter_once_and_only_matrices_decay():
     groups = parameter_groups(model, replace(BASE, indexer_lr_multiplier=10.0))
     by_name = {group["name"]: group for group in groups}
     names = {id(p): n for n, p in model.named_parameters()}
-    members = {g: {names[id(p)] for p in group["params"]} for g, group in by_name.items()}
+    assert all(name == names[id(p)] for group in groups for name, p in group["params"])
+    members = {g: {name for name, _ in group["params"]} for g, group in by_name.items()}
     assert sorted(n for ns in members.values() for n in ns) == sorted(names.values())
     assert all(".indexer." in n for g in ("indexer", "indexer_no_decay") for n in members[g])
     assert not any(".indexer." in n for g in ("decay", "no_decay") for n in members[g])
-    assert all(p.ndim >= 2 for g in ("decay", "indexer") for p in by_name[g]["params"])
+    assert all(p.ndim >= 2 for g in ("decay", "indexer") for _, p in by_name[g]["params"])
     assert any("log_alpha" in n for n in members["indexer_no_decay"])
     assert {g: (group["lr"], group["weight_decay"]) for g, group in by_name.items()} == {
         "decay": (1e-3, 0.1), "no_decay": (1e-3, 0.0), "indexer": (1e-2, 0.1), "indexer_no_decay": (1e-2, 0.0),

@@ -27,7 +27,7 @@ FILES = {
     "zero_pp_rank_0_mp_rank_00_optim_states.pt": 500,
     "zero_pp_rank_1_mp_rank_00_optim_states.pt": 500,
     "nested/deeper/model.safetensors": 64,
-    "empty.txt": 0,
+    "empty_optim_states.pt": 0,
 }
 
 
@@ -289,14 +289,14 @@ def test_a_link_is_refused_also_where_it_leads_to_the_same_bytes(tmp_path):
 def test_a_file_the_disk_cannot_read_is_named_and_passed_over(tmp_path, monkeypatch):
     save(tmp_path, 1)
     step_dir = save(tmp_path, 2)
-    bad, sha256 = step_dir / next(iter(FILES)), manifest._sha256
+    bad, sha256 = step_dir / next(iter(FILES)), manifest.sha256_of
 
     def failing(path: Path) -> str:
         if path == bad:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return sha256(path)
 
-    monkeypatch.setattr(manifest, "_sha256", failing)
+    monkeypatch.setattr(manifest, "sha256_of", failing)
     assert_refused(step_dir, bad.name)
     found, passed_over = manifest.newest_good(tmp_path)
     assert found == tmp_path / "step_1"
@@ -367,7 +367,7 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
     step_dir = save(tmp_path, 7)
     outside = tmp_path / "outside"
     outside.write_bytes(b"secret")
-    forged = manifest.Manifest({"../outside": manifest.FileEntry(6, manifest._sha256(outside))}, "now")
+    forged = manifest.Manifest({"../outside": manifest.FileEntry(6, manifest.sha256_of(outside))}, "now")
     (step_dir / "manifest.json").write_bytes(forged.render())
     with pytest.raises(CheckpointError, match=r"\.\./outside: missing"):
         manifest.verify(step_dir)
@@ -391,8 +391,8 @@ def test_a_file_that_a_rank_wrote_elsewhere_or_in_part_is_not_sealed(tmp_path):
         manifest.seal(tmp_path, hashes={"rank_9.pt": (1, "0" * 64)})
     with pytest.raises(CheckpointError, match="700 bytes on disk, 701 were written"):
         manifest.seal(tmp_path, hashes={next(iter(FILES)): (701, "0" * 64)})
-    with pytest.raises(CheckpointError, match="empty.txt: not among the files"):
-        manifest.seal(tmp_path, files=[name for name in FILES if name != "empty.txt"])
+    with pytest.raises(CheckpointError, match="empty_optim_states.pt: not among the files"):
+        manifest.seal(tmp_path, files=[name for name in FILES if name != "empty_optim_states.pt"])
     assert not (tmp_path / "manifest.json").exists()
     manifest.seal(tmp_path, files=list(FILES))
     manifest.verify(tmp_path)
@@ -403,7 +403,7 @@ def test_links_and_empty_folders_are_not_sealed(tmp_path):
         manifest.seal(tmp_path / "nowhere")
     write_files(tmp_path)
     for make in (
-        lambda path: path.symlink_to("empty.txt"),
+        lambda path: path.symlink_to("empty_optim_states.pt"),
         lambda path: path.symlink_to("nested"),
         os.mkfifo,
     ):
@@ -433,7 +433,7 @@ def test_what_has_a_manifest_is_never_cleared(tmp_path):
     (step_dir / "manifest.json").write_text("edited")
     with pytest.raises(CheckpointError, match="holds a checkpoint already"):
         manifest.clear_torn(step_dir)
-    assert (step_dir / "empty.txt").exists()
+    assert (step_dir / "empty_optim_states.pt").exists()
 
 
 # -- finding -----------------------------------------------------------------------------------------------
@@ -445,7 +445,7 @@ def test_the_newest_good_checkpoint_is_found_past_torn_and_damaged_ones(tmp_path
     write_files(tmp_path / "step_100")
     damaged = tmp_path / "step_30" / next(iter(FILES))
     damaged.write_bytes(bytes(700))
-    (tmp_path / "step_10" / "empty.txt").unlink()
+    (tmp_path / "step_10" / "empty_optim_states.pt").unlink()
     for other in ("step_07", "step_x", "final", ".trash-step_99"):
         (tmp_path / other).mkdir()
     (tmp_path / "step_5").write_text("a file")
@@ -461,7 +461,7 @@ def test_the_newest_good_checkpoint_is_found_past_torn_and_damaged_ones(tmp_path
     assert passed_over == [
         "step_100: manifest.json: missing: the save was interrupted, or this is no checkpoint",
         f"step_30: {damaged.name}: its sha256 is not that of the manifest",
-        "step_10: empty.txt: missing",
+        "step_10: empty_optim_states.pt: missing",
     ]
 
 
@@ -513,7 +513,7 @@ def test_retention_keeps_the_last_every_mth_pinned_latest_and_damaged(tmp_path):
     for step in range(1, 12):
         save(tmp_path, step)
     (tmp_path / "step_2" / "pinned").touch()
-    (tmp_path / "step_4" / "empty.txt").unlink()
+    (tmp_path / "step_4" / "empty_optim_states.pt").unlink()
     (tmp_path / "step_6" / "manifest.json").unlink()
     (tmp_path / "step_10" / "manifest.json").unlink()
     (tmp_path / "step_7").rename(tmp_path / "elsewhere")

@@ -55,15 +55,16 @@ def test_a_state_survives_the_file_it_is_saved_in():
 
 
 def test_this_version_is_read_by_every_later_one():
-    """Version 1 as it lies in files: a later reader must go on reading this very dict."""
-    written = {
+    """Both versions as they lie in files: a later reader must go on reading these very dicts."""
+    first = {
         "version": 1, "step": 300, "epoch": 1.25, "samples_consumed": 4800, "tokens_seen": 1200000,
         "config": STATE.config, "data_fingerprint": "f" * 64, "tracking_id": None, "stage": "sparse",
         "versions": {"torch": "2.13.0", "deepspeed": "0.19.8", "project": "0.1.0"}, "world_size": 2,
         "zero_stage": 3, "created": "2026-01-31T12:00:00+00:00",
     }  # fmt: skip
-    assert STATE.to_dict() == written
-    assert RunState.from_dict(written) == STATE
+    second = {**first, "version": 2, "epoch_offset": 0.0, "indexer_start": 0, "decided": {}}
+    assert STATE.to_dict() == second
+    assert RunState.from_dict(first) == RunState.from_dict(second) == STATE
 
 
 def test_the_saved_dict_does_not_change_with_the_configuration():
@@ -109,11 +110,11 @@ def test_a_key_that_is_not_text_and_a_field_of_another_type_are_refused_when_sav
 
 
 def test_a_newer_state_says_which_project_reads_it():
-    newer = {"version": 2, "versions": {"project": "0.7.0"}, "position": {}}
-    with pytest.raises(CheckpointError, match="version 2, this project reads up to 1: update the project to 0.7.0"):
+    newer = {"version": 3, "versions": {"project": "0.7.0"}, "position": {}}
+    with pytest.raises(CheckpointError, match="version 3, this project reads up to 2: update the project to 0.7.0"):
         RunState.from_dict(newer)
     with pytest.raises(CheckpointError, match="update the project to the version that wrote it"):
-        RunState.from_dict({"version": 2, "versions": "?"})
+        RunState.from_dict({"version": 3, "versions": "?"})
 
 
 @pytest.mark.parametrize("data", [None, [], {}, {"step": 1}, {"version": 0}, {"version": "1"}, {"version": True}])

@@ -1,0 +1,287 @@
+"""A whole training state, parameter by parameter, out of the shards of any checkpoint of this project.
+
+DeepSpeed cuts float32 masters and Adam's moments into shards that fit one number of ranks and one ZeRO
+stage. Here they are seen as whole parameters again: memory maps of the shards, read when touched, so that
+an engine of another shape takes them up with one parameter in memory at a time. Nothing in the files is
+run, and DeepSpeed need not be installed. Layout of the files: docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from gsa.checkpoint import safe_load
+from gsa.checkpoint.manifest import CheckpointError
+from gsa.checkpoint.state import CLIENT_KEY, RunState
+from gsa.weights import WEIGHTS, load_weights
+
+Moment = Literal["exp_avg", "exp_avg_sq"]
+What = Literal["master", "exp_avg", "exp_avg_sq"]
+
+
+class _Inert:
+    """Takes the place of a class of DeepSpeed's that a file names: holds the fields, runs nothing."""
+
+    def __init__(self, *args: object) -> None:
+        self.args = args
+
+
+class _Fragment(_Inert):
+    numel: int
+    start: int
+
+
+_STAND_INS = (
+    (_Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
+    (_Inert, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_Fragment, "deepspeed.utils.tensor_fragment.fragment_address"),
+)
+
+_OPTIMIZER_SHARD = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_00_optim_states\.pt")
+_MODEL_SHARD = re.compile(r"zero_pp_rank_(\d+)_mp_rank_00_model_states\.pt")
+_MODEL = "mp_rank_00_model_states.pt"
+_NOT_OURS = "not laid out as DeepSpeed 0.19.8 lays out a checkpoint of this project"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the shards of a checkpoint are cut.
+
+    family: 0 (whole), 2 (ZeRO 1 and 2, which are alike) or 3. ranks: shards; 1 for a whole one. order: names of
+    the parameters as they follow each other, by group of DeepSpeed's.
+    """
+
+    family: int
+    ranks: int
+    precision: Literal["bf16", "fp32"]
+    order: tuple[tuple[str, ...], ...]
+
+    def __str__(self) -> str:
+        stage = {0: "ZeRO 0", 2: "ZeRO 1 or 2", 3: "ZeRO 3"}[self.family]
+        return f"{stage}, {self.precision}" + (f", {self.ranks} rank(s)" if self.family else "")
+
+
+def family(zero_stage: int) -> int:
+    return 2 if zero_stage == 1 else zero_stage
+
+
+@dataclass
+class ParameterState:
+    """One parameter as the optimizer knows it, whole, float32, on the CPU.
+
+    step: Adam's own count of updates. A moment that the optimizer has not made yet is zero.
+    """
+
+    shape: torch.Size
+    step: float = 0.0
+    pieces: dict[str, list[torch.Tensor]] = field(
+        default_factory=lambda: {"master": [], "exp_avg": [], "exp_avg_sq": []}
+    )
+    """flat and consecutive, by what they hold"""
+
+    def full(self, what: What) -> torch.Tensor:
+        """The whole tensor, copied out of the files; zeros for a moment that does not exist."""
+        parts = self.pieces[what]
+        if not parts:
+            return torch.zeros(self.shape)
+        return torch.cat([part.to(torch.float32) for part in parts]).reshape(self.shape)
+
+    def numel(self, what: What) -> int:
+        return sum(part.numel() for part in self.pieces[what])
+
+
+@dataclass(frozen=True)
+class FullState:
+    """parameters: by name, in the order of the model. groups: hyper-parameters by group name.
+
+    buffers: by name. schedule: the learning-rate scheduler's state dict, or None to start from the step.
+    run: what the trainer saved.
+    """
+
+    parameters: Mapping[str, ParameterState]
+    groups: Mapping[str, Mapping[str, Any]]
+    buffers: Mapping[str, torch.Tensor]
+    schedule: Mapping[str, Any] | None
+    run: RunState
+
+
+def read_layout(step_dir: Path) -> Layout:
+    """How a checkpoint is cut. Raises CheckpointError when its files tell none, or a shard is not there."""
+    names = {path.name for path in step_dir.iterdir()} if step_dir.is_dir() else set()
+    optimizer_ranks = sorted(int(m[1]) for name in names if (m := _OPTIMIZER_SHARD.fullmatch(name)))
+    model_ranks = sorted(int(m[1]) for name in names if (m := _MODEL_SHARD.fullmatch(name)))
+    if optimizer_ranks != list(range(len(optimizer_ranks))):
+        raise CheckpointError(f"{step_dir}: optimizer shards of ranks {optimizer_ranks} only; restore the others")
+    if model_ranks and model_ranks != optimizer_ranks:
+        raise CheckpointError(f"{step_dir}: model shards of ranks {model_ranks}, optimizer's of {optimizer_ranks}")
+    if not model_ranks and _MODEL not in names:
+        raise CheckpointError(f"{step_dir}: no {_MODEL} and no model shards; is it a checkpoint?")
+    family = 3 if model_ranks else 2 if optimizer_ranks else 0
+    path = _model_file(step_dir)
+    model = _load(path)
+    with _understanding(path):
+        order = tuple(tuple(group) for group in model["param_shapes"] or ())
+    precision = "bf16" if any(name.startswith("bf16_") for name in names) else "fp32"
+    return Layout(family, max(1, len(optimizer_ranks)), precision, order)
+
+
+def read_run_state(step_dir: Path) -> RunState:
+    """What the trainer saved. Raises CheckpointError when the file is missing, damaged or unsafe."""
+    return _run_state(step_dir, _load(_model_file(step_dir)))
+
+
+def read_full_state(step_dir: Path) -> FullState:
+    """The whole state; the files must have been verified, and must stay while it is used.
+
+    Raises CheckpointError, naming the file, when one is unsafe or does not hold what it should.
+    """
+    layout = read_layout(step_dir)
+    model_file = _model_file(step_dir)
+    model = _load(model_file)
+    run = _run_state(step_dir, model)
+    with _understanding(model_file):
+        shapes = _shapes(model)
+        schedule = model["lr_scheduler"]
+        buffer_names = list(model["buffer_names"])
+    _, weights = load_weights(step_dir)
+    missing = [name for name in (*shapes, *buffer_names) if name not in weights]
+    if missing:
+        raise CheckpointError(f"{step_dir / WEIGHTS}: lacks {', '.join(missing[:5])}; restore it from a copy")
+    parameters = {name: ParameterState(shape) for name, shape in shapes.items()}
+    if layout.family == 0:
+        with _understanding(model_file):
+            groups = _take_whole(model, parameters)
+    else:
+        shards = [_load(path) for path in _optimizer_files(step_dir, layout.ranks)]
+        for number, (path, shard) in enumerate(zip(_optimizer_files(step_dir, layout.ranks), shards, strict=True)):
+            with _understanding(path):
+                state = shard["optimizer_state_dict"]
+                count = state["partition_count"]
+                if (count if isinstance(count, int) else max(count)) != layout.ranks:
+                    raise CheckpointError(f"{path}: of {count} ranks, and {layout.ranks} are here; restore the rest")
+                if layout.family == 2:
+                    groups = _take_flat_partition(state, parameters)
+                else:
+                    groups = _take_cut_parameters(state, model["param_shapes"], number, layout.ranks, parameters)
+    for name, parameter in parameters.items():
+        for what in ("master", "exp_avg", "exp_avg_sq"):
+            found = parameter.numel(what)
+            if found != parameter.shape.numel() and (found or what == "master"):
+                raise CheckpointError(
+                    f"{step_dir}: the shards hold {found} of the {parameter.shape.numel()} numbers of {name}'s {what}; "
+                    f"restore them from a copy, or take another checkpoint"
+                )
+    return FullState(parameters, groups, {name: weights[name] for name in buffer_names}, schedule, run)
+
+
+# -- the three ways to cut ---------------------------------------------------------------------------------
+
+
+def _take_whole(model: dict, parameters: dict[str, ParameterState]) -> dict[str, dict]:
+    """ZeRO 0: torch's own optimizer state, parameters numbered through the groups."""
+    state, groups = model["optimizer"]["state"], model["optimizer"]["param_groups"]
+    for group in groups:
+        for name, number in zip(group["param_names"], group["params"], strict=True):
+            _add(parameters[name], model["module"][name].flatten(), state.get(number), slice(None))
+    return _hyperparameters(groups)
+
+
+def _take_flat_partition(state: dict, parameters: dict[str, ParameterState]) -> dict[str, dict]:
+    """ZeRO 1 and 2: a group is one flat tensor, each rank has a run of it, and says which parts are whose."""
+    base = state["base_optimizer_state"]
+    flats, mappings = state["single_partition_of_fp32_groups"], state["param_slice_mappings"]
+    for number, (flat, mapping) in enumerate(zip(flats, mappings, strict=True)):
+        for name, at in mapping.items():
+            here = slice(at.start, at.start + at.numel)
+            _add(parameters[name], flat[here], base["state"].get(number), here)
+    return _hyperparameters(base["param_groups"])
+
+
+def _take_cut_parameters(
+    state: dict, shapes: list[dict], rank: int, ranks: int, parameters: dict[str, ParameterState]
+) -> dict[str, dict]:
+    """ZeRO 3: each parameter is cut into equal parts, the last one padded; a sub-group is a run of such parts."""
+    base = state["optimizer_state_dict"]
+    for number, (flat, sub_group) in enumerate(zip(state["fp32_flat_groups"], shapes, strict=True)):
+        offset = 0
+        for name, shape in sub_group.items():
+            whole = math.prod(shape)
+            width = -(-whole // ranks)
+            mine = max(0, min(width, whole - rank * width))
+            here = slice(offset, offset + mine)
+            _add(parameters[name], flat[here], base["state"].get(number), here)
+            offset += width
+        if offset != flat.numel():
+            raise CheckpointError(f"sub-group {number} has {flat.numel()} numbers, its parameters {offset}")
+    return _hyperparameters(base["param_groups"])
+
+
+def _add(parameter: ParameterState, master: torch.Tensor, adam: Mapping | None, here: slice) -> None:
+    parameter.pieces["master"].append(master.detach())
+    if adam:
+        parameter.step = float(adam["step"])
+        for moment in ("exp_avg", "exp_avg_sq"):
+            parameter.pieces[moment].append(adam[moment].detach().flatten()[here])
+
+
+def _hyperparameters(groups: list[dict]) -> dict[str, dict]:
+    kept = ("lr", "initial_lr", "weight_decay", "betas", "eps")
+    return {group["name"]: {key: group[key] for key in kept} for group in groups}
+
+
+# -- files -------------------------------------------------------------------------------------------------
+
+
+def _shapes(model: dict) -> dict[str, torch.Size]:
+    """Of all parameters, in the order of the model."""
+    buffers = set(model["buffer_names"])
+    names = [name for name in model["module"] if name not in buffers]
+    if model["param_shapes"] is None:
+        return {name: model["module"][name].shape for name in names}
+    shapes = {name: torch.Size(shape) for group in model["param_shapes"] for name, shape in group.items()}
+    return {name: shapes[name] for name in names if name in shapes}
+
+
+def _model_file(step_dir: Path) -> Path:
+    cut = step_dir / f"zero_pp_rank_0_{_MODEL}"
+    return cut if cut.exists() else step_dir / _MODEL
+
+
+def _optimizer_files(step_dir: Path, ranks: int) -> list[Path]:
+    by_rank = {int(m[1]): path for path in step_dir.iterdir() if (m := _OPTIMIZER_SHARD.fullmatch(path.name))}
+    return [by_rank[rank] for rank in range(ranks)]
+
+
+def _run_state(step_dir: Path, model: dict) -> RunState:
+    if CLIENT_KEY not in model:
+        raise CheckpointError(f"{step_dir}: the state of the run ({CLIENT_KEY}) is missing; it is {_NOT_OURS}")
+    return RunState.from_dict(model[CLIENT_KEY])
+
+
+def _load(path: Path) -> dict:
+    loaded = safe_load.load(path, extra_allowed=_STAND_INS, mmap=True)
+    if not isinstance(loaded, dict):
+        raise CheckpointError(f"{path}: {_NOT_OURS}")
+    return loaded
+
+
+@contextmanager
+def _understanding(path: Path) -> Iterator[None]:
+    """Turns what a strange but safe file makes this reader stumble over into a CheckpointError."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as err:
+        if isinstance(err, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path}: {_NOT_OURS} ({type(err).__name__}: {err}); resume it once with the ranks and the ZeRO stage "
+            f"that made it, or take another checkpoint"
+        ) from err

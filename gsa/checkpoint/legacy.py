@@ -1,0 +1,392 @@
+"""The predecessor's checkpoints and its yaml: read, never written, and nothing in them is run.
+
+`<output_dir>/step_N/checkpoint_N.pt` holds model_state_dict, optimizer_state_dict, scheduler_state_dict, step,
+config and extra_state.epoch. Its config is the training section, as a dict, or, in the older variant, an
+OmegaConf node that drags its whole configuration along. Format: docs/checkpoints.md, "The predecessor's".
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from gsa.attention.indexer import INITIAL_ALPHA
+from gsa.checkpoint import safe_load
+from gsa.checkpoint.full_state import FullState, ParameterState
+from gsa.checkpoint.manifest import CheckpointError
+from gsa.checkpoint.state import RunState
+from gsa.config import ModelConfig
+from gsa.model import GSAForCausalLM
+
+_FILE = re.compile(r"checkpoint_(\d+)\.pt")
+_STEP = re.compile(r"step_(\d+)|final")
+
+DECIDED: dict[str, Any] = {"model.tie_embeddings": False, "model.indexer_rope": False}
+"""What a checkpoint of the predecessor's decides, whatever the yaml says."""
+
+ANNOUNCED = frozenset({
+    "training.max_seq_len", "training.micro_batch_size", "training.gradient_accumulation_steps",
+})  # fmt: skip
+"""Keys whose change at the import is announced, not refused: the tuned configuration changes them."""
+
+
+@dataclass(frozen=True)
+class LegacyRun:
+    """step and epoch of the import. training, model: its keys by our names; model None where the file has none."""
+
+    file: Path
+    step: int
+    epoch: int
+    training: dict[str, Any]
+    model: dict[str, Any] | None
+
+
+# -- recognising -------------------------------------------------------------------------------------------
+
+
+def is_legacy(step_dir: Path) -> bool:
+    """Whether a folder is a checkpoint of the predecessor's."""
+    return not (step_dir / "manifest.json").exists() and _file_of(step_dir) is not None
+
+
+def newest_legacy(output_dir: Path) -> Path | None:
+    """The predecessor's checkpoint of the highest step under its output folder; contents are not looked at."""
+    found = [path for path in output_dir.glob("*") if _STEP.fullmatch(path.name) and is_legacy(path)]
+    return max(found, key=lambda path: _number(_file_of(path)), default=None)
+
+
+def _file_of(step_dir: Path) -> Path | None:
+    files = [path for path in step_dir.glob("checkpoint_*.pt") if _FILE.fullmatch(path.name)]
+    return max(files, key=_number, default=None)
+
+
+def _number(file: Path) -> int:
+    return int(_FILE.fullmatch(file.name)[1])
+
+
+# -- its configuration -------------------------------------------------------------------------------------
+
+_RENAMED: dict[str, str] = {
+    **{f"model.gsa.{key}": f"model.{key}" for key in ("d_indexer", "n_indexer_heads", "k_base", "k_min", "k_max")},
+    "model.gsa.use_value_gate": "model.value_gate",
+    "model.gsa.use_output_gate": "model.output_gate",
+    "logging.log_interval": "training.log_interval",
+    "logging.eval_interval": "training.eval_interval",
+    "logging.save_interval": "training.save_interval",
+}
+_DROPPED = ("data.dataset", "data.tokenizer", "data.use_packing")
+"""Where its text came from; here data.data_dir is a prepared dataset."""
+
+
+def translate(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted keys of the predecessor's yaml as dotted keys of ours; unknown ones unchanged, to be refused by name.
+
+    said: "section.key" -> value, "model.gsa" a mapping. A dict without "model.gsa" is ours already.
+    Raises ValueError for an optimizer other than AdamW.
+    """
+    if not isinstance(said.get("model.gsa"), Mapping):
+        return dict(said)
+    flat = {key: value for key, value in said.items() if key != "model.gsa"}
+    flat.update({f"model.gsa.{key}": value for key, value in said["model.gsa"].items()})
+    ours: dict[str, Any] = dict(DECIDED)
+    for key, value in flat.items():
+        if key == "model.gsa.use_adaptive_k":
+            ours["model.adaptive_k"] = "variance" if value else "off"
+        elif key == "training.optimizer":
+            if str(value).lower() != "adamw":
+                raise ValueError(f"training.optimizer={value}: only adamw is supported; remove the key")
+        elif key not in _DROPPED:
+            ours[_RENAMED.get(key, key)] = value
+    return ours
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{key}": value
+        for section, keys in config.items() if isinstance(keys, Mapping) for key, value in keys.items()
+    }  # fmt: skip
+
+
+def _section(config: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """One section of a configuration in either layout, by our names."""
+    return {
+        key.partition(".")[2]: value
+        for key, value in translate(_flat(config)).items() if key.startswith(f"{section}.")
+    }  # fmt: skip
+
+
+# -- reading without running -------------------------------------------------------------------------------
+
+
+class _Node:
+    """In place of an OmegaConf node: keeps the fields of the pickle, runs none of its code."""
+
+
+class _Name:
+    """In place of typing.Any, which the file only mentions."""
+
+
+_STAND_INS = (
+    (_Node, "omegaconf.dictconfig.DictConfig"),
+    (_Node, "omegaconf.listconfig.ListConfig"),
+    (_Node, "omegaconf.nodes.AnyNode"),
+    (_Node, "omegaconf.base.Metadata"),
+    (_Node, "omegaconf.base.ContainerMetadata"),
+    (_Name, "typing.Any"),
+    dict,
+    list,
+    collections.defaultdict,
+)
+
+
+def _plain(node: object) -> Any:
+    """The value that an OmegaConf node stood for."""
+    if not isinstance(node, _Node):
+        return node
+    held = vars(node)
+    if "_val" in held:
+        return held["_val"]
+    content = held.get("_content")
+    if isinstance(content, dict):
+        return {key: _plain(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [_plain(value) for value in content]
+    return content
+
+
+def _load(step_dir: Path) -> tuple[Path, dict[str, Any]]:
+    file = _file_of(step_dir)
+    if file is None:
+        raise CheckpointError(f"{step_dir}: holds no checkpoint_N.pt of the predecessor's")
+    data = safe_load.load(file, extra_allowed=_STAND_INS, mmap=True)
+    needed = {"step": int, "model_state_dict": dict, "optimizer_state_dict": dict, "scheduler_state_dict": dict}
+    wrong = [key for key, kind in needed.items() if not isinstance(data, dict) or not isinstance(data.get(key), kind)]
+    if wrong or "config" not in data:
+        raise CheckpointError(f"{file}: lacks {', '.join(wrong or ['config'])}, so it is not a whole checkpoint")
+    return file, data
+
+
+def read_legacy_run(step_dir: Path) -> LegacyRun:
+    """What the checkpoint says of its run. Raises CheckpointError when it is damaged, unsafe or incomplete."""
+    file, data = _load(step_dir)
+    config, model = data["config"], None
+    if isinstance(config, _Node):
+        whole = _plain(vars(config).get("_parent"))  # a node keeps the configuration it was cut from
+        config = _plain(config)
+        if isinstance(whole, dict) and "model" in whole:
+            model = _section(whole, "model")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: its config is {type(config).__name__}, not a mapping")
+    extra = data.get("extra_state")
+    epoch = extra.get("epoch", 0) if isinstance(extra, dict) else 0
+    training = {key: value for key, value in config.items() if key != "optimizer"}
+    return LegacyRun(file, data["step"], int(epoch), training, model)
+
+
+# -- weights and optimizer ---------------------------------------------------------------------------------
+
+_LAYER = {
+    "input_layernorm.weight": "attention_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    **{f"mlp.{part}_proj.weight": f"ffn.{part}_proj.weight" for part in ("gate", "up", "down")},
+    **{f"self_attn.{part}_proj.weight": f"attention.{part}_proj.weight" for part in "qkvo"},
+    **{
+        f"self_attn.indexer.{part}": f"attention.indexer.{part}"
+        for part in ("q_proj.weight", "k_proj.weight", "weight_proj.weight", "weight_proj.bias", "bias")
+    },
+    **{
+        f"self_attn.{gate}.gate_proj.{part}": f"attention.{gate}.{part}"
+        for gate in ("value_gate", "output_gate") for part in ("weight", "bias")
+    },
+}  # fmt: skip
+_TOP = {
+    "model.embed_tokens.weight": "embed.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "head.weight",
+}
+_NEW = "attention.indexer.log_alpha"
+"""The one parameter that the predecessor did not have; it starts at its initial value."""
+
+
+def our_name(name: str) -> str | None:
+    """The predecessor's parameter name in this project's terms; None for an unknown one."""
+    layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+    if layer is None:
+        return _TOP.get(name)
+    inner = _LAYER.get(layer[2])
+    return None if inner is None else f"layers.{layer[1]}.{inner}"
+
+
+def read_legacy(step_dir: Path, config: ModelConfig, state: RunState) -> FullState:
+    """Weights, AdamW's moments and step, for any engine to take up; the schedule's position is the step.
+
+    config: of the model that takes them. state: of the run that goes on. The indexer was never trained: its
+    moments are zero. Raises CheckpointError naming what does not fit.
+    """
+    file, data = _load(step_dir)
+    weights = _require_shapes(file, data["model_state_dict"], config)
+    parameters = {}
+    for name, tensor in _fresh_parameters(config).items():
+        held = weights.get(name, tensor)
+        parameters[name] = ParameterState(
+            held.shape, pieces={"master": [held.flatten()], "exp_avg": [], "exp_avg_sq": []}
+        )
+    for name, adam in _moments(file, data).items():
+        if name in parameters:
+            parameters[name].step = float(adam["step"])
+            for moment in ("exp_avg", "exp_avg_sq"):
+                parameters[name].pieces[moment].append(adam[moment].flatten())
+    return FullState(parameters, {}, {}, None, state)
+
+
+def _moments(file: Path, data: dict) -> dict[str, dict]:
+    """Adam's state by our names. Its numbers run through the groups, and in a group in the model's order."""
+    names = sorted(data["model_state_dict"], key=_group)  # stable: the model's order stays within a group
+    try:
+        numbers = [number for group in data["optimizer_state_dict"]["param_groups"] for number in group["params"]]
+        if len(numbers) != len(names):
+            raise ValueError(f"{len(numbers)} parameters in the optimizer, {len(names)} in the model")
+        state = data["optimizer_state_dict"]["state"]
+        moments = {}
+        for name, number in zip(names, numbers, strict=True):
+            if number not in state:
+                continue  # never updated
+            for moment in ("exp_avg", "exp_avg_sq"):
+                if state[number][moment].shape != data["model_state_dict"][name].shape:
+                    raise ValueError(f"{moment} of {name} has shape {tuple(state[number][moment].shape)}")
+            moments[our_name(name)] = state[number]
+        return moments
+    except (KeyError, TypeError, ValueError, AttributeError) as err:
+        raise CheckpointError(f"{file}: its optimizer state does not fit its weights ({err})") from err
+
+
+def _group(name: str) -> int:
+    """Number of the predecessor's parameter group: weights, biases and norms, and the same of the indexer."""
+    return 2 * ("indexer" in name) + ("bias" in name or "norm" in name)
+
+
+def _fresh_parameters(config: ModelConfig) -> dict[str, torch.Tensor]:
+    """Of a new model, in its order; only the parameter that the predecessor lacked has a value that matters."""
+    with torch.device("meta"):
+        model = GSAForCausalLM(config)
+    initial = torch.tensor([math.log(INITIAL_ALPHA)])
+    return {
+        name: initial.clone().reshape(p.shape) if name.endswith(_NEW) else p.detach()
+        for name, p in model.named_parameters()
+    }
+
+
+def _require_shapes(file: Path, saved: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The weights by our names, float32. Raises CheckpointError with every disagreement, and the key to blame."""
+    wanted = {name: tuple(p.shape) for name, p in _fresh_parameters(config).items() if not name.endswith(_NEW)}
+    found, wrong = {}, []
+    for name, tensor in saved.items():
+        ours = our_name(name)
+        if ours is None:
+            wrong.append(f"{name}: not a parameter of this model")
+        else:
+            found[ours] = tensor.detach().to(torch.float32)
+            if ours not in wanted:
+                wrong.append(f"{name}: in the checkpoint, switched off in the configuration{_blame(ours)}")
+            elif wanted[ours] != tuple(tensor.shape):
+                shape = tuple(tensor.shape)
+                wrong.append(f"{name}: {shape} in the checkpoint, {wanted[ours]} by the configuration{_blame(ours)}")
+    wrong += [f"{name}: missing from the checkpoint{_blame(name)}" for name in wanted if name not in found]
+    if wrong:
+        more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise CheckpointError(f"{file} does not fit the configuration:\n  " + "\n  ".join(wrong[:8]) + more)
+    return found
+
+
+_KEYS = {
+    "embed": "model.vocab_size, model.d_model",
+    "head": "model.vocab_size, model.tie_embeddings",
+    "q_proj": "model.n_heads, model.d_head",
+    "k_proj": "model.n_kv_heads, model.d_head",
+    "v_proj": "model.n_kv_heads, model.d_head",
+    "o_proj": "model.n_heads, model.d_head",
+    "indexer": "model.d_indexer, model.n_indexer_heads",
+    "value_gate": "model.value_gate",
+    "output_gate": "model.output_gate",
+    "ffn": "model.d_ffn",
+    "layers": "model.n_layers, model.d_model",
+}
+
+
+def _blame(name: str) -> str:
+    parts = name.split(".")
+    order = ("indexer", "value_gate", "output_gate", "q_proj", "k_proj", "v_proj", "o_proj", "ffn", "embed", "head")
+    key = next((part for part in order if part in parts), "layers" if "layers" in parts else "embed")
+    return f" ({_KEYS[key]})"
+
+
+def load_legacy_model(step_dir: Path | str, config: Path | str | Mapping[str, Any] | None = None) -> GSAForCausalLM:
+    """The predecessor's model alone, float32, on the CPU, in evaluation mode and the sparse stage.
+
+    config: its yaml, or ours, as a path or a mapping. The older variant carries its own; the newer holds no
+    architecture, and without a config is refused. Raises CheckpointError when the two disagree. Warns where
+    the model computes something else than the predecessor did (adaptive k).
+    """
+    step_dir = Path(step_dir)
+    model_config = legacy_model_config(step_dir, _read_yaml(config) if isinstance(config, (str, Path)) else config)
+    file, data = _load(step_dir)
+    weights = _require_shapes(file, data["model_state_dict"], model_config)
+    model = GSAForCausalLM(model_config)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected and all(name.endswith((_NEW, "v_ref")) for name in missing)
+    return model.eval()
+
+
+def legacy_model_config(step_dir: Path, config: Mapping[str, Any] | None) -> ModelConfig:
+    """The architecture, from the checkpoint where it has one, else from `config`, sections in either layout."""
+    run = read_legacy_run(step_dir)
+    given = None if config is None else _section(config, "model")
+    if run.model is None and given is None:
+        raise CheckpointError(
+            f"{run.file} holds weights and no architecture (head counts, k_base, ...): give the yaml of its run"
+        )
+    known = {f.name for f in fields(ModelConfig)}
+    decided = {key.partition(".")[2]: value for key, value in DECIDED.items()}
+    chosen = {**(given or {}), **(run.model or {}), **decided}
+    unknown = sorted(set(chosen) - known)
+    if unknown:
+        raise CheckpointError(f"{run.file}: its configuration has unknown model keys: {', '.join(unknown)}")
+    if given is not None and run.model is not None:
+        wrong = [
+            f"model.{key}: {run.model[key]!r} in the checkpoint, {given[key]!r} in the configuration"
+            for key in sorted(given.keys() & run.model.keys()) if key not in decided and given[key] != run.model[key]
+        ]  # fmt: skip
+        if wrong:
+            raise CheckpointError(f"{run.file} disagrees with the configuration:\n  " + "\n  ".join(wrong))
+    try:
+        model_config = ModelConfig(**chosen)
+    except (ValueError, TypeError) as err:
+        raise CheckpointError(f"{run.file}: its architecture cannot be: {err}") from err
+    if model_config.adaptive_k != "off":
+        warnings.warn(ADAPTIVE_WARNING, stacklevel=2)
+    return model_config
+
+
+ADAPTIVE_WARNING = (
+    "the predecessor's use_adaptive_k normalised the score variance over the batch and over later positions, so the "
+    "future moved the past; it is mapped to adaptive_k=variance, which does not, and logits differ from the old ones"
+)
+
+
+def _read_yaml(path: Path | str) -> Mapping[str, Any]:
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
+        raise CheckpointError(f"{path}: cannot be read as yaml ({err})") from err
+    if not isinstance(config, dict) or not isinstance(config.get("model"), dict):
+        raise CheckpointError(f"{path}: a configuration is a mapping with a model section")
+    return config

@@ -1,0 +1,122 @@
+"""Puts a full training state into the partitions of a DeepSpeed engine, whatever its stage and ranks.
+
+The other half of gsa/checkpoint/full_state.py. It knows the insides of DeepSpeed 0.19.8's three optimizers,
+and is given one; it reads one parameter at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from gsa.checkpoint.full_state import FullState, ParameterState
+from gsa.checkpoint.manifest import CheckpointError
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def install(state: FullState, model: nn.Module, optimizer: Any, zero_stage: int) -> None:
+    """Weights, masters, moments, Adam's step, buffers and hyper-parameters of `state` become the engine's.
+
+    optimizer: the engine's, DeepSpeed's own or at stage 0 torch's. Raises CheckpointError, before anything is
+    changed, when the state has other parameters or shapes than the model.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    _require_fit(state, model)
+    with torch.no_grad():
+        if zero_stage == 0:
+            _install_whole(state, names, optimizer)
+        elif zero_stage == 3:
+            _install_cut_parameters(state, names, optimizer)
+        else:
+            _install_flat_partitions(state, names, optimizer)
+        for name, buffer in model.named_buffers():
+            if name in state.buffers:
+                buffer.copy_(state.buffers[name])
+    for group in optimizer.param_groups:
+        group.update(state.groups.get(group["name"], {}))
+
+
+def _require_fit(state: FullState, model: nn.Module) -> None:
+    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}
+    saved = {name: parameter.shape for name, parameter in state.parameters.items()}
+    wrong = [
+        f"{name}: {tuple(saved[name]) if name in saved else 'nothing'} in the checkpoint, "
+        f"{tuple(shapes[name]) if name in shapes else 'nothing'} in the model"
+        for name in sorted(saved.keys() | shapes.keys()) if saved.get(name) != shapes.get(name)
+    ]  # fmt: skip
+    if wrong:
+        more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
+        raise CheckpointError("the checkpoint does not fit the model:\n  " + "\n  ".join(wrong[:10]) + more)
+
+
+def _adam_state(like: torch.Tensor, members: list[ParameterState]) -> dict[str, torch.Tensor]:
+    """A fresh AdamW state for one tensor of the optimizer's, with the step its parameters share."""
+    steps = {member.step for member in members}
+    if len(steps) > 1:
+        raise CheckpointError(
+            f"parameters of one group have taken {sorted(steps)} updates of Adam, and ZeRO counts them together; "
+            f"resume with ZeRO 0 and training.precision=fp32"
+        )
+    zeros = {moment: torch.zeros_like(like.detach()) for moment in MOMENTS}
+    return {"step": torch.tensor(steps.pop() if steps else 0.0, dtype=torch.float32), **zeros}
+
+
+def _install_whole(state: FullState, names: dict[int, str], optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            saved = state.parameters[names[id(parameter)]]
+            parameter.copy_(saved.full("master"))
+            adam = optimizer.state[parameter] = _adam_state(parameter, [saved])
+            for moment in MOMENTS:
+                adam[moment].copy_(saved.full(moment))
+
+
+def _install_flat_partitions(state: FullState, names: dict[int, str], optimizer: Any) -> None:
+    """ZeRO 1 and 2: each group's masters are one flat tensor, of which a rank has a run."""
+    for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        members = [state.parameters[names[id(parameter)]] for parameter in group]
+        adam = optimizer.optimizer.state[flat] = _adam_state(flat, members)
+        for parameter, saved in zip(group, members, strict=True):
+            master = saved.full("master")
+            parameter.data.copy_(master)
+            at = parameter._hp_mapping
+            if at is None:  # all of it is another rank's
+                continue
+            whole, mine = at.lp_fragment_address, at.hp_fragment_address
+            pairs = [(flat, master)] + [(adam[moment], saved.full(moment)) for moment in MOMENTS]
+            for partition, full in pairs:
+                partition.data.narrow(0, mine.start, mine.numel).copy_(
+                    full.flatten().narrow(0, whole.start, whole.numel)
+                )
+
+
+def _install_cut_parameters(state: FullState, names: dict[int, str], optimizer: Any) -> None:
+    """ZeRO 3: every rank has its equal part of each parameter, the last part padded."""
+    if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
+        raise CheckpointError("a checkpoint cannot be reshaped into NVMe offload; resume it once without, save, go on")
+    optimizer.checkpoint_event_prologue()
+    rank = dist.get_rank(optimizer.dp_process_group)
+    for number, group in enumerate(optimizer.fp16_groups):
+        flat = optimizer.fp32_partitioned_groups_flat[number]
+        members = [state.parameters[names[id(parameter)]] for parameter in group]
+        adam = optimizer.optimizer.state[flat] = _adam_state(flat, members)
+        flat.data.zero_()
+        offset = 0
+        for parameter, saved in zip(group, members, strict=True):
+            width = parameter.partition_numel()
+            mine = max(0, min(width, saved.shape.numel() - rank * width))
+            if mine:
+                pairs = [(flat, saved.full("master"))] + [(adam[moment], saved.full(moment)) for moment in MOMENTS]
+                for partition, full in pairs:
+                    partition.data.narrow(0, offset, mine).copy_(full.flatten().narrow(0, rank * width, mine))
+            offset += width
+        working = optimizer.fp16_partitioned_groups_flat[number]
+        working.data.copy_(flat.data)
+        parts = optimizer.unflatten(working, optimizer.fp16_partitioned_groups[number])
+        for part, now in zip(optimizer.fp16_partitioned_groups[number], parts, strict=True):
+            part.data = now.data
+    optimizer.checkpoint_event_epilogue()

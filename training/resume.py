@@ -1,0 +1,173 @@
+"""Which checkpoint a run continues, what has changed since, and where in the data it goes on.
+
+All on rank 0, before any process group exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gsa.checkpoint import legacy, manifest
+from gsa.checkpoint.full_state import read_layout, read_run_state
+from gsa.checkpoint.state import RunState
+from training import config as run_config
+from training.config import BatchPlan, Change, ConfigError, RunConfig, config_changes
+from training.data import PackedTokens
+from training.run_folder import FolderError, RunFolder
+
+
+@dataclass(frozen=True)
+class Start:
+    """A verified checkpoint, and the state of the run that goes on from it, in this run's units.
+
+    legacy: it is one of the predecessor's.
+    """
+
+    checkpoint: Path
+    state: RunState
+    legacy: bool
+
+
+def find_checkpoint(resume_from: str, folder: RunFolder) -> Path | None:
+    """The checkpoint a person means, every byte verified; None when "auto" finds none and the run starts afresh.
+
+    Prints what it passes over. Raises CheckpointError or FolderError.
+    """
+    if resume_from == "auto":
+        found, passed_over = manifest.newest_good(folder.path)
+        for line in passed_over:
+            print(f"passed over: {line}", flush=True)
+        if found is None and (old := legacy.newest_legacy(folder.path)) is not None:
+            print(f"no checkpoint of this project under {folder.path}, but one of its predecessor's", flush=True)
+            return old
+        if found is None:
+            print(f"no good checkpoint under {folder.path}: starting afresh", flush=True)
+        return found
+    meant = manifest.named(resume_from, folder.path)
+    if not legacy.is_legacy(meant):
+        meant = manifest.resolve(resume_from, folder.path)
+        manifest.verify(meant)
+    if meant.parent.resolve() != folder.path.resolve() and folder.holds_a_run():
+        raise FolderError(
+            f"--output_dir {folder.path} already holds a run, and {meant} belongs to another; "
+            f"give a new --output_dir for its continuation"
+        )
+    return meant
+
+
+def decided_by(checkpoint: Path, cfg: RunConfig) -> RunConfig:
+    """`cfg` with the keys set that the checkpoint decides over the yaml: those of an imported architecture."""
+    decided = legacy.DECIDED if legacy.is_legacy(checkpoint) else read_run_state(checkpoint).decided
+    plain = run_config.to_plain(cfg)
+    for key, value in decided.items():
+        section, name = key.split(".")
+        if plain[section][name] != value:
+            print(f"{checkpoint.name} decides {key}: {value!r}, not {plain[section][name]!r}", flush=True)
+            cfg = replace(cfg, **{section: replace(getattr(cfg, section), **{name: value})})
+    return cfg
+
+
+def start_from(
+    checkpoint: Path, cfg: RunConfig, plan: BatchPlan, zero_stage: int, data: PackedTokens, allow_change: bool
+) -> Start:
+    """Compares the checkpoint's configuration, text and layout with this run's, and prints every difference.
+
+    Raises ConfigError for a change that is impossible, or bends the curve and is not allowed; CheckpointError
+    for a file that is refused.
+    """
+    if legacy.is_legacy(checkpoint):
+        return _start_from_legacy(checkpoint, cfg, plan, data, allow_change)
+    state = read_run_state(checkpoint)
+    changes = config_changes(state.config, run_config.to_plain(cfg))
+    before = run_config.global_batch_size(state.config, state.world_size)
+    if before != plan.global_batch_size:
+        changes = [c for c in changes if c.key != "training.global_batch_size"]
+        changes.append(Change("training.global_batch_size", before, plan.global_batch_size, "curve"))
+    if state.data_fingerprint != data.fingerprint:
+        changes.append(Change("the text (fingerprint)", state.data_fingerprint[:16], data.fingerprint[:16], "curve"))
+    _refuse_or_print(checkpoint, changes, allow_change)
+    layout = read_layout(checkpoint)
+    if (state.world_size, state.zero_stage) != (plan.world_size, zero_stage):
+        print(
+            f"{checkpoint.name} was saved by {state.world_size} rank(s) at ZeRO {state.zero_stage} ({layout}); "
+            f"taking it up on {plan.world_size} at ZeRO {zero_stage}",
+            flush=True,
+        )
+    length = state.config["training"]["max_seq_len"]
+    return Start(checkpoint, replace(state, samples_consumed=_carried(state.samples_consumed, length, cfg)), False)
+
+
+def _start_from_legacy(
+    checkpoint: Path, cfg: RunConfig, plan: BatchPlan, data: PackedTokens, allow_change: bool
+) -> Start:
+    old = legacy.read_legacy_run(checkpoint)
+    said = run_config.to_plain(cfg)
+    changes = [
+        Change(key, value, said[section][name], _legacy_effect(key, said))
+        for section, values in (("training", old.training), ("model", old.model or {}))
+        for name, value in values.items()
+        if name in said[section] and said[section][name] != value
+        for key in [f"{section}.{name}"]
+    ]  # fmt: skip
+    total = old.training.get("global_batch_size") or run_config.global_batch_size(
+        {"training": old.training}, plan.world_size
+    )
+    changes = [c for c in changes if c.key != "training.global_batch_size"]
+    if total != plan.global_batch_size:
+        changes.append(Change("training.global_batch_size", total, plan.global_batch_size, "curve"))
+    print(f"{checkpoint} is a checkpoint of the predecessor's: step {old.step}, epoch {old.epoch}", flush=True)
+    _refuse_or_print(checkpoint, changes, allow_change)
+    if cfg.model.adaptive_k != "off":
+        print(f"warning: {legacy.ADAPTIVE_WARNING}", flush=True)
+    length = old.training.get("max_seq_len", cfg.training.max_seq_len)
+    samples = _carried(old.step * total, length, cfg)
+    state = RunState(
+        step=old.step, epoch=float(old.epoch), samples_consumed=samples, tokens_seen=old.step * total * length,
+        config=said, data_fingerprint=data.fingerprint, tracking_id=None, stage="sparse", versions={},
+        world_size=plan.world_size, zero_stage=0, created=datetime.now(UTC).isoformat(timespec="seconds"),
+        epoch_offset=old.epoch - data.epoch(samples), indexer_start=old.step, decided=dict(legacy.DECIDED),
+    )  # fmt: skip
+    legacy.read_legacy(checkpoint, cfg.model, state)  # refuses now what does not fit
+    return Start(checkpoint, state, True)
+
+
+def _legacy_effect(key: str, said: dict[str, Any]) -> run_config.Effect:
+    return "harmless" if key in legacy.ANNOUNCED else run_config.RESUME_EFFECT[key]
+
+
+def _refuse_or_print(checkpoint: Path, changes: list[Change], allow_change: bool) -> None:
+    words = {"harmless": "harmless", "curve": "changes the curve", "impossible": "impossible"}
+    for change in changes:
+        print(
+            f"changed since {checkpoint.name}: {change.key}: {change.old!r} -> {change.new!r} ({words[change.effect]})",
+            flush=True,
+        )
+    impossible = [c.key for c in changes if c.effect == "impossible"]
+    if impossible:
+        raise ConfigError(
+            f"{checkpoint} was made with another {', '.join(impossible)}: its tensors do not fit; "
+            f"restore the value(s), or start a new run"
+        )
+    curve = [f"{c.key} ({c.old!r} there, {c.new!r} here)" for c in changes if c.effect == "curve"]
+    if curve and not allow_change:
+        raise ConfigError(
+            f"{', '.join(curve)} differ from those of {checkpoint} and would bend the curve; "
+            f"restore the value(s), or accept with --allow_config_change"
+        )
+
+
+def _carried(samples: int, length: int, cfg: RunConfig) -> int:
+    """The position in the data as a number of windows of this run's length: the same number of tokens, rounded up."""
+    now = cfg.training.max_seq_len
+    if now == length:
+        return samples
+    carried = -(-samples * length // now)
+    print(
+        f"the data goes on after the same {samples * length:,} tokens: {samples:,} windows of {length} are "
+        f"{carried:,} of {now}",
+        flush=True,
+    )
+    return carried
