@@ -110,7 +110,7 @@ class FullState:
     groups: Mapping[str, Mapping[str, Any]]
     buffers: Mapping[str, torch.Tensor]
     schedule: Mapping[str, Any] | None
-    run: RunState
+    run: RunState | None
 
 
 def read_layout(step_dir: Path) -> Layout:

@@ -226,11 +226,11 @@ def our_name(name: str) -> str | None:
     return None if inner is None else f"layers.{layer[1]}.{inner}"
 
 
-def read_legacy(step_dir: Path, config: ModelConfig, state: RunState) -> FullState:
+def read_legacy(step_dir: Path, config: ModelConfig, state: RunState | None) -> FullState:
     """Weights, AdamW's moments and step, for any engine to take up; the schedule's position is the step.
 
-    config: of the model that takes them. state: of the run that goes on. The indexer was never trained: its
-    moments are zero. Raises CheckpointError naming what does not fit.
+    config: of the model that takes them. state: of the run that goes on, if any does. The indexer was never
+    trained: its moments are zero. Raises CheckpointError naming what does not fit.
     """
     file, data = _load(step_dir)
     weights = _require_shapes(file, data["model_state_dict"], config)

@@ -196,6 +196,7 @@ def retain(
     pinned: Collection[str] = (),
     *,
     threads: int = _HASHING_THREADS,
+    dry_run: bool = False,
 ) -> list[Removed]:
     """Deletes old checkpoints, after the newest has been read back and found good.
 
@@ -203,11 +204,12 @@ def retain(
     `pinned` or holding a file `pinned`, the one `latest` names, linked folders, and damaged ones, which are
     for a person to look at. What interrupted saves of this project left, older than the newest checkpoint, is
     deleted too; a folder with anything else in it is not ours to judge. threads: that read the newest back.
+    dry_run: only says what would go.
     Raises CheckpointError, with no checkpoint deleted, when the newest is not good.
     """
     if keep_last < 1 or (keep_every is not None and keep_every < 1):
         raise ValueError(f"keep_last={keep_last} and keep_every={keep_every} must be at least 1")
-    for trash in output_dir.glob(f"{_TRASH}*"):  # a deletion was interrupted
+    for trash in () if dry_run else output_dir.glob(f"{_TRASH}*"):  # a deletion was interrupted
         shutil.rmtree(trash)
     found = list_checkpoints(output_dir)
     complete = [f for f in found if f.complete]
@@ -225,7 +227,7 @@ def retain(
             condemned.append(Removed(f.tag, f"older than the {keep_last} newest; {newest.tag} is good"))
     if condemned:
         verify(newest.path, threads=threads)
-    for removed in condemned:
+    for removed in () if dry_run else condemned:
         _discard(output_dir / removed.tag)
     return condemned
 
