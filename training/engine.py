@@ -37,7 +37,7 @@ from gsa.checkpoint.manifest import CheckpointError  # noqa: E402
 from gsa.checkpoint.state import CLIENT_KEY, RunState  # noqa: E402
 from training.config import TrainingConfig  # noqa: E402
 from training.optimizer import group_hyperparameters, schedule_factor  # noqa: E402
-from training.reshape import install  # noqa: E402
+from training.reshape import install, zero_padding  # noqa: E402
 from training.snapshot import HostBuffers, Snapshot, host_tree  # noqa: E402
 from training.world import World, environment_world_size  # noqa: E402
 
@@ -137,6 +137,8 @@ class Engine:
         self.zero_stage: int = int(self._engine.zero_optimization_stage())
         self.device: torch.device = torch.device(self._engine.device)
         self._grad_norm: torch.Tensor | float | None = None
+        if self.zero_stage == 3 and not self._engine.optimizer.params_in_nvme_and_cpu:
+            zero_padding(self._engine.optimizer)
 
     @property
     def module(self) -> nn.Module:

@@ -120,3 +120,18 @@ def _install_cut_parameters(state: FullState, names: dict[int, str], optimizer: 
         for part, now in zip(optimizer.fp16_partitioned_groups[number], parts, strict=True):
             part.data = now.data
     optimizer.checkpoint_event_epilogue()
+
+
+def zero_padding(optimizer: Any) -> None:
+    """ZeRO 3 leaves the padding of the last rank's parts as it found the memory: equal states are to be equal files."""
+    rank = dist.get_rank(optimizer.dp_process_group)
+    for number, group in enumerate(optimizer.fp16_groups):
+        offset = 0
+        for parameter, part in zip(group, optimizer.fp16_partitioned_groups[number], strict=True):
+            width = parameter.partition_numel()
+            mine = max(0, min(width, parameter.ds_numel - rank * width))
+            flat = optimizer.fp32_partitioned_groups_flat[number]
+            if mine < width and flat.numel():
+                flat.data.narrow(0, offset + mine, width - mine).zero_()
+                part.data.narrow(0, mine, width - mine).zero_()
+            offset += width

@@ -156,6 +156,9 @@ def read_full_state(step_dir: Path) -> FullState:
     if missing:
         raise CheckpointError(f"{step_dir / WEIGHTS}: lacks {', '.join(missing[:5])}; restore it from a copy")
     parameters = {name: ParameterState(shape) for name, shape in shapes.items()}
+    if layout.family == 3:
+        for rank in range(1, layout.ranks):  # nothing new in them, but an engine will read them
+            _load(step_dir / f"zero_pp_rank_{rank}_{_MODEL}")
     if layout.family == 0:
         with _understanding(model_file):
             groups = _take_whole(model, parameters)

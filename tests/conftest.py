@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers_dataset import write_dataset
+from launching import ROOT, Case, run_cases
 
 TINY_YAML = """
 model:
@@ -68,3 +69,15 @@ def tiny_yaml(tmp_path_factory, corpus) -> Path:
     path = tmp_path_factory.mktemp("config") / "tiny.yaml"
     path.write_text(TINY_YAML.format(data=corpus))
     return path
+
+
+@pytest.fixture(scope="session")
+def a_run(tmp_path_factory, tiny_yaml) -> Path:
+    """A finished run of two ranks at ZeRO 2 with checkpoints step_3 and step_6. Copy before you change it."""
+    folder = tmp_path_factory.mktemp("a_run")
+    case = Case("a run", (
+        "--config", str(tiny_yaml), "--output_dir", str(folder / "run"), "training.save_interval=3",
+        "--deepspeed_config", str(ROOT / "ds_configs" / "zero2.json"),
+    ))  # fmt: skip
+    run_cases(2, [case], folder)
+    return folder / "run"
