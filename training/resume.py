@@ -15,7 +15,7 @@ from gsa.checkpoint.full_state import read_layout, read_run_state
 from gsa.checkpoint.state import RunState
 from training import config as run_config
 from training.config import BatchPlan, Change, ConfigError, RunConfig, config_changes
-from training.data import PackedTokens
+from training.data import DataError, PackedTokens
 from training.run_folder import FolderError, RunFolder
 
 
@@ -86,9 +86,15 @@ def start_from(
     if before != plan.global_batch_size:
         changes = [c for c in changes if c.key != "training.global_batch_size"]
         changes.append(Change("training.global_batch_size", before, plan.global_batch_size, "curve"))
-    if state.data_fingerprint != data.fingerprint:
-        changes.append(Change("the text (fingerprint)", state.data_fingerprint[:16], data.fingerprint[:16], "curve"))
     _refuse_or_print(checkpoint, changes, allow_change)
+    if state.data_fingerprint != data.fingerprint:
+        said = (
+            f"{checkpoint.name} was trained on other text: the data's fingerprint is {data.fingerprint[:16]}, "
+            f"the checkpoint's {state.data_fingerprint[:16]}"
+        )
+        if not allow_change:
+            raise DataError(f"{said}; restore the dataset, or accept with --allow_config_change")
+        print(said, flush=True)
     layout = read_layout(checkpoint)
     if (state.world_size, state.zero_stage) != (plan.world_size, zero_stage):
         print(
