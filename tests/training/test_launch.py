@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,8 +15,9 @@ import launching
 import pytest
 import yaml
 from helpers_dataset import write_dataset
-from launching import Case, run_cases, start_training, train_alone
+from launching import ROOT, Case, free_port, rank_environment, run_cases, start_training, train_alone
 
+from gsa.checkpoint import manifest
 from training import train
 from training.metrics import read_rows
 
@@ -243,3 +245,29 @@ def test_wandb_offline_without_a_key_and_never_fatal(tmp_path, tiny_yaml, monkey
     assert (blocked / "step_2" / "manifest.json").exists()
     assert output.count("W&B could not start (NotADirectoryError") == 1
     assert "training goes on, metrics.jsonl has every row" in output
+
+
+def test_sigterm_saves_at_the_next_step_and_the_wrapper_tells_the_true_exit_code(tmp_path, tiny_yaml):
+    """Sent to `python -m training.launch` alone: its ranks agree, save and exit 0, and none is left behind."""
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training.launch", "--num_gpus", "2", "--master_port", str(free_port()),
+         "training/train.py", "--config", str(tiny_yaml), "--output_dir", str(folder), "training.max_steps=100000",
+         "training.eval_interval=0"],
+        cwd=ROOT, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        for _ in range(600):
+            if folder.exists() and len(steps_of(folder)) > 3:
+                break
+            time.sleep(0.1)
+        process.terminate()
+        output = process.communicate(timeout=60)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output[-3000:]
+    run = json.loads((folder / "run.json").read_text())
+    assert (run["status"], run["reason"]) == ("stopped", "SIGTERM")
+    manifest.verify(folder / f"step_{steps_of(folder)[-1]}")
