@@ -3,8 +3,8 @@
     python -m training.launch --num_gpus 4 training/train.py --config ... --output_dir ...
 
 The launcher alone leaves its ranks running when it is sent SIGTERM, and returns 0 when its child is killed.
-Here it runs in a session of its own; SIGTERM, SIGINT and SIGUSR1 go to the ranks themselves, which save at
-the next step boundary and exit (a second signal makes them exit at once); and nothing outlives this process.
+Here it runs in a session of its own; SIGTERM, SIGUSR1, and Ctrl-C as SIGTERM, go to the ranks themselves, which
+save at the next step boundary and exit (a second signal ends them at once); and nothing outlives this process.
 The exit code is that of the ranks: as in training/train.py, or 128 + the signal that killed one.
 """
 
@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
         # only the ranks: the launcher's own answer to SIGTERM is to kill them one after another
         for process in ranks(launcher.pid):
             try:
-                process.send_signal(number)
+                process.send_signal(signal.SIGTERM if number == signal.SIGINT else number)
             except psutil.NoSuchProcess:
                 continue
 

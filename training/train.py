@@ -170,6 +170,8 @@ def run(prepared: Prepared, world: World) -> int:
         return DIVERGED
     except (CheckpointError, DataError) as err:
         print(f"error: rank {world.rank}: {err}", file=sys.stderr, flush=True)
+        if world.is_main and folder.read_run().get("status") == "running":  # it had begun: a save failed, or a read
+            folder.update_run(status="failed", reason=str(err))
         return REFUSED_INPUT
     except Exception as err:
         # one rank's trouble reaches the others as a broken connection; each says what it saw

@@ -108,6 +108,9 @@ class Trainer:
         self.world.barrier()  # every rank has read run.json before rank 0 writes it
         self.log: MetricsLog | None = None
         if world.is_main:
+            if self._continued and manifest.latest_tag(folder.path) != start.checkpoint.name:
+                # a kill came before it was published, or what `latest` names is about to be set aside
+                manifest.publish(folder.path, start.checkpoint.name)
             self._open_run(start, moved=self._set_aside())
         self.saver = Saver(
             self.engine,
@@ -260,8 +263,9 @@ class Trainer:
 
         # one small collective and one wait for the device per step, whatever the accumulation
         means = torch.stack([torch.stack(part).double().mean() for part in (losses, indexer_losses, selected)])
-        flags = torch.tensor([self._stop_signal, *self.saver.flags()], dtype=torch.float64, device=self.world.device)
-        shared = torch.cat([means / self.world.size, flags, selection.flatten()])
+        # filled on the device: a tensor made of Python numbers would be copied there, and wait for it
+        flags = [means.new_full((1,), float(flag)) for flag in (self._stop_signal, *self.saver.flags())]
+        shared = torch.cat([means / self.world.size, *flags, selection.flatten()])
         dist.all_reduce(shared)
         self.model.update_v_ref(shared[6:].view(self.n_layers, 2))
         loss, indexer_loss, n_selected, signal_sum, settled, failed = shared[:6].tolist()

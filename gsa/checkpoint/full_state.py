@@ -70,6 +70,7 @@ class Layout:
 
 
 def family(zero_stage: int) -> int:
+    """Of Layout."""
     return 2 if zero_stage == 1 else zero_stage
 
 
@@ -124,13 +125,13 @@ def read_layout(step_dir: Path) -> Layout:
         raise CheckpointError(f"{step_dir}: model shards of ranks {model_ranks}, optimizer's of {optimizer_ranks}")
     if not model_ranks and _MODEL not in names:
         raise CheckpointError(f"{step_dir}: no {_MODEL} and no model shards; is it a checkpoint?")
-    family = 3 if model_ranks else 2 if optimizer_ranks else 0
+    cut = 3 if model_ranks else 2 if optimizer_ranks else 0
     path = _model_file(step_dir)
     model = _load(path)
     with _understanding(path):
         order = tuple(tuple(group) for group in model["param_shapes"] or ())
     precision = "bf16" if any(name.startswith("bf16_") for name in names) else "fp32"
-    return Layout(family, max(1, len(optimizer_ranks)), precision, order)
+    return Layout(cut, max(1, len(optimizer_ranks)), precision, order)
 
 
 def read_run_state(step_dir: Path) -> RunState:

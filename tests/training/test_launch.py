@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import launching
+import psutil
 import pytest
 import yaml
 from helpers_dataset import write_dataset
@@ -247,7 +248,8 @@ def test_wandb_offline_without_a_key_and_never_fatal(tmp_path, tiny_yaml, monkey
     assert "training goes on, metrics.jsonl has every row" in output
 
 
-def test_sigterm_saves_at_the_next_step_and_the_wrapper_tells_the_true_exit_code(tmp_path, tiny_yaml):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_saves_at_the_next_step_and_the_wrapper_tells_the_true_exit_code(tmp_path, tiny_yaml, number):
     """Sent to `python -m training.launch` alone: its ranks agree, save and exit 0, and none is left behind."""
     folder = tmp_path / "run"
     process = subprocess.Popen(
@@ -262,12 +264,13 @@ def test_sigterm_saves_at_the_next_step_and_the_wrapper_tells_the_true_exit_code
             if folder.exists() and len(steps_of(folder)) > 3:
                 break
             time.sleep(0.1)
-        process.terminate()
+        process.send_signal(number)
         output = process.communicate(timeout=60)[0]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, output[-3000:]
     run = json.loads((folder / "run.json").read_text())
-    assert (run["status"], run["reason"]) == ("stopped", "SIGTERM")
+    assert (run["status"], run["reason"]) == ("stopped", number.name)
+    assert not [p for p in psutil.process_iter() if str(folder) in " ".join(p.cmdline())]
     manifest.verify(folder / f"step_{steps_of(folder)[-1]}")

@@ -5,6 +5,7 @@ A writer makes small files of its layout; the real ones are used where ../shared
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -141,8 +142,6 @@ def test_a_resumed_predecessor_goes_on_at_its_step_epoch_and_tokens(imported, st
     assert rows[0]["samples"] == 5000 * 8 * 16 // 32 + 8 and rows[0]["tokens"] == 5000 * 8 * 16 + 8 * 32
     assert 51 < rows[0]["epoch"] < 51.1
     assert [row["stage"] for row in rows] == ["dense", "dense", "sparse"]  # its warm-up counts from the import
-    import math
-
     factor = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 3000 / 98000))
     assert rows[0]["lr"] == pytest.approx(3e-4 * factor)
     assert (base / f"zero{stage}" / "latest").read_text().strip() == "step_5003"

@@ -13,7 +13,7 @@ from launching import ROOT, Case, run_cases, train_alone
 
 from gsa.checkpoint import manifest
 from gsa.checkpoint.full_state import read_full_state
-from training import checkpoints, verify
+from training import checkpoints, train, verify
 from training.metrics import read_rows
 
 FILES = (
@@ -77,32 +77,38 @@ class Evil:
         return os.system, (f"touch {self.marker}",)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_malicious_pickle_in_any_file_is_refused_and_not_run(tmp_path, tiny_yaml, stage):
-    argv = (
-        "--config",
-        str(tiny_yaml),
-        "--deepspeed_config",
-        str(ROOT / "ds_configs" / f"zero{stage}.json"),
-        "--output_dir",
-    )
-    run_cases(2, [Case("good", (*argv, str(tmp_path / "good"), "training.stop_at_step=1"))], tmp_path)
-    names = sorted(path.name for path in (tmp_path / "good" / "step_1").glob("*.pt"))
-    assert len(names) == {1: 3, 2: 3, 3: 4}[stage]
-    marker = tmp_path / "ran"
-    cases = []
-    for name in names:
-        folder = tmp_path / f"bad_{name}"
-        shutil.copytree(tmp_path / "good", folder)
-        torch.save({"module": Evil(marker), "optimizer_state_dict": Evil(marker)}, folder / "step_1" / name)
-        manifest.seal(folder / "step_1")
-        assert not verify.verify_and_tell(folder / "step_1", say=lambda line: None)
-        # past the checks before the launch: the loaders of the engine themselves refuse
-        cases.append(Case(name, (*argv, str(folder), "--resume_from", "step_1"), 3))
-    first = "mp_rank_00_model_states.pt" if stage < 3 else "zero_pp_rank_0_mp_rank_00_model_states.pt"
-    run_cases(2, [case for case in cases if case.name != first], tmp_path)
-    done = train_alone(next(case.argv for case in cases if case.name == first))
-    assert done.returncode == 3 and "nothing in it was run" in done.stderr and first in done.stderr
+def test_a_malicious_pickle_in_any_file_is_refused_and_not_run(tmp_path, tiny_yaml):
+    """ZeRO 1, 2, 3, each file in turn, resealed: verify, the checks before a launch, and the engine's own loaders."""
+
+    def argv(stage: int, folder: Path, *extra: str) -> tuple[str, ...]:
+        return ("--config", str(tiny_yaml), "--output_dir", str(folder),
+                "--deepspeed_config", str(ROOT / "ds_configs" / f"zero{stage}.json"), *extra)  # fmt: skip
+
+    stages = (1, 2, 3)
+    good = {stage: tmp_path / f"good_{stage}" for stage in stages}
+    run_cases(2, [Case(f"{s}", argv(s, good[s], "training.stop_at_step=1")) for s in stages], tmp_path)
+    marker, cases, refused_before = tmp_path / "ran", [], []
+    for stage in stages:
+        names = sorted(path.name for path in (good[stage] / "step_1").glob("*.pt"))
+        assert len(names) == {1: 3, 2: 3, 3: 4}[stage]
+        for name in names:
+            folder = tmp_path / f"bad_{stage}_{name}"
+            shutil.copytree(good[stage], folder)
+            torch.save({"module": Evil(marker), "optimizer_state_dict": Evil(marker)}, folder / "step_1" / name)
+            manifest.seal(folder / "step_1")
+            said: list[str] = []
+            assert not verify.verify_and_tell(folder / "step_1", say=said.append)
+            assert name in said[-1] and "nothing in it was run" in said[-1]
+            resume = argv(stage, folder, "--resume_from", "step_1")
+            if name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+                with pytest.raises(manifest.CheckpointError, match="nothing in it was run"):
+                    train.prepare(train.parse(list(resume)))
+                refused_before.append(name)
+            else:
+                cases.append(Case(f"{stage} {name}", resume, 3))
+    assert len(refused_before) == 3 and len(cases) == 7
+    output = run_cases(2, cases, tmp_path)
+    assert output.count("nothing in it was run") == 7 * 2  # on both ranks, none of which waits for the other
     assert not marker.exists()
 
 

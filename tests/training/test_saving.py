@@ -1,0 +1,126 @@
+"""A kill at any moment of a save, a full disk, retention, and saving in the background: the real engine writes."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launching import ROOT, Case, rank_environment, run_cases
+
+from gsa.checkpoint import manifest
+from training.metrics import read_rows
+
+
+def events(folder: Path, kind: str) -> list[dict]:
+    return [row for row in read_rows(folder / "metrics.jsonl") if row.get("event") == kind]
+
+
+@pytest.fixture(scope="module")
+def kills(tmp_path_factory, a_run, tiny_yaml):
+    """[(folder, what stood after the kill)], the last one not killed."""
+    base = tmp_path_factory.mktemp("kills")
+    shutil.copytree(a_run, base / "source")
+    shutil.rmtree(base / "source" / "step_6")
+    (base / "source" / "latest").write_text("step_3\n")
+    environment = {k: v for k, v in rank_environment().items() if k not in ("RANK", "WORLD_SIZE")}
+    environment["PYTHONPATH"] += f":{ROOT / 'tests'}"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "kill_runner.py"), str(tiny_yaml), str(base / "source"), str(base)],
+        capture_output=True, text=True, env=environment, cwd=ROOT, timeout=280,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    numbers = sorted(int(path.stem) for path in base.glob("*.json"))
+    return [(base / str(n), json.loads((base / f"{n}.json").read_text())) for n in numbers]
+
+
+def test_a_kill_at_any_moment_of_a_save_leaves_a_good_checkpoint(kills):
+    *killed, (_, calm) = kills
+    assert calm["ended"] == [0] and calm["latest"] == calm["found"] == "step_4"
+    for _, facts in killed:
+        assert set(facts["ended"]) == {-signal.SIGKILL}
+        if facts["torn"]:
+            assert facts["found"] == "step_3" and facts["latest"] == "step_3"
+            assert facts["passed_over"][0].startswith("step_4: manifest.json: missing"), facts
+        else:
+            assert facts["passed_over"] == []
+    # before anything; torn; between manifest and latest: nothing else
+    assert {(f["torn"], f["found"], f["latest"]) for _, f in killed} == {
+        (False, "step_3", "step_3"), (True, "step_3", "step_3"), (False, "step_4", "step_3"),
+    }  # fmt: skip
+    assert len(killed) >= 12 and any(len(f["ended"]) == 2 for _, f in killed)
+
+
+def test_after_any_kill_auto_ends_with_the_same_bytes(kills):
+    calm = manifest.read(kills[-1][0] / "step_4").files
+    same = ["model.safetensors", *(name for name in calm if name.endswith("_optim_states.pt"))]
+    assert len(same) == 2
+    resumed = [(folder, facts) for folder, facts in kills if facts["resumed"] is not None]
+    assert len(resumed) >= 7
+    for folder, facts in resumed:
+        assert facts["resumed"] == 0
+        manifest.verify(folder / "step_4")
+        files = manifest.read(folder / "step_4").files
+        assert all(files[name] == calm[name] for name in same), folder
+        assert manifest.latest_tag(folder) == "step_4"
+
+
+def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(a_run, tiny_yaml, tmp_path):
+    """No file may grow beyond 100 KB: the writer's thread meets it, and the run ends with its words."""
+    shutil.copytree(a_run, tmp_path / "run")
+    assert manifest.latest_tag(tmp_path / "run") == "step_6"  # set aside by the resume: `latest` must not stay there
+    done = subprocess.run(
+        [sys.executable, "training/train.py", "--config", str(tiny_yaml), "--output_dir", str(tmp_path / "run"),
+         "--resume_from", "step_3", "training.save_interval=1"],
+        capture_output=True, text=True, env=rank_environment(), cwd=ROOT,
+        preexec_fn=lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+                            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))),
+    )  # fmt: skip
+    assert done.returncode == 3, done.stderr
+    assert "step_4 was not saved" in done.stderr and "File too large" in done.stderr and "Free space" in done.stderr
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["status"] == "failed" and "step_4 was not saved" in run["reason"]
+    assert manifest.newest_good(tmp_path / "run")[0].name == manifest.latest_tag(tmp_path / "run") == "step_3"
+
+
+@pytest.fixture(scope="module")
+def saves(tmp_path_factory, tiny_yaml):
+    base = tmp_path_factory.mktemp("saves")
+
+    def case(name, *extra, stage=2):
+        return Case(name, ("--config", str(tiny_yaml), "--output_dir", str(base / name), "training.save_interval=1",
+                           "--deepspeed_config", str(ROOT / "ds_configs" / f"zero{stage}.json"), *extra))  # fmt: skip
+
+    keep = ("training.keep_last=2", "training.keep_every=3")
+    cases = [case("background", *keep)]
+    cases += [case(f"{kind}_{stage}", "training.save_interval=0", f"training.async_save={kind == 'later'}", stage=stage)
+              for stage in (2, 3) for kind in ("later", "at_once")]  # fmt: skip
+    (base / "output.txt").write_text(run_cases(2, cases, base))
+    return base
+
+
+def test_retention_keeps_the_last_and_every_mth_and_says_what_goes(saves):
+    tags = [found.tag for found in manifest.list_checkpoints(saves / "background")]
+    assert tags == ["step_3", "step_5", "step_6"]
+    assert "removed step_1: older than the 2 newest; step_3 is good" in (saves / "output.txt").read_text()
+
+
+def test_every_save_reports_its_stall_and_its_background(saves):
+    told = events(saves / "background", "save")
+    assert [e["step"] for e in told] == [1, 2, 3, 4, 5, 6]
+    assert all(e["save_stall_seconds"] > 0 and e["save_background_seconds"] > 0 for e in told)
+    assert all(e["save_background_cpu_seconds"] > 0 for e in told)
+    assert all(e["save_background_seconds"] == 0 for e in events(saves / "at_once_2", "save"))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_what_is_written_in_the_background_is_what_is_written_at_once(saves, stage):
+    later, at_once = (manifest.read(saves / f"{kind}_{stage}" / "step_6").files for kind in ("later", "at_once"))
+    assert later.keys() == at_once.keys()
+    same = [name for name in later if name == "model.safetensors" or name.endswith("_optim_states.pt")]
+    assert len(same) == 3 and all(later[name] == at_once[name] for name in same)
