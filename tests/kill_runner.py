@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 
 import torch
+import torch._dynamo  # what the first engine of a process imports: half of a short life, once for all of them here
+import torch.utils.cpp_extension
 
 from gsa.checkpoint import manifest
 from training import engine, saving, trainer  # noqa: F401  imported once, before the forks
