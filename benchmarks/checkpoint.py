@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
     step, slowed, calm = 0, [], []
     try:
         for turn in range(args.saves + 1):
-            for kind, saver in savers.items():
+            for saver in savers.values():
                 train_step()
                 began = time.perf_counter()
                 train_step()
@@ -128,7 +128,8 @@ def report(args, cfg: RunConfig, reports: dict, slowed: list[float], calm: list[
 
 `python -m benchmarks.checkpoint --gib {args.gib} --saves {args.saves}`, commit {commit}, {datetime.now(UTC):%Y-%m-%d},
 {", ".join(env["devices"])}, {env["cpus"]} CPUs (shared), torch {env["torch"]}, deepspeed {DEEPSPEED_VERSION},
-{PROJECT} {version(PROJECT)}. {count_params(cfg.model)["total"]:,} parameters, {reports[True][0].bytes / 2**30:.2f} GiB a checkpoint,
+{PROJECT} {version(PROJECT)}. {count_params(cfg.model)["total"]:,} parameters,
+{reports[True][0].bytes / 2**30:.2f} GiB a checkpoint,
 one rank, ZeRO 2, bf16, {torch.get_num_threads()} thread(s). Medians, in brackets smallest and largest of {args.saves}.
 
 | | standstill, s | from start to published, s |
@@ -137,8 +138,8 @@ one rank, ZeRO 2, bf16, {torch.get_num_threads()} thread(s). Medians, in bracket
 | in the background | {background:.2f} {spread(stalls[True])} | {statistics.median(total):.2f} {spread(total)} |
 
 Ratio of standstills, pair by pair: {statistics.median(pairs):.3f} {spread(pairs)}. CPU seconds of the writer:
-{statistics.median(cpu):.2f} {spread(cpu)}. A training step beside the writer took {statistics.median(slowed):.2f} s, alone
-{statistics.median(calm):.2f} s.
+{statistics.median(cpu):.2f} {spread(cpu)}. A training step beside the writer took {statistics.median(slowed):.2f} s,
+alone {statistics.median(calm):.2f} s.
 """
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, Case, rank_environment, run_cases
+from launching import ROOT, Case, rank_environment, run_cases, start_training
 
 from gsa.checkpoint import manifest
 from training.metrics import read_rows
@@ -86,6 +88,52 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(a_run, tiny_yaml,
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["status"] == "failed" and "step_4 was not saved" in run["reason"]
     assert manifest.newest_good(tmp_path / "run")[0].name == manifest.latest_tag(tmp_path / "run") == "step_3"
+
+
+# -- the real launcher ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def killed_launches(tmp_path_factory, tiny_yaml):
+    """Rank 0, rank 1 and all of a launch die while a checkpoint is being written; one more launch resumes the three."""
+    base = tmp_path_factory.mktemp("killed_launches")
+
+    def argv(name: str) -> list[str]:
+        # large enough that a save takes a while
+        return ["--config", str(tiny_yaml), "--output_dir", str(base / name), "--resume_from", "auto", "model.vocab_size=40000",
+                "training.save_interval=1", "training.max_steps=12", "training.eval_interval=0"]  # fmt: skip
+
+    seen = {}
+    for victim in ("rank_0", "rank_1", "all"):
+        folder = base / victim
+        process = start_training(2, argv(victim))
+        deadline = time.monotonic() + 120
+        while not (torn := list(folder.glob("step_[3-9]/*.tmp"))) and time.monotonic() < deadline:
+            time.sleep(0.0005)
+        if victim == "all":
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            os.kill(json.loads((folder / ".ranks" / f"{victim}.json").read_text())["pid"], signal.SIGKILL)
+        process.communicate(timeout=60)
+        good, passed_over = manifest.newest_good(folder)
+        seen[victim] = (bool(torn), process.returncode, good and good.name, passed_over)
+    cases = [Case(name, tuple(argv(name))) for name in (*seen, "calm")]
+    (base / "output.txt").write_text(run_cases(2, cases, base))
+    return base, seen
+
+
+@pytest.mark.parametrize("victim", ["rank_0", "rank_1", "all"])
+def test_a_launch_killed_while_it_saves_ends_as_if_it_never_was(killed_launches, victim):
+    base, seen = killed_launches
+    torn, code, good, passed_over = seen[victim]
+    assert torn and code != 0 and good is not None
+    assert len(passed_over) <= 1 and all("manifest.json: missing" in line for line in passed_over)
+    ours, theirs = (manifest.read(base / name / "step_12").files for name in (victim, "calm"))
+    same = [name for name in ours if name == "model.safetensors" or name.endswith("_optim_states.pt")]
+    assert len(same) == 3 and all(ours[name] == theirs[name] for name in same)
+
+
+# -- when and how much -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
