@@ -34,7 +34,7 @@ from deepspeed.utils.tensor_fragment import fragment_address  # noqa: E402
 from gsa.checkpoint import safe_load  # noqa: E402
 from gsa.checkpoint.full_state import FullState, Layout, family, read_full_state, read_layout  # noqa: E402
 from gsa.checkpoint.manifest import CheckpointError  # noqa: E402
-from gsa.checkpoint.state import CLIENT_KEY, RunState  # noqa: E402
+from gsa.checkpoint.state import CLIENT_KEY  # noqa: E402
 from training.config import TrainingConfig  # noqa: E402
 from training.optimizer import group_hyperparameters, schedule_factor  # noqa: E402
 from training.reshape import install, zero_padding  # noqa: E402
@@ -217,8 +217,8 @@ class Engine:
             buffers.wait()
         return snapshot
 
-    def load(self, checkpoint: Path) -> RunState:
-        """Takes up weights, masters, moments, schedule and counters; returns the trainer's state.
+    def load(self, checkpoint: Path) -> None:
+        """Takes up weights, masters, moments, schedule and counters.
 
         Any number of ranks and any ZeRO stage: DeepSpeed loads what was cut alike, the rest is put together
         from the shards and cut anew. The files must have been verified before: DeepSpeed loads flipped bits in
@@ -229,14 +229,13 @@ class Engine:
         state = self._agreed(lambda: self._require_safe(checkpoint, alike))
         if not alike:
             self.take_up(state)
-            return state.run
+            return
         path, client = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if path is None or CLIENT_KEY not in client:
             raise CheckpointError(
                 f"{checkpoint}: DeepSpeed found nothing to load, or the state of the run is missing; "
                 f"choose another checkpoint with --resume_from"
             )
-        return RunState.from_dict(client[CLIENT_KEY])
 
     def take_up(self, state: FullState) -> None:
         """Makes the engine's state that of another engine, or of the predecessor. Every rank must call it."""

@@ -248,9 +248,10 @@ def test_wandb_offline_without_a_key_and_never_fatal(tmp_path, tiny_yaml, monkey
     assert "training goes on, metrics.jsonl has every row" in output
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_saves_at_the_next_step_and_the_wrapper_tells_the_true_exit_code(tmp_path, tiny_yaml, number):
-    """Sent to `python -m training.launch` alone: its ranks agree, save and exit 0, and none is left behind."""
+@pytest.mark.parametrize("event", ["SIGTERM", "SIGUSR1", "its child dies"])
+def test_the_wrapper_ends_the_ranks_in_order_and_tells_the_true_exit_code(tmp_path, tiny_yaml, event):
+    """A signal sent to `python -m training.launch` alone: the ranks agree, save and exit 0. The process that watches
+    them killed, for which the launcher says 0: not 0. In every case no rank is left behind."""
     folder = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "training.launch", "--num_gpus", "2", "--master_port", str(free_port()),
@@ -264,13 +265,21 @@ def test_a_signal_saves_at_the_next_step_and_the_wrapper_tells_the_true_exit_cod
             if folder.exists() and len(steps_of(folder)) > 3:
                 break
             time.sleep(0.1)
-        process.send_signal(number)
+        if event == "its child dies":
+            children = psutil.Process(process.pid).children(recursive=True)
+            next(c for c in children if "deepspeed.launcher.launch" in " ".join(c.cmdline())).kill()
+        else:
+            process.send_signal(signal.Signals[event])
         output = process.communicate(timeout=60)[0]
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+    left = [p.pid for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
+    assert not left
+    if event == "its child dies":
+        assert process.returncode != 0, output[-3000:]
+        return
     assert process.returncode == 0, output[-3000:]
     run = json.loads((folder / "run.json").read_text())
-    assert (run["status"], run["reason"]) == ("stopped", number.name)
-    assert not [p for p in psutil.process_iter() if str(folder) in " ".join(p.cmdline())]
+    assert (run["status"], run["reason"]) == ("stopped", event)
     manifest.verify(folder / f"step_{steps_of(folder)[-1]}")

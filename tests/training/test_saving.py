@@ -13,10 +13,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from launching import ROOT, Case, rank_environment, run_cases, start_training
 
 from gsa.checkpoint import manifest
+from training import train
 from training.metrics import read_rows
+from training.saving import Retention, Saver
+from training.snapshot import HostBuffers, host_tree
+from training.trainer import STOP_SIGNALS, Trainer
+from training.world import World
 
 
 def events(folder: Path, kind: str) -> list[dict]:
@@ -172,3 +178,37 @@ def test_what_is_written_in_the_background_is_what_is_written_at_once(saves, sta
     assert later.keys() == at_once.keys()
     same = [name for name in later if name == "model.safetensors" or name.endswith("_optim_states.pt")]
     assert len(same) == 3 and all(later[name] == at_once[name] for name in same)
+
+
+def test_a_snapshot_is_a_copy_in_memory_that_is_used_again():
+    buffers, live = HostBuffers(pin=False), {"a": torch.arange(8.0), "b": [torch.ones(2)], "n": 3}
+    first = host_tree(live, "file", buffers)
+    memory = first["a"].data_ptr()
+    live["a"] += 1
+    live["b"][0].zero_()
+    assert first["a"].tolist() == list(range(8)) and first["b"][0].tolist() == [1, 1] and first["n"] == 3
+    second = host_tree(live, "file", buffers)
+    assert second["a"].data_ptr() == memory and second["a"].tolist() == list(range(1, 9))
+    assert host_tree(torch.arange(6.0)[:2], "view", None).untyped_storage().nbytes() == 8  # not the whole storage
+
+
+def test_too_little_disk_is_refused_before_the_launch_and_before_each_save(tmp_path, tiny_yaml, monkeypatch, capsys):
+    monkeypatch.setattr(manifest, "free_bytes", lambda path: 2**20)
+    assert train.main(["--config", str(tiny_yaml), "--output_dir", str(tmp_path / "run")]) == 3
+    assert "a checkpoint needs" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    alone = World(0, 1, 0, 1, torch.device("cpu"))
+    saver = Saver(None, alone, tmp_path, background=True, retention=Retention(None, None), bytes_needed=2**21,
+                  published=print)  # fmt: skip
+    assert "a checkpoint needs 0.00 GiB and 0.00 GiB are free" in saver._prepare(tmp_path / "step_1")
+
+
+def test_after_one_signal_the_next_ends_the_process_at_once():
+    trainer = object.__new__(Trainer)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        trainer._on_signal(signal.SIGUSR1, None)
+        assert trainer._stop_signal == signal.SIGUSR1
+        assert all(signal.getsignal(number) is signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGUSR1))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
