@@ -377,14 +377,15 @@ def to_yaml(cfg: RunConfig) -> str:
 
 
 def format_help() -> str:
-    """Every key with its type, default and meaning, section by section."""
+    """Every key with its type, default, meaning and what changing it on resume does, section by section."""
     lines = []
     for section, made in SECTIONS.items():
         lines.append(f"{section}:")
         for f in fields(made):
             kind = f.type.removesuffix(" | None")
             default = "none" if f.default is None or f.default is MISSING else f.default
-            lines.append(f"  {f.name} ({kind}, default {default})\n      {f.metadata['help']}")
+            effect = EFFECT_WORDS[RESUME_EFFECT[f"{section}.{f.name}"]]
+            lines.append(f"  {f.name} ({kind}, default {default})\n      {f.metadata['help']} [on resume: {effect}]")
     return "\n".join(lines)
 
 
@@ -416,6 +417,13 @@ RESUME_EFFECT: dict[str, Effect] = {
     **dict.fromkeys(_IMPOSSIBLE, "impossible"),
 }
 """Every key, and what changing it on resume does. The one table that code and docs share."""
+
+
+EFFECT_WORDS: dict[Effect, str] = {
+    "harmless": "harmless",
+    "curve": "changes the curve",
+    "impossible": "impossible",
+}
 
 
 @dataclass(frozen=True)

@@ -145,12 +145,9 @@ def _legacy_effect(key: str, said: dict[str, Any]) -> run_config.Effect:
 
 
 def _refuse_or_print(checkpoint: Path, changes: list[Change], allow_change: bool) -> None:
-    words = {"harmless": "harmless", "curve": "changes the curve", "impossible": "impossible"}
     for change in changes:
-        print(
-            f"changed since {checkpoint.name}: {change.key}: {change.old!r} -> {change.new!r} ({words[change.effect]})",
-            flush=True,
-        )
+        effect = run_config.EFFECT_WORDS[change.effect]
+        print(f"changed since {checkpoint.name}: {change.key}: {change.old!r} -> {change.new!r} ({effect})", flush=True)
     impossible = [c.key for c in changes if c.effect == "impossible"]
     if impossible:
         raise ConfigError(
