@@ -2,7 +2,7 @@
 
 kill_runner.py YAML RUN OUT: RUN has step_3. OUT/<n>/ is a copy of it, resumed to step 4 and killed at its n-th
 change to step_4 or `latest` (the last one is not killed); every fourth is killed there twice. Then OUT/<n>.json is
-written with what stands; every third, and those that were not left torn, are resumed by "auto" to step 4.
+written with what stands; every fifth, and those that were not left torn, are resumed by "auto" to step 4.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def run(yaml: str, source: Path, out: Path) -> None:
             "ended": ended, "found": found and found.name, "passed_over": passed_over, "latest": manifest.latest_tag(folder),
             "torn": (folder / "step_4").exists() and not (folder / "step_4" / "manifest.json").exists(),
         }  # fmt: skip
-        # torn folders are alike to a resume: every third of them, and whatever is not torn
-        facts["resumed"] = life(yaml, folder, "auto", None) if number % 3 == 0 or not facts["torn"] else None
+        # torn folders are alike to a resume: every fifth of them, and whatever is not torn
+        facts["resumed"] = life(yaml, folder, "auto", None) if number % 5 == 0 or not facts["torn"] else None
         (out / f"{number}.json").write_text(json.dumps(facts))
         if ended[-1] == 0:
             return

@@ -36,7 +36,7 @@ def lives(tmp_path_factory):
         return Case(name, (
             "--config", str(base / "run.yaml"), "--output_dir", str(base / str(ranks) / (into or name)),
             "--deepspeed_config", str(ROOT / "ds_configs" / f"{stage}.json"), "training.gradient_checkpointing=true",
-            "data.num_workers=2", "training.indexer_warmup_steps=4", *extra,
+            "data.num_workers=2", "training.indexer_warmup_steps=4", "training.eval_interval=0", "training.eval_windows=1", *extra,
         ))  # fmt: skip
 
     chained = base / "chain"
