@@ -72,22 +72,41 @@ def life(yaml: str, folder: Path, resume: str, number: int | None) -> int:
 
 
 def run(yaml: str, source: Path, out: Path) -> None:
-    for number in itertools.count():
-        folder = out / str(number)
-        shutil.copytree(source, folder)
-        ended = [life(yaml, folder, "step_3", number)]
-        if number % 4 == 0 and ended[0] == -signal.SIGKILL and not (folder / "step_4" / "manifest.json").exists():
-            ended.append(life(yaml, folder, "step_3", number))
-        found, passed_over = manifest.newest_good(folder)
-        facts = {
-            "ended": ended, "found": found and found.name, "passed_over": passed_over, "latest": manifest.latest_tag(folder),
-            "torn": (folder / "step_4").exists() and not (folder / "step_4" / "manifest.json").exists(),
-        }  # fmt: skip
-        # torn folders are alike to a resume: every fifth of them, and whatever is not torn
-        facts["resumed"] = life(yaml, folder, "auto", None) if number % 5 == 0 or not facts["torn"] else None
-        (out / f"{number}.json").write_text(json.dumps(facts))
-        if ended[-1] == 0:
+    """Two lives at a time: this machine has two cores."""
+    for first in itertools.count(step=2):
+        pids = {}
+        for number in (first, first + 1):
+            pids[number] = os.fork()
+            if pids[number] == 0:
+                try:
+                    os._exit(3 if one(number, yaml, source, out) else 0)
+                finally:
+                    os._exit(99)
+        codes = {number: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for number, pid in pids.items()}
+        if not set(codes.values()) <= {0, 3}:
+            sys.exit(f"kill point(s) failed: {codes}")
+        if 3 in codes.values():
+            if codes[first] == 3:  # its neighbour was not killed either
+                (out / f"{first + 1}.json").unlink()
             return
+
+
+def one(number: int, yaml: str, source: Path, out: Path) -> bool:
+    """Kills at this point, writes what stands; whether there was nothing left to kill."""
+    folder = out / str(number)
+    shutil.copytree(source, folder)
+    ended = [life(yaml, folder, "step_3", number)]
+    if number % 4 == 0 and ended[0] == -signal.SIGKILL and not (folder / "step_4" / "manifest.json").exists():
+        ended.append(life(yaml, folder, "step_3", number))
+    found, passed_over = manifest.newest_good(folder)
+    facts = {
+        "ended": ended, "found": found and found.name, "passed_over": passed_over, "latest": manifest.latest_tag(folder),
+        "torn": (folder / "step_4").exists() and not (folder / "step_4" / "manifest.json").exists(),
+    }  # fmt: skip
+    # torn folders are alike to a resume: every fifth of them, and whatever is not torn
+    facts["resumed"] = life(yaml, folder, "auto", None) if number % 5 == 0 or not facts["torn"] else None
+    (out / f"{number}.json").write_text(json.dumps(facts))
+    return ended[-1] == 0
 
 
 if __name__ == "__main__":

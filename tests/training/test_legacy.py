@@ -178,7 +178,7 @@ def test_the_new_checkpoint_resumes_with_the_yaml_that_ties_its_head(imported, t
 
 def test_torchrun_resumes_it(imported, tmp_path):
     base = imported[0]
-    process = start_training(2, ["--config", str(base / "run.yaml"), "--output_dir", str(tmp_path / "run"), "--resume_from",
+    process = start_training(4, ["--config", str(base / "run.yaml"), "--output_dir", str(tmp_path / "run"), "--resume_from",
                                  str(base / "omegaconf" / "step_5000"), *TUNED, "training.stop_at_step=5001"],
                              launcher="torchrun")  # fmt: skip
     output = process.communicate(timeout=200)[0]
