@@ -1,5 +1,6 @@
 """Runs the cases of a launching.run_cases script on this rank: real engines, one process group."""
 
+import gc
 import json
 import sys
 import traceback
@@ -12,6 +13,7 @@ from training.train import parse, prepare, run
 def main() -> int:
     cases = json.loads(Path(sys.argv[1]).read_text())
     world = start(timeout_s=120)
+    gc.freeze()  # DeepSpeed collects garbage at every start of an engine; all that is imported need not be walked
     for case in cases:
         try:
             prepared = prepare(parse(case["argv"]))

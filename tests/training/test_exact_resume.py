@@ -22,6 +22,7 @@ from training.metrics import TIME_METRICS, read_rows
 CELLS = [("zero0", "fp32")] + [(f"zero{z}", p) for z in (1, 2, 3) for p in ("bf16", "fp32")]
 RESUME = ("path", "step_2", "latest", "auto")
 RANKS = (4, 2, 1)
+LAYERS = {4: 1, 2: 2, 1: 2}  # a ZeRO 3 step of four ranks on two cores is seconds of Python
 # (stage on 4 ranks, on 2, on 1, on 4 again): each link of a chain trains one step
 CHAINS = {"same": (2, 2, 2, 2), "up": (1, 2, 3, 3), "down": (3, 3, 1, 1), "across": (2, 3, 0, 2)}
 
@@ -36,7 +37,8 @@ def lives(tmp_path_factory):
         return Case(name, (
             "--config", str(base / "run.yaml"), "--output_dir", str(base / str(ranks) / (into or name)),
             "--deepspeed_config", str(ROOT / "ds_configs" / f"{stage}.json"), "data.num_workers=2", "training.max_steps=5",
-            f"training.micro_batch_size={4 if ranks == 1 else 2}", "training.indexer_warmup_steps=3", "training.eval_interval=0", "training.eval_windows=1", *extra,
+            f"training.micro_batch_size={4 if ranks == 1 else 2}", "training.indexer_warmup_steps=3",
+            f"model.n_layers={LAYERS[ranks]}", "training.eval_interval=0", "training.eval_windows=1", *extra,
         ))  # fmt: skip
 
     chained = base / "chain"
@@ -61,7 +63,7 @@ def lives(tmp_path_factory):
                     continue
                 steps = f"training.stop_at_step={2 + link}"
                 resume = ("--resume_from", str(chained / chain / str(link - 1) / f"step_{1 + link}")) if link else ()
-                argv = case(ranks, chain, f"zero{stages[link]}", *resume).argv
+                argv = case(ranks, chain, f"zero{stages[link]}", "model.n_layers=1", *resume).argv
                 folder = ("--output_dir", str(chained / chain / str(link)))
                 cases.append(Case(f"{chain}_{link}", (*argv, steps, *folder)))
                 if link:  # and taken up without a step: what is saved again must be what was read
@@ -80,7 +82,7 @@ def rows_of(folder: Path) -> list[dict]:
 def assert_same_state(one: Path, other: Path) -> None:
     """Masters, moments, Adam's step, hyper-parameters, buffers, schedule: bitwise."""
     a, b = read_full_state(one), read_full_state(other)
-    assert a.parameters.keys() == b.parameters.keys() and len(a.parameters) == 40
+    assert a.parameters.keys() == b.parameters.keys() and len(a.parameters) in (21, 40)
     for name in a.parameters:
         assert a.parameters[name].step == b.parameters[name].step == a.run.step
         for what in ("master", "exp_avg", "exp_avg_sq"):

@@ -248,38 +248,56 @@ def test_wandb_offline_without_a_key_and_never_fatal(tmp_path, tiny_yaml, monkey
     assert "training goes on, metrics.jsonl has every row" in output
 
 
-@pytest.mark.parametrize("event", ["SIGTERM", "SIGUSR1", "its child dies"])
-def test_the_wrapper_ends_the_ranks_in_order_and_tells_the_true_exit_code(tmp_path, tiny_yaml, event):
+EVENTS = ("SIGTERM", "SIGUSR1", "its child dies")
+
+
+@pytest.fixture(scope="module")
+def wrapped(tmp_path_factory, tiny_yaml) -> dict[str, tuple[Path, int, str]]:
+    """Three launches at once under the wrapper, each of two ranks and met by its event: folder, exit code, output."""
+    folders = {event: tmp_path_factory.mktemp("wrapped") / "run" for event in EVENTS}
+    processes = {
+        event: subprocess.Popen(
+            [sys.executable, "-m", "training.launch", "--num_gpus", "2", "--master_port", str(free_port()),
+             "training/train.py", "--config", str(tiny_yaml), "--output_dir", str(folder), "training.max_steps=100000",
+             "training.eval_interval=0"],
+            cwd=ROOT, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        ) for event, folder in folders.items()
+    }  # fmt: skip
+    ended = {}
+    try:
+        for event, process in processes.items():
+            folder = folders[event]
+            deadline = time.monotonic() + 120
+            while not (folder.exists() and len(steps_of(folder)) > 3) and time.monotonic() < deadline:
+                assert process.poll() is None, process.stdout.read()
+                time.sleep(0.1)
+            if event == "its child dies":
+                children = psutil.Process(process.pid).children(recursive=True)
+                next(c for c in children if "deepspeed.launcher.launch" in " ".join(c.cmdline())).kill()
+            else:
+                process.send_signal(signal.Signals[event])
+        for event, process in processes.items():
+            output = process.communicate(timeout=60)[0]
+            ended[event] = (folders[event], process.returncode, output)
+    finally:
+        for process in processes.values():
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    return ended
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_the_wrapper_ends_the_ranks_in_order_and_tells_the_true_exit_code(wrapped, event):
     """A signal sent to `python -m training.launch` alone: the ranks agree, save and exit 0. The process that watches
     them killed, for which the launcher says 0: not 0. In every case no rank is left behind."""
-    folder = tmp_path / "run"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "training.launch", "--num_gpus", "2", "--master_port", str(free_port()),
-         "training/train.py", "--config", str(tiny_yaml), "--output_dir", str(folder), "training.max_steps=100000",
-         "training.eval_interval=0"],
-        cwd=ROOT, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        for _ in range(600):
-            if folder.exists() and len(steps_of(folder)) > 3:
-                break
-            time.sleep(0.1)
-        if event == "its child dies":
-            children = psutil.Process(process.pid).children(recursive=True)
-            next(c for c in children if "deepspeed.launcher.launch" in " ".join(c.cmdline())).kill()
-        else:
-            process.send_signal(signal.Signals[event])
-        output = process.communicate(timeout=60)[0]
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
+    folder, code, output = wrapped[event]
     left = [p.pid for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
     assert not left
     if event == "its child dies":
-        assert process.returncode != 0, output[-3000:]
+        assert code != 0, output[-3000:]
         return
-    assert process.returncode == 0, output[-3000:]
+    assert code == 0, output[-3000:]
     run = json.loads((folder / "run.json").read_text())
     assert (run["status"], run["reason"]) == ("stopped", event)
     manifest.verify(folder / f"step_{steps_of(folder)[-1]}")
