@@ -1,8 +1,8 @@
 """Forks a life of a run for every moment of its save, and kills each there: no launcher, the real engine.
 
 kill_runner.py YAML RUN OUT: RUN has step_3. OUT/<n>/ is a copy of it, resumed to step 4 and killed at its n-th
-change to step_4 or `latest` (the last one is not killed); every fourth is killed there twice. Then OUT/<n>.json is
-written with what stands; every fifth, and those that were not left torn, are resumed by "auto" to step 4.
+change to step_4 or `latest` (the last one is not killed); every sixth is killed there twice. Then OUT/<n>.json is
+written with what stands; every sixth, and those that were not left torn, are resumed by "auto" to step 4.
 """
 
 from __future__ import annotations
@@ -96,15 +96,15 @@ def one(number: int, yaml: str, source: Path, out: Path) -> bool:
     folder = out / str(number)
     shutil.copytree(source, folder)
     ended = [life(yaml, folder, "step_3", number)]
-    if number % 4 == 0 and ended[0] == -signal.SIGKILL and not (folder / "step_4" / "manifest.json").exists():
+    if number % 6 == 0 and ended[0] == -signal.SIGKILL and not (folder / "step_4" / "manifest.json").exists():
         ended.append(life(yaml, folder, "step_3", number))
     found, passed_over = manifest.newest_good(folder)
     facts = {
         "ended": ended, "found": found and found.name, "passed_over": passed_over, "latest": manifest.latest_tag(folder),
         "torn": (folder / "step_4").exists() and not (folder / "step_4" / "manifest.json").exists(),
     }  # fmt: skip
-    # torn folders are alike to a resume: every fifth of them, and whatever is not torn
-    facts["resumed"] = life(yaml, folder, "auto", None) if number % 5 == 0 or not facts["torn"] else None
+    # torn folders are alike to a resume: every sixth of them, and whatever is not torn
+    facts["resumed"] = life(yaml, folder, "auto", None) if number % 6 == 0 or not facts["torn"] else None
     (out / f"{number}.json").write_text(json.dumps(facts))
     return ended[-1] == 0
 

@@ -109,20 +109,27 @@ def killed_launches(tmp_path_factory, tiny_yaml):
         return ["--config", str(tiny_yaml), "--output_dir", str(base / name), "--resume_from", "auto", "model.vocab_size=20000",
                 "training.save_interval=1", "training.max_steps=8", "training.eval_interval=0"]  # fmt: skip
 
-    seen = {}
-    for victim in ("rank_0", "rank_1", "all"):
-        folder = base / victim
-        process = start_training(2, argv(victim))
-        deadline = time.monotonic() + 120
-        while not (torn := list(folder.glob("step_[3-9]/*.tmp"))) and time.monotonic() < deadline:
-            time.sleep(0.0005)
-        if victim == "all":
+    processes = {
+        victim: start_training(2, argv(victim)) for victim in ("rank_0", "rank_1", "all")
+    }  # at once: they mostly start
+    seen, deadline = {}, time.monotonic() + 180
+    while len(seen) < len(processes) and time.monotonic() < deadline:
+        time.sleep(0.0005)
+        for victim in processes.keys() - seen.keys():
+            if list((base / victim).glob("step_[3-9]/*.tmp")):
+                if victim == "all":
+                    os.killpg(processes[victim].pid, signal.SIGKILL)
+                else:
+                    os.kill(
+                        json.loads((base / victim / ".ranks" / f"{victim}.json").read_text())["pid"], signal.SIGKILL
+                    )
+                seen[victim] = None
+    for victim, process in processes.items():
+        if victim not in seen:
             os.killpg(process.pid, signal.SIGKILL)
-        else:
-            os.kill(json.loads((folder / ".ranks" / f"{victim}.json").read_text())["pid"], signal.SIGKILL)
         process.communicate(timeout=60)
-        good, passed_over = manifest.newest_good(folder)
-        seen[victim] = (bool(torn), process.returncode, good and good.name, passed_over)
+        good, passed_over = manifest.newest_good(base / victim)
+        seen[victim] = (victim in seen, process.returncode, good and good.name, passed_over)
     cases = [Case(name, tuple(argv(name))) for name in (*seen, "calm")]
     (base / "output.txt").write_text(run_cases(2, cases, base))
     return base, seen
