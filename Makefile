@@ -20,7 +20,7 @@ quickstart: data
 	$(PY) -m training.quickstart
 
 test: setup
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile  # a launch waits half of its time
 
 soak: setup
 	$(PY) -m pytest -m slow
