@@ -8,6 +8,7 @@ from pathlib import Path
 
 from training.engine import start
 from training.train import parse, prepare, run
+from training.world import exit_process
 
 
 def main() -> int:
@@ -29,4 +30,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_process(main())

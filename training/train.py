@@ -29,7 +29,7 @@ from training.ds_config import resolve_ds_config  # noqa: E402
 from training.resume import Start, decided_by, find_checkpoint, start_from  # noqa: E402
 from training.run_folder import FolderError, RunFolder  # noqa: E402
 from training.space import checkpoint_bytes  # noqa: E402
-from training.world import World, environment_rank, environment_world_size  # noqa: E402
+from training.world import World, environment_rank, environment_world_size, exit_process  # noqa: E402
 
 FINISHED, FAILED, REFUSED_CONFIG, REFUSED_INPUT, DIVERGED = 0, 1, 2, 3, 4
 
@@ -216,4 +216,4 @@ def _announce_epochs(cfg: RunConfig, global_batch_size: int, data: PackedTokens)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_process(main(sys.argv[1:]))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import sys
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -41,6 +43,18 @@ class World:
 
     def leave(self) -> None:
         dist.destroy_process_group()
+
+
+def exit_process(code: int) -> NoReturn:
+    """Ends this process with this code, after the handlers of atexit; the interpreter is not taken down.
+
+    A gloo thread may let go of its last tensor while the interpreter ends, and aborts then (pytorch issue 190489):
+    a run that finished would leave with SIGABRT, and its launcher would report a failure.
+    """
+    atexit._run_exitfuncs()  # W&B closes its run in one
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def environment_rank() -> int:

@@ -223,6 +223,25 @@ def test_a_checkpoint_of_another_run_does_not_go_into_a_folder_that_holds_one(tm
     assert "belongs to another; give a new --output_dir" in capsys.readouterr().err
 
 
+def test_a_process_ends_with_its_code_and_its_handlers_but_without_the_interpreters_end():
+    """Where gloo's threads abort: here something that aborts as surely as they do rarely."""
+    program = """
+import atexit, os, sys
+from training.world import exit_process
+class AbortsAtTheEnd:
+    def __del__(self):
+        os.abort()
+keep = AbortsAtTheEnd()
+atexit.register(print, "the handler ran")
+print("said")
+exit_process(3)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=rank_environment(), cwd=ROOT
+    )
+    assert (done.returncode, done.stdout) == (3, "said\nthe handler ran\n"), done.stderr
+
+
 def test_help_lists_every_key():
     done = train_alone(["--help"])
     assert done.returncode == 0
