@@ -10,7 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from gsa.attention.gated_sparse import AttentionOutput, GatedSparseAttention, Stage
+from gsa.attention.gated_sparse import (
+    AttentionOutput,
+    Backend,
+    GatedSparseAttention,
+    Stage,
+    saved_by_checkpointing,
+)
 from gsa.attention.gates import GATE_BIAS, Gate
 from gsa.attention.positions import Positions, positions
 from gsa.config import ModelConfig
@@ -107,8 +113,13 @@ class GSAForCausalLM(nn.Module):
         for layer in self.layers:
             layer.attention.stage = stage
 
+    def set_backend(self, backend: Backend) -> None:
+        """Which implementation of the kernels runs: see gsa/kernels/__init__.py. A new model has "chunked"."""
+        for layer in self.layers:
+            layer.attention.backend = backend
+
     def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Keeps only each block's input for the backward pass, and computes the rest again there."""
+        """Keeps each block's input, selected sets and indexer gradients for the backward pass, recomputes the rest."""
         self._checkpointing = enabled
 
     def update_v_ref(self, selection_stats: torch.Tensor) -> None:
@@ -145,13 +156,16 @@ class GSAForCausalLM(nn.Module):
         at = positions(tokens, doc_start, self.config)
         rows = None
         if targets is not None and (indexer_rows is not None or torch.is_grad_enabled()):
-            rows = torch.arange(T, device=tokens.device) if indexer_rows is None else indexer_rows
+            rows = torch.arange(T, device=tokens.device) if indexer_rows is None else indexer_rows.sort().values
         x = self.embed(tokens)
         parts: list[AttentionOutput] = []
         for layer in self.layers:
             if self._checkpointing and torch.is_grad_enabled():
                 # nothing here draws random numbers
-                part = checkpoint(layer, x, at, rows, use_reentrant=False, preserve_rng_state=False)
+                part = checkpoint(
+                    layer, x, at, rows, use_reentrant=False, preserve_rng_state=False,
+                    context_fn=saved_by_checkpointing,
+                )  # fmt: skip
             else:
                 part = layer(x, at, rows)
             x = part.out

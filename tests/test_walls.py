@@ -24,6 +24,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "gsa/model.py": ({"gsa.config", "gsa.attention", "gsa.loss"}, {"torch"}),
     "gsa/attention/": ({"gsa.config", "gsa.kernels", "gsa.attention"}, {"torch"}),
     "gsa/kernels/": ({"gsa.kernels"}, {"torch"}),
+    "gsa/kernels/chunked.py": ({"gsa.kernels"}, {"torch", "numpy"}),
     "gsa/kernels/triton_": ({"gsa.kernels"}, {"torch", "triton"}),
     "gsa/checkpoint/": ({"gsa.config", "gsa.checkpoint"}, {"torch"}),
     "gsa/checkpoint/full_state.py": ({"gsa.checkpoint", "gsa.weights"}, {"torch"}),

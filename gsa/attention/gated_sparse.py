@@ -14,6 +14,9 @@ from gsa.attention.positions import Positions
 from gsa.attention.rope import rotate
 from gsa.attention.selection import Selector, variance_sums
 from gsa.config import ModelConfig
+from gsa.kernels import Backend, saved_by_checkpointing
+
+__all__ = ["AttentionOutput", "Backend", "GatedSparseAttention", "Stage", "saved_by_checkpointing"]
 
 Stage = Literal["dense", "sparse"]
 
@@ -38,6 +41,7 @@ class GatedSparseAttention(nn.Module):
         H, G, D = config.n_heads, config.n_kv_heads, config.d_head
         self.n_heads, self.n_kv_heads, self.width = H, G, D
         self.stage: Stage = "sparse"
+        self.backend: Backend = "chunked"
         self.q_proj = nn.Linear(config.d_model, H * D, bias=False)
         self.k_proj = nn.Linear(config.d_model, G * D, bias=False)
         self.v_proj = nn.Linear(config.d_model, G * D, bias=False)
@@ -57,39 +61,33 @@ class GatedSparseAttention(nn.Module):
             v = self.value_gate(x, v)
         v = v.view(B, T, self.n_kv_heads, self.width)
 
-        indexer_loss = x.new_zeros((), dtype=torch.promote_types(x.dtype, torch.float32))
-        sums = x.new_zeros(2, dtype=torch.float64)
-        if self.indexer is None:
-            mask, n_selected = at.seen, _mean_visible(at.seen, T, x.device)
-        else:
-            seen = (
-                at.seen
-                if at.seen is not None
-                else kernels.visible(torch.zeros(1, T, dtype=torch.long, device=x.device))
-            )
-            scores = self.indexer(x, at.indexer_cos, at.indexer_sin)
-            seen = seen.expand_as(scores)
-            if self.stage == "sparse":
-                mask, chosen, sums = self.selector(scores, seen, self.indexer.alpha)
-                n_selected = chosen.float().mean()
-            else:
-                mask, n_selected = at.seen, _mean_visible(at.seen, T, x.device)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        sums, indexer_loss = x.new_zeros(2, dtype=torch.float64), x.new_zeros((), dtype=exact)
+        bits, n_selected = None, _mean_visible(at.doc_start, T, x.device)
+        index = None
+        if self.indexer is not None:
+            index = self.indexer(x, at.indexer_cos, at.indexer_sin)
+            # the variance is measured in the dense stage too: selection starts with a settled v_ref
+            if self.stage == "sparse" or self.selector.mode == "variance":
+                selection = self.selector(
+                    self.backend, index, self.indexer.alpha, at.doc_start, everything=self.stage == "dense"
+                )
                 if self.selector.mode == "variance":
-                    # measured in the dense stage too: selection starts with a settled v_ref
-                    with torch.no_grad():
-                        sums = variance_sums(kernels.score_variance(scores, seen), seen.sum(-1))
-            if rows is not None:
-                kept = seen if mask is None else mask
-                indexer_loss = kernels.alignment_kl(
-                    q[:, rows], k, scores[:, rows], kept[:, rows], self.indexer.alpha
-                ).mean()
-        out = kernels.attend(q, k, v, mask).reshape(B, T, self.n_heads * self.width)
+                    sums = variance_sums(selection, at.doc_start)
+            if self.stage == "sparse":
+                bits, n_selected = selection.bits, selection.k.float().mean()
+        out, lse = kernels.attend(self.backend, q, k, v, bits, at.doc_start)
+        if index is not None and rows is not None:
+            indexer_loss = kernels.alignment_kl(
+                self.backend, q, k, lse, index, self.indexer.alpha, bits, at.doc_start, rows
+            )
+        out = out.reshape(B, T, self.n_heads * self.width)
         if self.output_gate is not None:
             out = self.output_gate(x, out)
         return AttentionOutput(self.o_proj(out), indexer_loss, sums, n_selected)
 
 
-def _mean_visible(seen: torch.Tensor | None, T: int, device: torch.device) -> torch.Tensor:
-    if seen is None:
+def _mean_visible(doc_start: torch.Tensor | None, T: int, device: torch.device) -> torch.Tensor:
+    if doc_start is None:
         return torch.tensor((T + 1) / 2, device=device)
-    return seen.sum(-1).float().mean()
+    return (T + 1) / 2 - doc_start.float().mean()

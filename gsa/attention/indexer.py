@@ -15,7 +15,7 @@ INITIAL_ALPHA = 4.0
 
 
 class Indexer(nn.Module):
-    """Scores of all keys for all queries. Its input is detached: only its own alignment loss teaches it.
+    """What scores are made of. Its input is detached: only its own alignment loss teaches it.
 
     alpha = exp(log_alpha) sharpens the bounded scores into a distribution for that loss.
     """
@@ -35,12 +35,12 @@ class Indexer(nn.Module):
         """0-dim, float32 at least: exp of a bf16 number is coarse."""
         return self.log_alpha[0].to(torch.promote_types(self.log_alpha.dtype, torch.float32)).exp()
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        """x: (B, T, d); cos, sin: (B, T, E / 2). Returns scores (B, T, T) float32 or float64."""
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> kernels.Index:
+        """x: (B, T, d); cos, sin: (B, T, E / 2)."""
         B, T, _ = x.shape
         x = x.detach()
         q = self.q_proj(x).view(B, T, self.n_heads, self.width)
         k = self.k_proj(x).view(B, T, 1, self.width)
         if self.use_rope:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        return kernels.index_scores(q, k[:, :, 0], self.weight_proj(x), self.bias)
+        return kernels.Index(q, k[:, :, 0], self.weight_proj(x), self.bias)

@@ -1,17 +1,171 @@
 """The operations of the layer: tensors and numbers in, tensors out. `reference` defines what is right.
 
 Letters as in docs/gsa.md: B batch, T queries, S keys, H query heads, G key/value heads, D head width, J and
-E the indexer's heads and width. One backend exists; a faster one implements the same signatures.
+E the indexer's heads and width. The T queries are the last of the S positions; in training T = S. `bits` is a
+selected set as packed bits, (B, T, ceil(S / 32)) int32, bit s % 32 of word s // 32; None selects every visible key.
+
+Three backends implement the operations: "reference" in plain PyTorch on whole (B, T, S) tensors, "chunked" in
+PyTorch a chunk of queries at a time, on any device, and "triton" for GPUs. `select` and `alignment_kl` of the
+last two are custom operators, so that `saved_by_checkpointing` keeps what they return instead of running them twice.
 """
 
-from gsa.kernels.reference import (
-    alignment_kl,
-    attend,
-    index_scores,
-    score_entropy,
-    score_variance,
-    select,
-    visible,
-)
+from __future__ import annotations
 
-__all__ = ["alignment_kl", "attend", "index_scores", "score_entropy", "score_variance", "select", "visible"]
+from types import ModuleType
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+from gsa.kernels import chunked, reference
+from gsa.kernels.reference import attention_probabilities, index_scores, pack, unpack, visible
+
+__all__ = [
+    "Backend", "Index", "Selection", "alignment_kl", "attend", "attention_probabilities", "index_scores", "pack",
+    "saved_by_checkpointing", "select", "unpack", "visible",
+]  # fmt: skip
+
+Backend = Literal["reference", "chunked", "triton"]
+
+
+class Index(NamedTuple):
+    """What scores are made of: q (B, T, J, E), k (B, S, E), weight (B, T, J) before its sigmoid, bias (J,)."""
+
+    q: Tensor
+    k: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+class Selection(NamedTuple):
+    """bits: the set of each query, None when that is every visible key. k: (B, T) int64, its size. statistic: (B, T),
+    variance or entropy of the scores, None when the rule needs neither."""
+
+    bits: Tensor | None
+    k: Tensor
+    statistic: Tensor | None
+
+
+def _module(backend: str) -> ModuleType:
+    if backend == "chunked":
+        return chunked
+    if backend == "reference":
+        return reference
+    if backend == "triton":
+        from gsa.kernels import triton_backend
+
+        return triton_backend
+    raise ValueError(f"backend={backend!r} is not one of {', '.join(get_args(Backend))}")
+
+
+@torch.no_grad()
+def select(
+    backend: Backend,
+    index: Index,
+    alpha: Tensor,
+    v_ref: Tensor,
+    doc_start: Tensor | None,
+    *,
+    mode: str,
+    temperature: float,
+    k_base: int,
+    k_min: int,
+    k_max: int,
+) -> Selection:
+    """How many keys each query attends to, and which: docs/gsa.md, 3 to 5. Carries no gradient.
+
+    alpha: 0-dim, the indexer's temperature, of which the entropy is taken. v_ref: 0-dim, the running variance.
+    doc_start: (B, T) int64, None when every position up to the query is visible. mode: "off", "variance", "entropy".
+    """
+    rule = (mode, temperature, k_base, k_min, k_max)
+    if backend == "reference":
+        bits, k, statistic = reference.select(index, alpha, v_ref, doc_start, *rule)
+    else:
+        inputs = [x.detach() for x in index]
+        bits, k, statistic = _select(backend, *inputs, alpha.detach(), v_ref, doc_start, *rule)
+    return Selection(bits if bits.shape[-1] else None, k, statistic if statistic.numel() else None)
+
+
+@torch.library.custom_op("gsa::select", mutates_args=())
+def _select(
+    backend: str, q: Tensor, k: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, v_ref: Tensor,
+    doc_start: Tensor | None, mode: str, temperature: float, k_base: int, k_min: int, k_max: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    index = Index(q, k, weight, bias)
+    return _module(backend).select(index, alpha, v_ref, doc_start, mode, temperature, k_base, k_min, k_max)
+
+
+def attend(
+    backend: Backend, q: Tensor, k: Tensor, v: Tensor, bits: Tensor | None, doc_start: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax attention, scale 1/sqrt(D), over the selected keys (docs/gsa.md, 6), differentiable in q, k and v.
+
+    q: (B, T, H, D); k, v: (B, S, G, D), query head h uses key/value head h // (H / G). Returns (B, T, H, D), and
+    the log-sum-exp of each row (B, H, T) float32, without gradient, where the backend has it for `alignment_kl`.
+    """
+    return _module(backend).attend(q, k, v, bits, doc_start)
+
+
+def alignment_kl(
+    backend: Backend,
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor | None,
+    index: Index,
+    alpha: Tensor,
+    bits: Tensor | None,
+    doc_start: Tensor | None,
+    rows: Tensor,
+) -> Tensor:
+    """Mean over batch and `rows` of KL(p || softmax(alpha * scores)) over the selected keys: docs/gsa.md, 7.
+
+    p is the attention probability averaged over heads. rows: (R,) int64, ascending. Differentiable in `index` and
+    alpha alone. Returns nats, 0-dim, float32 at least. lse: what `attend` returned.
+    """
+    q, k = q.detach(), k.detach()
+    if backend == "reference":
+        return reference.alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows)
+    return _alignment_kl(backend, q, k, lse, *index, alpha, bits, doc_start, rows)[0]
+
+
+@torch.library.custom_op("gsa::alignment_kl", mutates_args=())
+def _alignment_kl(
+    backend: str, q: Tensor, k: Tensor, lse: Tensor | None, index_q: Tensor, index_k: Tensor, weight: Tensor,
+    bias: Tensor, alpha: Tensor, bits: Tensor | None, doc_start: Tensor | None, rows: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss and its gradients by the rows' index_q, by index_k, the rows' weight, bias and alpha, formed at once."""
+    index = Index(index_q, index_k, weight, bias)
+    return _module(backend).alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows)
+
+
+def _save_gradients(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[-1], *output[1:])
+    ctx.length = inputs[1].shape[1]
+
+
+def _hand_over_gradients(ctx, d_loss, *_):
+    rows, d_q, d_k, d_weight, d_bias, d_alpha = ctx.saved_tensors
+
+    def spread(gradient):
+        whole = gradient.new_zeros(gradient.shape[0], ctx.length, *gradient.shape[2:])
+        whole[:, rows] = gradient * d_loss
+        return whole
+
+    return (
+        None, None, None, None, spread(d_q), d_k * d_loss, spread(d_weight), d_bias * d_loss, d_alpha * d_loss,
+        None, None, None,
+    )  # fmt: skip
+
+
+_alignment_kl.register_autograd(_hand_over_gradients, setup_context=_save_gradients)
+
+
+def saved_by_checkpointing() -> tuple:
+    """Contexts for `torch.utils.checkpoint`: keep selected sets and the indexer's gradients, recompute the rest."""
+    kept = (torch.ops.gsa.select.default, torch.ops.gsa.alignment_kl.default)
+
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

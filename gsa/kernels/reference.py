@@ -1,4 +1,7 @@
-"""Every operation in plain PyTorch: the specification, in any floating dtype. Sections are docs/gsa.md's."""
+"""Every operation in plain PyTorch: the specification, in any floating dtype. Sections are docs/gsa.md's.
+
+First the parts, each on whole (B, T, S) tensors; then the three operations of a backend, put together from them.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,14 @@ LEVELS = 65535
 """Steps of the 16-bit fixed-point score by which keys are ordered (section 5)."""
 
 
-def visible(doc_start: torch.Tensor) -> torch.Tensor:
-    """(B, T, T) bool: may query t see key s: doc_start[t] <= s <= t (section 2). doc_start: (B, T) int64."""
-    s = torch.arange(doc_start.shape[1], device=doc_start.device)
-    return (s <= s[:, None]) & (s >= doc_start[..., None])
+def visible(doc_start: torch.Tensor, n_keys: int | None = None) -> torch.Tensor:
+    """(B, T, S) bool: may query t see key s: doc_start[t] <= s <= t (section 2).
+
+    doc_start: (B, T) int64. The T queries are the last of the S = n_keys positions (default T).
+    """
+    T = doc_start.shape[1]
+    s = torch.arange(T if n_keys is None else n_keys, device=doc_start.device)
+    return (s <= s[-T:, None]) & (s >= doc_start[..., None])
 
 
 def index_scores(q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -42,7 +49,31 @@ def score_entropy(scores: torch.Tensor, seen: torch.Tensor, alpha: torch.Tensor)
     return -torch.where(seen, log_p.exp() * log_p, 0.0).sum(-1)
 
 
-def select(scores: torch.Tensor, seen: torch.Tensor, k: torch.Tensor, n_heads: int) -> torch.Tensor:
+def keys_per_query(
+    n: torch.Tensor,
+    statistic: torch.Tensor | None,
+    v_ref: torch.Tensor,
+    mode: str,
+    temperature: float,
+    k_base: int,
+    k_min: int,
+    k_max: int,
+) -> torch.Tensor:
+    """k[t], how many keys each query attends to (section 4). Shape of n, int64.
+
+    n: visible keys. statistic: the scores' variance (mode "variance") or entropy ("entropy"), None when "off".
+    v_ref: 0-dim, the running mean of the variance, 0 while unset.
+    """
+    factor = torch.ones_like(n, dtype=torch.float64 if statistic is None else statistic.dtype)
+    if mode == "variance":
+        reference = v_ref.to(statistic.dtype)
+        factor = torch.where((n > 1) & (reference > 0), 0.5 + 1 / (1 + temperature * statistic / reference), factor)
+    elif mode == "entropy":
+        factor = torch.where(n > 1, 0.5 + statistic / n.clamp_min(2).log(), factor)
+    return (k_base * factor).round().long().clamp(k_min, k_max).minimum(n)
+
+
+def top_keys(scores: torch.Tensor, seen: torch.Tensor, k: torch.Tensor, n_heads: int) -> torch.Tensor:
     """The first k visible keys of each query, by fixed-point score, ties to the more recent key (section 5).
 
     scores: (B, T, S) between 0 and n_heads; seen: (B, T, S) bool; k: (B, T) int64, 1 <= k <= visible keys.
@@ -57,21 +88,28 @@ def select(scores: torch.Tensor, seen: torch.Tensor, k: torch.Tensor, n_heads: i
     return order >= threshold
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Softmax attention, scale 1/sqrt(D), over the keys in `mask`, or causal when it is None (section 6).
+def attention_probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """softmax(q k / sqrt(D)) over the keys in `mask`, in float32 at least (section 6). Returns (B, T, H, S).
 
-    q: (B, T, H, D); k, v: (B, T, G, D), query head h uses key/value head h // (H / G); mask: (B, T, T) bool,
-    the same for every head. Returns (B, T, H, D).
+    q: (B, T, H, D); k: (B, S, G, D), query head h uses key head h // (H / G); mask: (B, T, S) bool, the same
+    for every head.
     """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=None if mask is None else mask[:, None], is_causal=mask is None,
-        enable_gqa=q.shape[1] != k.shape[1],
-    )  # fmt: skip
-    return out.transpose(1, 2)
+    B, T, H, D = q.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    grouped = q.to(dtype).view(B, T, k.shape[2], -1, D)
+    logits = torch.einsum("btghd,bsgd->btghs", grouped, k.to(dtype)) / math.sqrt(D)
+    return logits.masked_fill(~mask[:, :, None, None], -torch.inf).softmax(-1).view(B, T, H, -1)
 
 
-def alignment_kl(
+def masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Attention over the keys in `mask`; shapes as in `attention_probabilities`, v as k. Returns (B, T, H, D)."""
+    p = attention_probabilities(q, k, mask)
+    B, T, H, S = p.shape
+    out = torch.einsum("btghs,bsgd->btghd", p.view(B, T, k.shape[2], -1, S), v.to(p.dtype))
+    return out.reshape(q.shape).to(q.dtype)
+
+
+def kl_rows(
     q: torch.Tensor, k: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor, alpha: torch.Tensor
 ) -> torch.Tensor:
     """KL(p || softmax(alpha * scores)) of each given row, over the keys in its mask (section 7).
@@ -82,9 +120,58 @@ def alignment_kl(
     """
     dtype = scores.dtype
     with torch.no_grad():
-        B, R, H, D = q.shape
-        grouped = q.to(dtype).view(B, R, k.shape[2], -1, D)
-        logits = torch.einsum("brghd,bsgd->brghs", grouped, k.to(dtype)) / math.sqrt(D)
-        p = logits.masked_fill(~mask[:, :, None, None], -torch.inf).softmax(-1).mean((2, 3))
+        p = attention_probabilities(q, k, mask).mean(2).to(dtype)
     log_q = (alpha.to(dtype) * scores).masked_fill(~mask, -torch.inf).log_softmax(-1)
     return torch.where(mask, torch.xlogy(p, p) - p * log_q.masked_fill(~mask, 0.0), 0.0).sum(-1)
+
+
+# -- the operations of a backend: signatures and shapes in gsa/kernels/__init__.py -----------------------
+
+
+def select(index, alpha, v_ref, doc_start, mode, temperature, k_base, k_min, k_max):
+    B, T = index.q.shape[:2]
+    S = index.k.shape[1]
+    seen = visible(_starts(doc_start, B, T, index.q.device), S)
+    scores = index_scores(*index)
+    n = seen.sum(-1)
+    statistic = None
+    if mode == "variance":
+        statistic = score_variance(scores, seen)
+    elif mode == "entropy":
+        statistic = score_entropy(scores, seen, alpha.to(scores.dtype))
+    k = keys_per_query(n, statistic, v_ref, mode, temperature, k_base, k_min, k_max)
+    mask = top_keys(scores, seen, k, index.q.shape[2])
+    return pack(mask), k, scores.new_empty(0) if statistic is None else statistic
+
+
+def attend(q, k, v, bits, doc_start):
+    return masked_attention(q, k, v, _mask(bits, doc_start, q, k)), None
+
+
+def alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows):
+    scores = index_scores(*index)[:, rows]
+    mask = _mask(bits, doc_start, q, k)[:, rows]
+    return kl_rows(q[:, rows], k, scores, mask, alpha).mean()
+
+
+def pack(mask: torch.Tensor) -> torch.Tensor:
+    """(..., S) bool as (..., ceil(S / 32)) int32: bit s % 32 of word s // 32."""
+    words = F.pad(mask.long(), (0, -mask.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    value = (words << torch.arange(32, device=mask.device)).sum(-1)
+    return torch.where(value >= 2**31, value - 2**32, value).int()
+
+
+def unpack(bits: torch.Tensor, n_keys: int) -> torch.Tensor:
+    """The inverse of `pack`: (..., n_keys) bool."""
+    mask = (bits[..., None] >> torch.arange(32, device=bits.device)) & 1
+    return mask.flatten(-2)[..., :n_keys].bool()
+
+
+def _mask(bits, doc_start, q, k):
+    if bits is not None:
+        return unpack(bits, k.shape[1])
+    return visible(_starts(doc_start, *q.shape[:2], q.device), k.shape[1])
+
+
+def _starts(doc_start, B, T, device):
+    return torch.zeros(B, T, dtype=torch.long, device=device) if doc_start is None else doc_start

@@ -1,4 +1,5 @@
-"""The identities of docs/gsa.md, 9, on whole models; and wrong layers that each check is shown to catch.
+"""The identities of docs/gsa.md, 9, on whole models and every backend in PyTorch; and wrong layers that each check
+is shown to catch. tests/gsa/kernels/test_triton.py has the Triton backend's.
 
 k is far below T throughout: many faults vanish when every key is selected.
 """
@@ -16,6 +17,7 @@ from gsa import GSAForCausalLM, ModelConfig, kernels
 from gsa.attention import selection
 from gsa.attention.gates import Gate
 from gsa.attention.indexer import Indexer
+from gsa.kernels import chunked, reference
 
 T = 37
 TINY = ModelConfig(
@@ -23,11 +25,23 @@ TINY = ModelConfig(
     init_std=0.2, d_indexer=8, n_indexer_heads=2, k_base=6, k_min=2, k_max=10, tie_embeddings=False,
 )  # fmt: skip
 MODES = ("off", "variance", "entropy")
+BACKEND = "chunked"
+
+
+@pytest.fixture(params=["reference", "chunked"], autouse=True, scope="module")
+def backend(request):
+    """What `make` builds with. Chunks of 8 queries, so that these short sequences have several, and ragged ones."""
+    global BACKEND
+    BACKEND, saved = request.param, chunked.CHUNK
+    chunked.CHUNK = 8
+    yield BACKEND
+    chunked.CHUNK = saved
 
 
 def make(seed: int = 0, dtype: torch.dtype = torch.float64, **changes) -> GSAForCausalLM:
     torch.manual_seed(seed)
     model = GSAForCausalLM(replace(TINY, **changes)).to(dtype)
+    model.set_backend(BACKEND)
     # a settled v_ref, so that the variance rule is at work
     model.update_v_ref(torch.tensor([[0.002, 1.0]] * model.config.n_layers))
     return model
@@ -113,30 +127,59 @@ def test_documents_and_future_at_odd_sizes_and_every_group_size(length, cut, gro
     torch.testing.assert_close(packed[:, :cut], model(tokens[:, :cut]).logits, rtol=0, atol=1e-10)
 
 
+def swap(monkeypatch, name: str, wrong) -> None:
+    """Puts wrong(honest) in the place of an operation, in the backend at work."""
+    module, name = (reference, name) if BACKEND == "reference" else (chunked, CHUNKED_NAMES[name])
+    monkeypatch.setattr(module, name, wrong(getattr(module, name)))
+
+
+CHUNKED_NAMES = {"score_variance": "_variance", "visible": "_chunks", "top_keys": "_top_keys"}
+
+
 def test_a_variance_over_the_batch_or_the_future_is_caught(monkeypatch):
-    honest = kernels.score_variance
+    def over_all_positions(honest):
+        return lambda scores, seen, *n: scores.var(-1, unbiased=False)
 
-    def over_all_positions(scores, seen):
-        return scores.var(-1, unbiased=False)
+    with monkeypatch.context() as patch:
+        swap(patch, "score_variance", over_all_positions)
+        with pytest.raises(AssertionError):
+            check_no_future(make(adaptive_k="variance", k_base=12, k_max=20))
 
-    monkeypatch.setattr(kernels, "score_variance", over_all_positions)
-    with pytest.raises(AssertionError):
-        check_no_future(make(adaptive_k="variance", k_base=12, k_max=20))
+    def relative_to_the_batch(honest):
+        def wrong(*args):
+            variance = honest(*args)
+            return variance / variance.mean() * 0.002
 
-    def relative_to_the_batch(scores, seen):
-        variance = honest(scores, seen)
-        return variance / variance.mean() * 0.002
+        return wrong
 
-    monkeypatch.setattr(kernels, "score_variance", relative_to_the_batch)
+    swap(monkeypatch, "score_variance", relative_to_the_batch)
     with pytest.raises(AssertionError):
         check_rows_are_alone(make(adaptive_k="variance", k_base=12, k_max=20))
 
 
 def test_a_mask_that_forgets_documents_is_caught(monkeypatch):
-    visible = kernels.visible
-    monkeypatch.setattr(kernels, "visible", lambda start: visible(torch.zeros_like(start)))
+    def forget(honest):
+        if BACKEND == "reference":
+            return lambda start, n_keys=None: honest(torch.zeros_like(start), n_keys)
+
+        def chunks(T, S, doc_start, rows=None, *, device):
+            start = None if doc_start is None else torch.zeros_like(doc_start)
+            return honest(T, S, start, rows, device=device)
+
+        return chunks
+
+    swap(monkeypatch, "visible", forget)
     with pytest.raises(AssertionError):
         check_documents_are_alone(make())
+
+
+def test_a_set_of_older_keys_on_ties_is_caught(monkeypatch):
+    def oldest_first(honest):
+        return lambda scores, seen, *rest: honest(scores.flip(-1), seen.flip(-1), *rest).flip(-1)
+
+    swap(monkeypatch, "top_keys", oldest_first)
+    with pytest.raises(AssertionError):
+        check_repeated_tokens()
 
 
 # -- 3, 5: what the layer becomes at its limits ---------------------------------------------------------
@@ -321,24 +364,40 @@ def test_forward_measures_and_does_not_move_v_ref():
 @pytest.mark.parametrize("scale, k", [(0.0, 9), (1.0, 6), (3.0, 4), (1e9, 3)])
 def test_flat_scores_buy_more_keys(scale, k):
     """m = 1/2 + 1/(1 + v / v_ref): 1.5 for flat scores, 1 at the reference, 1/2 for very sharp ones."""
-    selector = selection.Selector(replace(TINY, k_base=6, k_min=1, k_max=30))
-    selector.update_v_ref(torch.tensor(0.25), torch.tensor(1.0))
-    scores = (torch.arange(40) % 2).double()[None, None] * scale**0.5
-    seen = torch.ones(1, 1, 40, dtype=torch.bool)
-    assert selector.v_ref == 0.25
-    chosen = selector(scores.clamp(max=2e6), seen, torch.tensor(4.0))[1]
-    expected = {0.0: 9, 1.0: 6, 3.0: 4, 1e9: 3}[scale]
-    assert chosen.item() == expected == k
+    n, v_ref = torch.tensor([40]), torch.tensor(0.25)
+    variance = torch.tensor([0.25 * scale])
+    assert reference.keys_per_query(n, variance, v_ref, "variance", 1.0, 6, 1, 30).item() == k
+
+
+def index_of(scores: torch.Tensor) -> kernels.Index:
+    """An index whose scores are, in float64, `scores` (B, T, S), between 0 and 2: one head for each position."""
+    B, T, S = scores.shape
+    gate = (scores / 2).clamp(1e-12, 1 - 1e-12).double()
+    one_hot = torch.eye(S, dtype=torch.float64).expand(B, S, S)
+    q = torch.logit(gate)[:, :, None].expand(B, T, 2, S) * S**0.5
+    return kernels.Index(q, one_hot, torch.full((B, T, 2), 40.0).double(), torch.zeros(2).double())
+
+
+def selected(scores: torch.Tensor, doc_start=None, mode="off", v_ref=0.0, k_base=6, k_min=2, k_max=10):
+    """mask (B, T, S) and k of the backend at work, for given scores."""
+    choice = kernels.select(
+        BACKEND, index_of(scores), torch.tensor(4.0), torch.tensor(v_ref), doc_start, mode=mode, temperature=1.0,
+        k_base=k_base, k_min=k_min, k_max=k_max,
+    )  # fmt: skip
+    S = scores.shape[-1]
+    if choice.bits is None:
+        start = torch.zeros(scores.shape[:2]).long() if doc_start is None else doc_start
+        return kernels.visible(start, S), choice.k
+    return kernels.unpack(choice.bits, S), choice.k
 
 
 def test_unset_reference_gives_k_base_and_bounds_hold():
-    selector = selection.Selector(TINY)
-    scores, seen = torch.rand(1, T, T), torch.ones(T, T, dtype=torch.bool).tril()[None]
-    _, k, _ = selector(scores, seen, torch.tensor(4.0))
+    _, k = selected(torch.rand(1, T, T), mode="variance")
     assert k[0].tolist() == [min(t + 1, 6) for t in range(T)]
-    entropy = selection.Selector(replace(TINY, adaptive_k="entropy"))
-    _, k, _ = entropy(torch.zeros(1, T, T), seen, torch.tensor(4.0))
+    _, k = selected(torch.ones(1, T, T), mode="entropy")
     assert k[0].tolist() == [min(t + 1, 9 if t else 6) for t in range(T)]  # uniform: m = 3/2
+    _, k = selected(torch.ones(1, T, T), mode="entropy", k_max=8)
+    assert k.max() == 8
 
 
 # -- section 5: which keys ------------------------------------------------------------------------------
@@ -352,36 +411,44 @@ def by_hand(scores: list[float], visible: list[int], k: int, heads: int) -> set[
 @settings(deadline=None, max_examples=60)
 @given(
     data=st.data(),
-    length=st.integers(1, 24),
-    heads=st.integers(1, 4),
+    length=st.integers(1, 45),
+    queries=st.integers(1, 45),
+    k=st.integers(1, 45),
     levels=st.sampled_from([1, 2, 5, 100000]),
 )
-def test_the_selected_set_is_exact_ties_to_the_more_recent(data, length, heads, levels):
+def test_the_selected_set_is_exact_ties_to_the_more_recent(data, length, queries, k, levels):
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
-    scores = torch.randint(0, levels, (1, length, length), generator=random).double() / levels * heads
-    starts = torch.sort(torch.randint(0, length, (1, length), generator=random)).values.minimum(torch.arange(length))
-    seen = kernels.visible(starts)
-    n = seen.sum(-1)
-    k = (torch.randint(1, length + 1, (1, length), generator=random)).minimum(n)
-    mask = kernels.select(scores, seen, k, heads)
-    for t in range(length):
-        visible = list(range(int(starts[0, t]), t + 1))
-        wanted = by_hand(scores[0, t].tolist(), visible, int(k[0, t]), heads)
+    queries = min(queries, length)  # the last of them, as in decoding
+    scores = (torch.randint(0, levels, (1, queries, length), generator=random).double() + 0.5) / levels * 2
+    starts = torch.randint(0, length, (1, queries), generator=random).sort().values
+    starts = starts.minimum(torch.arange(length - queries, length))
+    mask, chosen = selected(scores, starts, k_base=k, k_min=k, k_max=k)
+    for t in range(queries):
+        visible = list(range(int(starts[0, t]), length - queries + t + 1))
+        assert chosen[0, t] == min(k, len(visible))
+        wanted = by_hand(scores[0, t].tolist(), visible, k, 2)
         assert set(mask[0, t].nonzero().flatten().tolist()) == wanted
 
 
-def test_repeated_tokens_tie_and_the_recent_ones_win():
+@settings(deadline=None, max_examples=40)
+@given(rows=st.integers(1, 9), width=st.integers(1, 130), seed=st.integers(0, 999))
+def test_bits_hold_every_set(rows, width, seed):
+    mask = torch.rand(2, rows, width, generator=torch.Generator().manual_seed(seed)) < 0.5
+    bits = kernels.pack(mask)
+    assert bits.dtype == torch.int32 and bits.shape == (2, rows, -(-width // 32))
+    assert torch.equal(kernels.unpack(bits, width), mask)
+    assert torch.equal(chunked._pack(mask), bits)
+
+
+def check_repeated_tokens() -> None:
     model = make(indexer_rope=False, adaptive_k="off", n_layers=1)
-    chosen = {}
-    real = kernels.select
+    choices = []
+    selector = model.layers[0].attention.selector
+    selector.register_forward_hook(lambda module, inputs, choice: choices.append(choice))
+    model(torch.full((1, T), 5))
+    chosen = kernels.unpack(choices[0].bits, T)
+    assert chosen[0, 30].nonzero().flatten().tolist() == [25, 26, 27, 28, 29, 30]
 
-    def spy(*args):
-        chosen["mask"] = real(*args)
-        return chosen["mask"]
 
-    kernels.select, saved = spy, kernels.select
-    try:
-        model(torch.full((1, T), 5))
-    finally:
-        kernels.select = saved
-    assert chosen["mask"][0, 30].nonzero().flatten().tolist() == [25, 26, 27, 28, 29, 30]
+def test_repeated_tokens_tie_and_the_recent_ones_win():
+    check_repeated_tokens()
