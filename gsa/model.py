@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from gsa.attention.cache import Cache, LayerCache
 from gsa.attention.gated_sparse import (
     AttentionOutput,
     Backend,
@@ -28,7 +29,8 @@ class GSAOutput(NamedTuple):
 
     logits: (B, T, V) float32, without targets only. loss: 0-dim, with targets only. indexer_loss: 0-dim,
     mean over layers and rows. selection_stats: (n_layers, 2) float64, the sum of the score variance and its
-    count, for `update_v_ref`. n_selected: (n_layers,) float32, mean keys attended per query.
+    count, for `update_v_ref`. n_selected: (n_layers,) float32, mean keys attended per query. probe: (n_layers,
+    len(PROBES)) float32, with probe_rows only.
     """
 
     logits: torch.Tensor | None
@@ -36,6 +38,7 @@ class GSAOutput(NamedTuple):
     indexer_loss: torch.Tensor | None
     selection_stats: torch.Tensor
     n_selected: torch.Tensor
+    probe: torch.Tensor | None
 
 
 class RMSNorm(nn.Module):
@@ -74,8 +77,15 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = SwiGLU(config.d_model, config.d_ffn)
 
-    def forward(self, x: torch.Tensor, at: Positions, rows: torch.Tensor | None) -> AttentionOutput:
-        attended = self.attention(self.attention_norm(x), at, rows)
+    def forward(
+        self,
+        x: torch.Tensor,
+        at: Positions,
+        rows: torch.Tensor | None,
+        probe_rows: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> AttentionOutput:
+        attended = self.attention(self.attention_norm(x), at, rows, probe_rows, cache)
         x = x + attended.out
         return attended._replace(out=x + self.ffn(self.ffn_norm(x)))
 
@@ -138,50 +148,63 @@ class GSAForCausalLM(nn.Module):
         doc_start: torch.Tensor | None = None,
         *,
         indexer_rows: torch.Tensor | None = None,
+        probe_rows: torch.Tensor | None = None,
         n_targets: torch.Tensor | float | None = None,
+        cache: Cache | None = None,
+        last_only: bool = False,
     ) -> GSAOutput:
         """Logits, or with targets the losses.
 
         tokens: (B, T) int64. targets: (B, T) int64, already shifted by the data, -100 where there is none.
         doc_start: (B, T) int64, where the document of each position begins; None: at 0.
         indexer_rows: (R,) int64 row positions for the alignment loss; None: all, while training.
+        probe_rows: (R,) int64 row positions of the first sequence to measure: gsa/attention/probe.py; None: no probe.
         n_targets: what the sum of token losses is divided by; None: the valid targets of this call. A
         trainer passes the count of its whole global batch, so that its parts add up.
+        cache: the tokens before these; takes these up too. Without targets, doc_start and gradients only.
+        last_only: logits of the last position only, (B, 1, V).
         """
         B, T = tokens.shape
-        if T > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{T} tokens are more than model.max_position_embeddings={self.config.max_position_embeddings}"
-            )
-        at = positions(tokens, doc_start, self.config)
+        before = 0 if cache is None else cache.length
+        room = self.config.max_position_embeddings if cache is None else cache.capacity
+        if before + T > room:
+            what = "model.max_position_embeddings" if cache is None else "the cache's capacity"
+            raise ValueError(f"{before + T} tokens are more than {what}={room}")
+        if cache is not None and (targets is not None or doc_start is not None or torch.is_grad_enabled()):
+            raise ValueError("a cache serves decoding: no targets, no doc_start, and within torch.no_grad()")
+        at = positions(tokens, doc_start, self.config, before)
         rows = None
         if targets is not None and (indexer_rows is not None or torch.is_grad_enabled()):
             rows = torch.arange(T, device=tokens.device) if indexer_rows is None else indexer_rows.sort().values
         x = self.embed(tokens)
         parts: list[AttentionOutput] = []
-        for layer in self.layers:
+        for i, layer in enumerate(self.layers):
             if self._checkpointing and torch.is_grad_enabled():
                 # nothing here draws random numbers
                 part = checkpoint(
-                    layer, x, at, rows, use_reentrant=False, preserve_rng_state=False,
+                    layer, x, at, rows, probe_rows, use_reentrant=False, preserve_rng_state=False,
                     context_fn=saved_by_checkpointing,
                 )  # fmt: skip
             else:
-                part = layer(x, at, rows)
+                part = layer(x, at, rows, probe_rows, None if cache is None else cache.layers[i])
             x = part.out
             parts.append(part)
-        x = self.norm(x)
+        if cache is not None:
+            cache.length += T
+        x = self.norm(x[:, -1:] if last_only else x)
         stats = torch.stack([part.variance_sums for part in parts]).detach()
         n_selected = torch.stack([part.n_selected for part in parts]).detach()
+        probe = None if probe_rows is None else torch.stack([part.probe for part in parts])
         weight = self.embed.weight if self.head is None else self.head.weight
         if targets is None:
             logits = F.linear(x, weight)
-            return GSAOutput(logits.to(torch.promote_types(logits.dtype, torch.float32)), None, None, stats, n_selected)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return GSAOutput(logits, None, None, stats, n_selected, probe)
         if n_targets is None:
             n_targets = (targets != IGNORE).sum().clamp_min(1)
         loss = linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), n_targets)
         indexer_loss = torch.stack([part.indexer_loss for part in parts]).mean()
-        return GSAOutput(None, loss, indexer_loss, stats, n_selected)
+        return GSAOutput(None, loss, indexer_loss, stats, n_selected, probe)
 
 
 def count_params(config: ModelConfig) -> dict[str, int]:

@@ -38,6 +38,7 @@ training:
   eval_windows: 6
   save_interval: 0
   indexer_warmup_steps: 0
+  probe_interval: 3
 data:
   data_dir: {data}
 """

@@ -10,12 +10,13 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from gsa import kernels
 from gsa.checkpoint import legacy
 from gsa.config import ModelConfig
 
@@ -68,6 +69,12 @@ class TrainingConfig:
     indexer_lr_multiplier: float = _setting(1.0, "learning rate of the indexer over that of the rest")
     indexer_loss_weight: float = _setting(0.1, "weight of the alignment loss; matters only through the clipped norm")
     indexer_loss_rows: float = _setting(0.25, "share of row positions whose alignment loss is taken")
+    probe_interval: int = _setting(
+        50, "steps between measurements of indexer, gates and attention on a few rows; 0: never"
+    )
+    backend: str = _setting(
+        "auto", "kernels of attention: triton, chunked, reference, or auto (what has passed a check on the device)"
+    )
     eval_interval: int = _setting(500, "steps between held-out evaluations; 0: only at the end")
     eval_windows: int = _setting(64, "held-out windows per evaluation; 0: all")
     save_interval: int = _setting(1000, "steps between checkpoints; 0: only at the stop or the end")
@@ -85,7 +92,7 @@ class TrainingConfig:
         ))  # fmt: skip
         _at_least(self, "training", 0, (
             "seed", "warmup_steps", "wsd_decay_steps", "weight_decay", "grad_clip", "indexer_warmup_steps",
-            "indexer_loss_weight", "eval_interval", "eval_windows", "save_interval", "log_interval",
+            "indexer_loss_weight", "eval_interval", "eval_windows", "save_interval", "log_interval", "probe_interval",
             "min_learning_rate",
         ))  # fmt: skip
         _above_zero(
@@ -95,6 +102,7 @@ class TrainingConfig:
         )
         _one_of(self, "training", "precision", PRECISIONS)
         _one_of(self, "training", "lr_scheduler", SCHEDULES)
+        _one_of(self, "training", "backend", ("auto", *get_args(kernels.Backend)))
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"training.{name}={getattr(self, name)} must be at least 0 and below 1")
@@ -395,7 +403,7 @@ _HARMLESS = """
     training.max_steps training.stop_at_step training.micro_batch_size training.gradient_accumulation_steps
     training.gradient_checkpointing training.eval_interval training.eval_windows training.save_interval
     training.keep_last training.keep_every training.async_save training.log_interval training.init_from
-    training.hang_timeout_s data.num_workers
+    training.hang_timeout_s training.backend training.probe_interval data.num_workers
     logging.wandb logging.project logging.entity logging.run_name
 """.split()
 _IMPOSSIBLE = """

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from gsa import GSAForCausalLM, ModelConfig
+from gsa.attention.cache import Cache
 from gsa.checkpoint import manifest
 from gsa.checkpoint.manifest import CheckpointError
 from gsa.weights import load_weights
@@ -23,32 +27,88 @@ def load_model(step_dir: Path) -> GSAForCausalLM:
     return model.float().eval()
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. ValueError, naming the option, when a value cannot be."""
+
+    temperature: float = 0.7
+    top_k: int = 40
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"--temperature {self.temperature} must not be negative; 0 is greedy")
+        if self.top_k < 0:
+            raise ValueError(f"--top_k {self.top_k} must not be negative; 0 keeps all candidates")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"--top_p {self.top_p} must be above 0 and at most 1, which keeps all candidates")
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """(V,) float32 of what may be drawn: the top_k likeliest, of these the likeliest that hold top_p together."""
+        logits = logits.float()
+        if self.temperature == 0:
+            return F.one_hot(logits.argmax(), logits.numel()).float()
+        logits = logits / self.temperature
+        if 0 < self.top_k < logits.numel():
+            logits = logits.masked_fill(logits < logits.topk(self.top_k).values[-1], -torch.inf)
+        p = logits.softmax(-1)
+        if self.top_p < 1:
+            ranked, order = p.sort(descending=True, stable=True)
+            # a candidate stays when those before it hold less than top_p: the likeliest always does
+            dropped = order[ranked.cumsum(0) - ranked >= self.top_p]
+            p[dropped] = 0
+            p /= p.sum()
+        return p
+
+
 @torch.no_grad()
 def generate(
-    model: GSAForCausalLM, tokens: list[int], *, max_new_tokens: int, eod_id: int, temperature: float = 1.0,
-    top_k: int = 0, seed: int = 0,
-) -> list[int]:  # fmt: skip
-    """Continues `tokens` (at least one) and returns the new ones, ending before eod_id.
+    model: GSAForCausalLM, tokens: list[int], *, max_new_tokens: int, eod_id: int, sampling: Sampling
+) -> Iterator[int]:
+    """Continues `tokens` (at least one), a token at a time, ending before eod_id. Same seed, same tokens.
 
-    temperature 0 takes the likeliest token; top_k 0 keeps all candidates. The oldest tokens fall out of
-    view beyond max_position_embeddings. Same seed, same text.
+    The keys, values and indexer keys of what went before are cached. When the sequence reaches the model's
+    max_position_embeddings, its oldest quarter falls out of view and the rest is read again.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(sampling.seed)
+    device = next(model.parameters()).device
     window = model.config.max_position_embeddings
-    out = list(tokens)
+    capacity = min(window, len(tokens) + max_new_tokens)
+    text = list(tokens)
+    new = text[-window:]
+    cache = _empty_cache(model, capacity)
     for _ in range(max_new_tokens):
-        logits = model(torch.tensor([out[-window:]])).logits[0, -1].float()
-        if temperature == 0:
-            token = int(logits.argmax())
-        else:
-            logits = logits / temperature
-            if top_k:
-                logits[logits < logits.topk(min(top_k, logits.numel())).values[-1]] = -torch.inf
-            token = int(torch.multinomial(logits.softmax(-1), 1, generator=generator))
+        if cache.length + len(new) > capacity:
+            cache = _empty_cache(model, capacity)
+            new = text[-(window - window // 4) :]
+        logits = model(torch.tensor([new], device=device), cache=cache, last_only=True).logits[0, -1].cpu()
+        token = int(torch.multinomial(sampling.probabilities(logits), 1, generator=generator))
         if token == eod_id:
-            break
-        out.append(token)
-    return out[len(tokens) :]
+            return
+        yield token
+        text.append(token)
+        new = [token]
+
+
+def _empty_cache(model: GSAForCausalLM, capacity: int) -> Cache:
+    weight = model.embed.weight
+    return Cache(model.config, 1, capacity, weight.dtype, weight.device)
+
+
+def stream_text(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
+    """The text of `tokens`, piece by piece: a character of several tokens comes when its last one has."""
+    ids: list[int] = []
+    told = ""
+    for token in tokens:
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        if not text.endswith("\ufffd") and text != told:
+            yield text[len(told) :]
+            told = text
+    rest = tokenizer.decode(ids)[len(told) :]
+    if rest:
+        yield rest
 
 
 def main(argv: list[str]) -> int:
@@ -59,11 +119,24 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max_new_tokens", type=int, default=48, help="tokens (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--top_k", type=int, default=40, help="candidates kept, 0 all (default: %(default)s)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="probability kept, 1 all (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where the model runs, as cuda (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
+        sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
+        if args.max_new_tokens < 1:
+            raise ValueError(f"--max_new_tokens {args.max_new_tokens} must be at least 1")
+        if not all(args.prompt):
+            raise ValueError("--prompt is empty; give at least one character")
+        if args.device != "cpu" and not torch.cuda.is_available():
+            raise ValueError(f"--device {args.device}: torch sees no GPU here; leave it out")
+    except ValueError as err:
+        print(f"error: {err}", file=sys.stderr)
+        return 2
+    try:
         step_dir = args.run if args.run.name.startswith("step_") else manifest.resolve("latest", args.run)
-        model = load_model(step_dir)
+        model = load_model(step_dir).to(args.device)
         path = args.tokenizer or _run_tokenizer(step_dir)
         if not path.exists():
             raise CheckpointError(f"no tokenizer at {path}; name one with --tokenizer")
@@ -73,15 +146,14 @@ def main(argv: list[str]) -> int:
     tokenizer = Tokenizer.from_file(str(path))
     eod_id = tokenizer.token_to_id("<|endoftext|>")
     for prompt in args.prompt:
-        ids = tokenizer.encode(prompt, add_special_tokens=False).ids
-        if not ids:
-            print("error: --prompt is empty; give at least one character", file=sys.stderr)
-            return 2
+        print(prompt, end="", flush=True)
         new = generate(
-            model, ids, max_new_tokens=args.max_new_tokens, eod_id=-1 if eod_id is None else eod_id,
-            temperature=args.temperature, top_k=args.top_k, seed=args.seed,
+            model, tokenizer.encode(prompt, add_special_tokens=False).ids, max_new_tokens=args.max_new_tokens,
+            eod_id=-1 if eod_id is None else eod_id, sampling=sampling,
         )  # fmt: skip
-        print(f"{prompt}{tokenizer.decode(new)}\n", flush=True)
+        for piece in stream_text(tokenizer, new):
+            print(piece, end="", flush=True)
+        print("\n", flush=True)
     return 0
 
 

@@ -46,6 +46,18 @@ STEP_METRICS: dict[str, Metric] = {
     "memory_gib": Metric("GiB", "peak device memory allocated on rank 0; on CPU its peak resident memory"),
     "time": Metric("unix s", "when the row was written"),
 }
+PROBE_METRICS: dict[str, Metric] = {
+    "indexer/coverage": Metric("share", "dense attention mass on the selected keys, mean over layers"),
+    "indexer/coverage_worst": Metric("share", "the same, in the layer where it is least"),
+    "indexer/oracle": Metric("share", "the same for as many keys of largest mass: what a perfect indexer covers"),
+    "indexer/recall": Metric("share", "selected keys among those of largest mass, mean over layers"),
+    "gate/value_saturation": Metric("share", "value gates below 0.05 or above 0.95, mean over layers"),
+    "gate/output_saturation": Metric("share", "output gates below 0.05 or above 0.95, mean over layers"),
+    "attention/first_token": Metric("share", "attention on the first token of the document, mean over layers"),
+}
+"""In the rows of every probe_interval-th step, where the model has the part: measured on PROBED_ROWS queries of one
+sequence of every rank."""
+
 TIME_METRICS = frozenset(k for k in STEP_METRICS if k.startswith(("seconds", "tokens_per_s", "memory", "time")))
 """Metrics that may differ between two runs that are otherwise the same."""
 

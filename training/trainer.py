@@ -14,9 +14,11 @@ import torch
 import torch.distributed as dist
 
 from gsa import GSAForCausalLM
+from gsa.attention.probe import PROBES
 from gsa.checkpoint import manifest
 from gsa.checkpoint.legacy import read_legacy
 from gsa.checkpoint.state import RunState
+from gsa.kernels import resolve
 from gsa.weights import load_weights
 from training import config as run_config
 from training.clock import StepClock
@@ -34,6 +36,9 @@ from training.tracking import Tracker, new_run_id
 from training.watchdog import Watchdog
 from training.world import World
 
+PROBED_ROWS = 64
+"""Queries of one sequence that are measured every probe_interval steps: a four-hundredth of a step of 8 x 2048."""
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Save at the next step boundary, then end in order."""
 
@@ -50,6 +55,19 @@ def indexer_rows(seed: int, step: int, seq_len: int, share: float) -> torch.Tens
     count = max(1, round(seq_len * share))
     drawn = permute(np.arange(count), seq_len, (seed, "indexer rows", step))
     return torch.from_numpy(np.sort(drawn))
+
+
+def probe_metrics(probes: torch.Tensor) -> dict[str, float]:
+    """The row's PROBE_METRICS from (n_layers, len(PROBES)); what no layer has, NaN there, is left out."""
+    by_name = dict(zip(PROBES, probes.cpu().unbind(1), strict=True))
+    found = {
+        "indexer/coverage": by_name["coverage"].mean(), "indexer/coverage_worst": by_name["coverage"].min(),
+        "indexer/oracle": by_name["oracle"].mean(), "indexer/recall": by_name["recall"].mean(),
+        "gate/value_saturation": by_name["value_saturation"].mean(),
+        "gate/output_saturation": by_name["output_saturation"].mean(),
+        "attention/first_token": by_name["first_token"].mean(),
+    }  # fmt: skip
+    return {name: value.item() for name, value in found.items() if not value.isnan()}
 
 
 class Trainer:
@@ -86,6 +104,7 @@ class Trainer:
         model = GSAForCausalLM(cfg.model)
         if start is None and cfg.training.init_from:
             model.load_state_dict(load_weights(Path(cfg.training.init_from))[1])
+        model.set_backend(resolve(cfg.training.backend, world.device))
         model.set_activation_checkpointing(cfg.training.gradient_checkpointing)
         self.n_layers = cfg.model.n_layers
         optimizer = build_optimizer(model, cfg.training)
@@ -242,13 +261,23 @@ class Trainer:
         share = max(1, n_targets) / (plan.accumulation_steps * plan.world_size)
         rows = indexer_rows(cfg.seed, self.step, cfg.max_seq_len, cfg.indexer_loss_rows).to(self.world.device)
         rates = self.engine.learning_rates()
+        probing = bool(cfg.probe_interval) and (self.step + 1) % cfg.probe_interval == 0
+        probe_rows = None
+        if probing:
+            share_probed = min(1.0, PROBED_ROWS / cfg.max_seq_len)
+            probe_rows = indexer_rows(cfg.seed, self.step, cfg.max_seq_len, share_probed).to(self.world.device)
+        probes = torch.zeros(self.n_layers, len(PROBES), dtype=torch.float64, device=self.world.device)
         losses, indexer_losses, selected = [], [], []
         selection = torch.zeros(self.n_layers, 2, dtype=torch.float64, device=self.world.device)
         for _ in range(plan.accumulation_steps):
             self._phase(clock, "data")
             batch = next(loader).to(self.world.device, non_blocking=True)
             self._phase(clock, "forward")
-            out = self.engine.forward(batch.tokens, batch.targets, batch.doc_start, indexer_rows=rows, n_targets=share)
+            out = self.engine.forward(
+                batch.tokens, batch.targets, batch.doc_start, indexer_rows=rows, probe_rows=probe_rows, n_targets=share
+            )
+            if probe_rows is not None:  # of the step's first micro-batch
+                probes, probe_rows = out.probe.double(), None
             self._phase(clock, "backward")
             self.engine.backward(out.loss + cfg.indexer_loss_weight * out.indexer_loss)
             self._phase(clock, "step")
@@ -265,9 +294,9 @@ class Trainer:
         means = torch.stack([torch.stack(part).double().mean() for part in (losses, indexer_losses, selected)])
         # filled on the device: a tensor made of Python numbers would be copied there, and wait for it
         flags = [means.new_full((1,), float(flag)) for flag in (self._stop_signal, *self.saver.flags())]
-        shared = torch.cat([means / self.world.size, *flags, selection.flatten()])
+        shared = torch.cat([means / self.world.size, *flags, selection.flatten(), probes.flatten()])
         dist.all_reduce(shared)
-        self.model.update_v_ref(shared[6:].view(self.n_layers, 2))
+        self.model.update_v_ref(shared[6 : 6 + 2 * self.n_layers].view(self.n_layers, 2))
         loss, indexer_loss, n_selected, signal_sum, settled, failed = shared[:6].tolist()
         self.saver.advance(settled, failed)
         grad_norm = self.engine.grad_norm()
@@ -278,6 +307,8 @@ class Trainer:
             "loss": loss, "indexer_loss": indexer_loss, "grad_norm": grad_norm, "lr": rates["decay"],
             "lr_indexer": rates.get("indexer", 0.0), "stage": self.model.stage, "selected_k": n_selected,
         }  # fmt: skip
+        if probing:
+            row |= probe_metrics(shared[6 + 2 * self.n_layers :].view(self.n_layers, -1) / self.world.size)
         row |= {f"seconds_{name}": spent for name, spent in clock.read().items()}
         return row, self._agree_on_signal() if signal_sum else 0
 

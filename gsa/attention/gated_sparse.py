@@ -8,9 +8,11 @@ import torch
 from torch import nn
 
 from gsa import kernels
+from gsa.attention.cache import LayerCache
 from gsa.attention.gates import Gate
 from gsa.attention.indexer import Indexer
 from gsa.attention.positions import Positions
+from gsa.attention.probe import probe
 from gsa.attention.rope import rotate
 from gsa.attention.selection import Selector, variance_sums
 from gsa.config import ModelConfig
@@ -22,12 +24,14 @@ Stage = Literal["dense", "sparse"]
 
 
 class AttentionOutput(NamedTuple):
-    """out: (B, T, d). indexer_loss: 0-dim, mean over batch and rows. variance_sums: (2,) float64. n_selected: 0-dim."""
+    """out: (B, T, d). indexer_loss: 0-dim, mean over batch and rows. variance_sums: (2,) float64. n_selected: 0-dim.
+    probe: (len(PROBES),) float32, or None where none was asked for."""
 
     out: torch.Tensor
     indexer_loss: torch.Tensor
     variance_sums: torch.Tensor
     n_selected: torch.Tensor
+    probe: torch.Tensor | None
 
 
 class GatedSparseAttention(nn.Module):
@@ -51,22 +55,39 @@ class GatedSparseAttention(nn.Module):
         self.indexer = Indexer(config) if config.sparse else None
         self.selector = Selector(config) if config.sparse else None
 
-    def forward(self, x: torch.Tensor, at: Positions, rows: torch.Tensor | None) -> AttentionOutput:
-        """x: (B, T, d), normalised. rows: (R,) int64 positions whose alignment loss is wanted; None: no loss."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        at: Positions,
+        rows: torch.Tensor | None,
+        probe_rows: torch.Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> AttentionOutput:
+        """x: (B, T, d), normalised. rows: (R,) int64 positions whose alignment loss is wanted; None: no loss.
+
+        probe_rows: (R,) int64 positions that are measured: gsa/attention/probe.py.
+        cache: the tokens that went before, all visible; it takes these up too.
+        """
         B, T, _ = x.shape
         q = rotate(self.q_proj(x).view(B, T, self.n_heads, self.width), at.cos, at.sin)
         k = rotate(self.k_proj(x).view(B, T, self.n_kv_heads, self.width), at.cos, at.sin)
         v = self.v_proj(x)
+        value_open = output_open = None
         if self.value_gate is not None:
-            v = self.value_gate(x, v)
+            value_open = self.value_gate(x)
+            v = v * value_open
         v = v.view(B, T, self.n_kv_heads, self.width)
 
+        if cache is not None:
+            k, v = cache.take(at.before, k, v)
         exact = torch.promote_types(x.dtype, torch.float32)
         sums, indexer_loss = x.new_zeros(2, dtype=torch.float64), x.new_zeros((), dtype=exact)
-        bits, n_selected = None, _mean_visible(at.doc_start, T, x.device)
+        bits, n_selected = None, _mean_visible(at, T, x.device)
         index = None
         if self.indexer is not None:
             index = self.indexer(x, at.indexer_cos, at.indexer_sin)
+            if cache is not None:
+                index = index._replace(k=cache.take_index(at.before, index.k))
             # the variance is measured in the dense stage too: selection starts with a settled v_ref
             if self.stage == "sparse" or self.selector.mode == "variance":
                 selection = self.selector(
@@ -83,11 +104,18 @@ class GatedSparseAttention(nn.Module):
             )
         out = out.reshape(B, T, self.n_heads * self.width)
         if self.output_gate is not None:
-            out = self.output_gate(x, out)
-        return AttentionOutput(self.o_proj(out), indexer_loss, sums, n_selected)
+            output_open = self.output_gate(x)
+            out = out * output_open
+        probed = None
+        if probe_rows is not None:
+            alpha = None if self.indexer is None else self.indexer.alpha
+            probed = probe(
+                q, k, index, self.selector, alpha, (value_open, output_open), at.doc_start, probe_rows,
+                sparse=self.stage == "sparse",
+            )  # fmt: skip
+        return AttentionOutput(self.o_proj(out), indexer_loss, sums, n_selected, probed)
 
 
-def _mean_visible(doc_start: torch.Tensor | None, T: int, device: torch.device) -> torch.Tensor:
-    if doc_start is None:
-        return torch.tensor((T + 1) / 2, device=device)
-    return (T + 1) / 2 - doc_start.float().mean()
+def _mean_visible(at: Positions, T: int, device: torch.device) -> torch.Tensor:
+    mean = at.before + (T + 1) / 2
+    return torch.tensor(mean, device=device) if at.doc_start is None else mean - at.doc_start.float().mean()

@@ -10,10 +10,10 @@ GATE_BIAS = 0.5
 
 
 class Gate(nn.Linear):
-    """Multiplies `value` (B, T, width) by sigmoid(W x + b), elementwise, from the layer's input x (B, T, d)."""
+    """What is multiplied in, elementwise: sigmoid(W x + b), (B, T, width), of the layer's input x (B, T, d)."""
 
     def __init__(self, d_model: int, width: int) -> None:
         super().__init__(d_model, width, bias=True)
 
-    def forward(self, x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        return value * torch.sigmoid(super().forward(x))
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sigmoid(super().forward(x))

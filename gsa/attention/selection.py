@@ -22,6 +22,7 @@ class Selector(nn.Module):
         super().__init__()
         self.mode, self.temperature = config.adaptive_k, config.adaptive_k_temperature
         self.k_base, self.k_min, self.k_max = config.k_base, config.k_min, config.k_max
+        self.n_indexer_heads = config.n_indexer_heads
         self.register_buffer("v_ref", torch.zeros((), dtype=torch.float32))
 
     def _apply(self, fn, recurse: bool = True) -> Selector:
@@ -45,6 +46,16 @@ class Selector(nn.Module):
         return kernels.select(
             backend, index, alpha, self.v_ref, doc_start, mode=self.mode, temperature=self.temperature,
             k_base=self.k_base, k_min=k_min, k_max=k_max,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def of_scores(
+        self, scores: torch.Tensor, seen: torch.Tensor, alpha: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """`kernels.choose` by this rule, for a few rows of scores. scores, seen: (B, R, S)."""
+        return kernels.choose(
+            scores, seen, alpha, self.v_ref, self.n_indexer_heads, self.mode, self.temperature, self.k_base,
+            self.k_min, self.k_max,
         )  # fmt: skip
 
     @torch.no_grad()

@@ -5,8 +5,7 @@ E the indexer's heads and width. The T queries are the last of the S positions; 
 selected set as packed bits, (B, T, ceil(S / 32)) int32, bit s % 32 of word s // 32; None selects every visible key.
 
 Three backends implement the operations: "reference" in plain PyTorch on whole (B, T, S) tensors, "chunked" in
-PyTorch a chunk of queries at a time, on any device, and "triton" for GPUs. `select` and `alignment_kl` of the
-last two are custom operators, so that `saved_by_checkpointing` keeps what they return instead of running them twice.
+PyTorch a chunk of queries at a time, on any device, and "triton" for GPUs.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from gsa.kernels import chunked, reference
-from gsa.kernels.reference import attention_probabilities, index_scores, pack, unpack, visible
+from gsa.kernels.kept import kept, saved_by_checkpointing
+from gsa.kernels.reference import attention_probabilities, choose, index_scores, pack, top_keys, unpack, visible
 
 __all__ = [
-    "Backend", "Index", "Selection", "alignment_kl", "attend", "attention_probabilities", "index_scores", "pack",
-    "saved_by_checkpointing", "select", "unpack", "visible",
+    "Backend", "Index", "Selection", "alignment_kl", "attend", "attention_probabilities", "choose", "index_scores",
+    "pack", "resolve", "saved_by_checkpointing", "select", "top_keys", "unpack", "visible",
 ]  # fmt: skip
 
 Backend = Literal["reference", "chunked", "triton"]
@@ -59,6 +58,14 @@ def _module(backend: str) -> ModuleType:
     raise ValueError(f"backend={backend!r} is not one of {', '.join(get_args(Backend))}")
 
 
+def resolve(wanted: str, device: torch.device) -> Backend:
+    """The backend that "auto" means on `device`; any other is what it says, or ValueError where it cannot run."""
+    if wanted != "auto":
+        _module(wanted)
+        return wanted
+    return "chunked"
+
+
 @torch.no_grad()
 def select(
     backend: Backend,
@@ -79,21 +86,8 @@ def select(
     doc_start: (B, T) int64, None when every position up to the query is visible. mode: "off", "variance", "entropy".
     """
     rule = (mode, temperature, k_base, k_min, k_max)
-    if backend == "reference":
-        bits, k, statistic = reference.select(index, alpha, v_ref, doc_start, *rule)
-    else:
-        inputs = [x.detach() for x in index]
-        bits, k, statistic = _select(backend, *inputs, alpha.detach(), v_ref, doc_start, *rule)
+    bits, k, statistic = kept(lambda: _module(backend).select(index, alpha, v_ref, doc_start, *rule))
     return Selection(bits if bits.shape[-1] else None, k, statistic if statistic.numel() else None)
-
-
-@torch.library.custom_op("gsa::select", mutates_args=())
-def _select(
-    backend: str, q: Tensor, k: Tensor, weight: Tensor, bias: Tensor, alpha: Tensor, v_ref: Tensor,
-    doc_start: Tensor | None, mode: str, temperature: float, k_base: int, k_min: int, k_max: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    index = Index(q, k, weight, bias)
-    return _module(backend).select(index, alpha, v_ref, doc_start, mode, temperature, k_base, k_min, k_max)
 
 
 def attend(
@@ -126,46 +120,28 @@ def alignment_kl(
     q, k = q.detach(), k.detach()
     if backend == "reference":
         return reference.alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows)
-    return _alignment_kl(backend, q, k, lse, *index, alpha, bits, doc_start, rows)[0]
+    return _AlignmentKL.apply(backend, q, k, lse, *index, alpha, bits, doc_start, rows)
 
 
-@torch.library.custom_op("gsa::alignment_kl", mutates_args=())
-def _alignment_kl(
-    backend: str, q: Tensor, k: Tensor, lse: Tensor | None, index_q: Tensor, index_k: Tensor, weight: Tensor,
-    bias: Tensor, alpha: Tensor, bits: Tensor | None, doc_start: Tensor | None, rows: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The loss and its gradients by the rows' index_q, by index_k, the rows' weight, bias and alpha, formed at once."""
-    index = Index(index_q, index_k, weight, bias)
-    return _module(backend).alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows)
+class _AlignmentKL(torch.autograd.Function):
+    """A backend's loss comes with its gradients: by the rows' index.q, by index.k, the rows' weight, bias, alpha."""
 
+    @staticmethod
+    def forward(ctx, backend, q, k, lse, index_q, index_k, weight, bias, alpha, bits, doc_start, rows):
+        index = Index(index_q, index_k, weight, bias)
+        loss, *gradients = kept(lambda: _module(backend).alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows))
+        ctx.save_for_backward(rows, *gradients)
+        ctx.length = q.shape[1]
+        return loss
 
-def _save_gradients(ctx, inputs, output) -> None:
-    ctx.save_for_backward(inputs[-1], *output[1:])
-    ctx.length = inputs[1].shape[1]
+    @staticmethod
+    def backward(ctx, d_loss):
+        rows, d_q, d_k, d_weight, d_bias, d_alpha = ctx.saved_tensors
 
+        def spread(gradient: Tensor) -> Tensor:
+            whole = gradient.new_zeros(gradient.shape[0], ctx.length, *gradient.shape[2:])
+            whole[:, rows] = (gradient * d_loss).to(whole.dtype)
+            return whole
 
-def _hand_over_gradients(ctx, d_loss, *_):
-    rows, d_q, d_k, d_weight, d_bias, d_alpha = ctx.saved_tensors
-
-    def spread(gradient):
-        whole = gradient.new_zeros(gradient.shape[0], ctx.length, *gradient.shape[2:])
-        whole[:, rows] = gradient * d_loss
-        return whole
-
-    return (
-        None, None, None, None, spread(d_q), d_k * d_loss, spread(d_weight), d_bias * d_loss, d_alpha * d_loss,
-        None, None, None,
-    )  # fmt: skip
-
-
-_alignment_kl.register_autograd(_hand_over_gradients, setup_context=_save_gradients)
-
-
-def saved_by_checkpointing() -> tuple:
-    """Contexts for `torch.utils.checkpoint`: keep selected sets and the indexer's gradients, recompute the rest."""
-    kept = (torch.ops.gsa.select.default, torch.ops.gsa.alignment_kl.default)
-
-    def policy(ctx, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
-
-    return create_selective_checkpoint_contexts(policy)
+        d_index = spread(d_q), d_k * d_loss, spread(d_weight), d_bias * d_loss
+        return None, None, None, None, *d_index, d_alpha * d_loss, None, None, None

@@ -125,22 +125,26 @@ def kl_rows(
     return torch.where(mask, torch.xlogy(p, p) - p * log_q.masked_fill(~mask, 0.0), 0.0).sum(-1)
 
 
-# -- the operations of a backend: signatures and shapes in gsa/kernels/__init__.py -----------------------
-
-
-def select(index, alpha, v_ref, doc_start, mode, temperature, k_base, k_min, k_max):
-    B, T = index.q.shape[:2]
-    S = index.k.shape[1]
-    seen = visible(_starts(doc_start, B, T, index.q.device), S)
-    scores = index_scores(*index)
-    n = seen.sum(-1)
+def choose(
+    scores: torch.Tensor, seen: torch.Tensor, alpha: torch.Tensor, v_ref: torch.Tensor, n_heads: int, mode: str, *rule
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Mask (B, T, S), k (B, T) and the statistic (B, T) that k was judged by; rule: the rest of `keys_per_query`."""
     statistic = None
     if mode == "variance":
         statistic = score_variance(scores, seen)
     elif mode == "entropy":
         statistic = score_entropy(scores, seen, alpha.to(scores.dtype))
-    k = keys_per_query(n, statistic, v_ref, mode, temperature, k_base, k_min, k_max)
-    mask = top_keys(scores, seen, k, index.q.shape[2])
+    k = keys_per_query(seen.sum(-1), statistic, v_ref, mode, *rule)
+    return top_keys(scores, seen, k, n_heads), k, statistic
+
+
+# -- the operations of a backend: signatures and shapes in gsa/kernels/__init__.py -----------------------
+
+
+def select(index, alpha, v_ref, doc_start, *rule):
+    seen = visible(_starts(doc_start, *index.q.shape[:2], index.q.device), index.k.shape[1])
+    scores = index_scores(*index)
+    mask, k, statistic = choose(scores, seen, alpha, v_ref, index.q.shape[2], *rule)
     return pack(mask), k, scores.new_empty(0) if statistic is None else statistic
 
 

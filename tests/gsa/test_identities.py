@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from gsa import GSAForCausalLM, ModelConfig, kernels
 from gsa.attention import selection
+from gsa.attention.cache import Cache, LayerCache
 from gsa.attention.gates import Gate
 from gsa.attention.indexer import Indexer
 from gsa.kernels import chunked, reference
@@ -273,6 +274,54 @@ def test_alignment_loss_falls_when_trained_and_sees_only_the_sampled_rows():
     assert len({round(e, 6) for e in each}) == 3
 
 
+# -- 6: decoding ----------------------------------------------------------------------------------------
+
+
+def decoded(model: GSAForCausalLM, tokens: torch.Tensor, parts: list[int]) -> torch.Tensor:
+    """Logits of `tokens` fed to a cache in parts."""
+    cache = Cache(model.config, tokens.shape[0], tokens.shape[1], model.embed.weight.dtype)
+    with torch.no_grad():
+        return torch.cat([model(part, cache=cache).logits for part in tokens.split(parts, 1)], 1)
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    mode=st.sampled_from(MODES), length=st.integers(2, 41), prompt=st.integers(1, 40),
+    group=st.sampled_from([1, 2, 4, 8]), sparse=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_cached_decoding_equals_the_full_forward(mode, length, prompt, group, sparse, seed):
+    prompt = min(prompt, length - 1)
+    model = make(seed, adaptive_k=mode, n_heads=8, n_kv_heads=8 // group, sparse=sparse).eval()
+    tokens = some_tokens(2, length, seed)
+    tokens[:, ::3] = 5  # ties
+    token_by_token = decoded(model, tokens, [prompt] + [1] * (length - prompt))
+    torch.testing.assert_close(token_by_token, model(tokens).logits, rtol=0, atol=1e-10)
+    in_two = decoded(model, tokens, [prompt, length - prompt])
+    torch.testing.assert_close(in_two, model(tokens).logits, rtol=0, atol=1e-10)
+
+
+def test_a_cache_without_the_indexers_older_keys_is_caught(monkeypatch):
+    monkeypatch.setattr(LayerCache, "take_index", lambda cache, at, k: cache.index_k.zero_()[:, : at + k.shape[1]])
+    model = make().eval()
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(
+            decoded(model, some_tokens(), [20] + [1] * 17), model(some_tokens()).logits, rtol=0, atol=1e-10
+        )
+
+
+def test_a_cache_is_linear_in_its_length_and_refuses_more():
+    sizes = [Cache(TINY, 2, n).bytes for n in (8, 16, 32)]
+    assert sizes[1] == 2 * sizes[0] and sizes[2] == 4 * sizes[0]
+    assert sizes[0] == 2 * 8 * TINY.n_layers * (2 * TINY.n_kv_heads * TINY.d_head + TINY.d_indexer) * 4
+    with pytest.raises(ValueError, match="65.*max_position_embeddings=64"):
+        Cache(TINY, 1, 65)
+    model, cache = make(dtype=torch.float32), Cache(TINY, 2, 8)
+    with pytest.raises(ValueError, match=r"torch.no_grad\(\)"):
+        model(some_tokens(length=4), cache=cache)
+    with torch.no_grad(), pytest.raises(ValueError, match="37 tokens are more than the cache's capacity=8"):
+        model(some_tokens(), cache=cache)
+
+
 # -- 7: precision ---------------------------------------------------------------------------------------
 
 
@@ -311,6 +360,25 @@ def test_recomputing_changes_no_bit(mode, stage):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     one, two = (model(some_tokens(), some_tokens()) for model in (plain, again))
     assert torch.equal(one.selection_stats, two.selection_stats) and torch.equal(one.loss, two.loss)
+
+
+def test_recomputing_selects_and_aligns_once(monkeypatch):
+    if BACKEND == "reference":
+        pytest.skip("the reference's alignment loss is plain autograd: what it would keep is its graph")
+    calls = []
+    for name in ("select", "alignment_kl"):
+        honest = getattr(chunked, name)
+        monkeypatch.setattr(chunked, name, lambda *x, name=name, honest=honest: [calls.append(name), honest(*x)][1])
+    model = make()
+    model.set_activation_checkpointing(True)
+    out = model(some_tokens(), some_tokens())
+    (out.loss + out.indexer_loss).backward(retain_graph=True)
+    first = {n: p.grad.clone() for n, p in model.named_parameters()}
+    assert sorted(calls) == ["alignment_kl"] * 2 + ["select"] * 2
+    model.zero_grad()
+    (out.loss + out.indexer_loss).backward()
+    assert sorted(calls) == ["alignment_kl"] * 2 + ["select"] * 2
+    assert all(torch.equal(first[n], p.grad) for n, p in model.named_parameters())
 
 
 # -- 9 in one process: parts of a batch add up ----------------------------------------------------------

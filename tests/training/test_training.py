@@ -19,7 +19,7 @@ from launching import ROOT, Case, run_cases
 
 from gsa.weights import load_weights, save_weights
 from training.data import PackedTokens
-from training.metrics import STEP_METRICS, TIME_METRICS, read_rows
+from training.metrics import PROBE_METRICS, STEP_METRICS, TIME_METRICS, read_rows
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 POISONED = 1
@@ -232,7 +232,11 @@ def test_a_run_at_its_end_resumes_to_nothing_and_stays_whole(runs):
 
 def test_rows_carry_what_the_table_says(runs):
     for row in rows_of(runs / "2" / "zero2_sparse"):
-        assert set(STEP_METRICS) == set(row)
+        probed = set(PROBE_METRICS) if row["step"] % 3 == 0 else set()
+        assert set(STEP_METRICS) | probed == set(row)
+        assert all(0 <= row[name] <= 1 for name in probed)
+        if probed:
+            assert row["indexer/coverage_worst"] <= row["indexer/coverage"] <= row["indexer/oracle"]
         parts = sum(row[f"seconds_{part}"] for part in ("data", "forward", "backward", "step"))
         assert 0.5 * row["seconds"] < parts <= row["seconds"]
     assert [r["epoch"] for r in rows_of(runs / "1" / "overfit")][:3] == [1.0, 2.0, 3.0]

@@ -1,0 +1,100 @@
+"""Continuing a prompt: what may be drawn, same seed same text, streaming, long texts, wrong input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from gsa import GSAForCausalLM, ModelConfig
+from training import generate as module
+from training.generate import Sampling, generate, stream_text
+
+CONFIG = ModelConfig(
+    d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=48, vocab_size=61, max_position_embeddings=24,
+    init_std=0.3, d_indexer=8, n_indexer_heads=2, k_base=6, k_min=2, k_max=10,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return GSAForCausalLM(CONFIG).double().eval()
+
+
+def continued(model, prompt=(1, 2, 3), n=12, eod_id=-1, **sampling) -> list[int]:
+    return list(generate(model, list(prompt), max_new_tokens=n, eod_id=eod_id, sampling=Sampling(**sampling)))
+
+
+def test_greedy_text_is_that_of_the_full_forward(model):
+    text = [1, 2, 3]
+    for _ in range(12):
+        text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
+    assert continued(model, temperature=0) == text[3:]
+
+
+def test_same_seed_same_text_and_another_seed_another(model):
+    assert continued(model, seed=3) == continued(model, seed=3)
+    assert len({tuple(continued(model, seed=seed)) for seed in range(4)}) == 4
+
+
+def test_top_k_and_top_p_keep_the_likeliest():
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    plain = {"temperature": 1.0, "top_k": 0}
+    torch.testing.assert_close(Sampling(**plain).probabilities(logits), logits.exp())
+    kept = Sampling(temperature=1.0, top_k=2).probabilities(logits)
+    torch.testing.assert_close(kept, torch.tensor([4 / 7, 3 / 7, 0, 0]))
+    kept = Sampling(**plain, top_p=0.65).probabilities(logits)
+    torch.testing.assert_close(kept, torch.tensor([4 / 7, 3 / 7, 0, 0]))
+    kept = Sampling(**plain, top_p=0.71).probabilities(logits)
+    torch.testing.assert_close(kept, torch.tensor([4 / 9, 3 / 9, 2 / 9, 0]))
+    assert Sampling(**plain, top_p=0.01).probabilities(logits).tolist() == [1, 0, 0, 0]
+    sharper = Sampling(temperature=0.5, top_k=0).probabilities(logits)
+    torch.testing.assert_close(sharper, torch.tensor([16, 9, 4, 1]) / 30)
+
+
+def test_text_longer_than_the_model_sees_goes_on_from_its_newest_part(model):
+    text = continued(model, prompt=range(20), n=30, temperature=0)
+    assert len(text) == 30
+    whole = [*range(20), *text]
+    # the first overflow: 18 of 24 tokens are read again
+    again = model(torch.tensor([whole[24 + 1 - 18 : 24 + 1]])).logits[0, -1].argmax()
+    assert text[5] == int(again)
+
+
+def test_it_ends_before_the_end_of_document(model):
+    text = continued(model, temperature=0)
+    assert continued(model, temperature=0, eod_id=text[4]) == text[: text.index(text[4])]
+
+
+def test_a_character_of_several_tokens_is_streamed_whole():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    ids = tokenizer.encode("aé日b").ids
+    assert len(ids) == 7
+    assert list(stream_text(tokenizer, iter(ids))) == ["a", "é", "日", "b"]
+    assert "".join(stream_text(tokenizer, iter(ids[:2]))) == "a\ufffd"  # cut short: nothing is lost in silence
+
+
+@pytest.mark.parametrize(
+    "option, value, says",
+    [
+        ("--temperature", "-1", "--temperature -1.0 must not be negative"),
+        ("--top_k", "-2", "--top_k -2 must not be negative"),
+        ("--top_p", "0", "--top_p 0.0 must be above 0"),
+        ("--top_p", "1.5", "--top_p 1.5 must be above 0 and at most 1"),
+        ("--max_new_tokens", "0", "--max_new_tokens 0 must be at least 1"),
+        ("--prompt", "", "--prompt is empty"),
+        ("--device", "cuda", "torch sees no GPU"),
+    ],
+)
+def test_wrong_input_is_refused_by_name(tmp_path, capsys, monkeypatch, option, value, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert module.main([str(tmp_path), "--prompt", "x", f"{option}={value}"]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path, capsys):
+    assert module.main([str(tmp_path), "--prompt", "x"]) == 3
+    assert str(tmp_path) in capsys.readouterr().err
