@@ -1,0 +1,245 @@
+"""Time and memory of GSA's attention, forward and backward, beside dense attention and a naive gather, in one run.
+
+    python -m benchmarks.attention [--device cpu] [--backend chunked] [--lengths 512 1024 ... 16384] [--repeats 5]
+
+Indexer scores, selection, attention and, where said, the alignment loss on a quarter of the rows are included; the
+projections around them are not. Ways take turns within a repeat, so that a busy machine slows all alike; ratios are
+taken repeat by repeat. Peak memory is that of a process of its own for each way and length, above its inputs. Nothing
+is timed before it has equalled the float64 reference. Writes benchmarks/results/attention_<device>.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from gsa import kernels
+from training.run_folder import environment
+
+H, G, D, J, E, K = 8, 2, 64, 4, 64, 512
+WAYS = ("dense", "gsa", "gsa + KL", "naive gather")
+NAIVE_LONGEST = 1024
+
+
+def way(name: str, T: int, device: str, dtype: torch.dtype, backend: str) -> Callable[[], None]:
+    """A call of one forward and backward pass at length T, its inputs allocated."""
+    random = torch.Generator().manual_seed(0)
+
+    def leaf(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random).to(device, dtype).requires_grad_()
+
+    q, k, v, d_out = leaf(1, T, H, D), leaf(1, T, G, D), leaf(1, T, G, D), leaf(1, T, H, D).detach()
+    index = kernels.Index(leaf(1, T, J, E), leaf(1, T, E), leaf(1, T, J), leaf(J))
+    alpha = torch.tensor(4.0, device=device, requires_grad=True)
+    rule = {"mode": "variance", "temperature": 1.0, "k_base": K, "k_min": K // 4, "k_max": 2 * K}
+    # the usual variance is this one, so that k is 512 on average
+    unset = torch.zeros((), device=device)
+    v_ref = kernels.select(backend, index, alpha, unset, None, **rule).statistic[:, T // 2 :].mean()
+    rows = torch.randperm(T, generator=random)[: T // 4].sort().values.to(device)
+    leaves = (q, k, v, *index, alpha)
+
+    def dense() -> torch.Tensor:
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    def gsa(with_loss: bool) -> list[torch.Tensor]:
+        chosen = kernels.select(backend, index, alpha, v_ref, None, **rule)
+        out, lse = kernels.attend(backend, q, k, v, chosen.bits, None)
+        if not with_loss:
+            return [out]
+        return [out, kernels.alignment_kl(backend, q, k, lse, index, alpha, chosen.bits, None, rows)]
+
+    def run() -> None:
+        for x in leaves:
+            x.grad = None
+        if name == "dense":
+            outs = [dense()]
+        elif name == "naive gather":
+            outs = [naive_gather(q, k, v, index)]
+        else:
+            outs = gsa(with_loss=name.endswith("KL"))
+        torch.autograd.backward(outs, [d_out, torch.ones_like(alpha)][: len(outs)])
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def naive_gather(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: kernels.Index) -> torch.Tensor:
+    """The predecessor's manner: whole score matrix, top k of a row, every query's own copy of its keys and values."""
+    B, T, H, D = q.shape
+    scores = kernels.index_scores(*(x.detach() for x in index))
+    causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
+    best = scores.masked_fill(~causal, -torch.inf).topk(min(K, T), -1)
+    heads = (x.repeat_interleave(H // x.shape[2], 2) for x in (k, v))
+    every = best.indices[..., None, None].expand(-1, -1, -1, H, D)
+    keys, values = (x[:, None].expand(-1, T, -1, -1, -1).gather(2, every) for x in heads)
+    logits = torch.einsum("bthd,btkhd->bthk", q, keys) / math.sqrt(D)
+    p = logits.masked_fill(best.values[:, :, None].isinf(), -torch.inf).softmax(-1)
+    return torch.einsum("bthk,btkhd->bthd", p, values)
+
+
+def check(device: str, dtype: torch.dtype, backend: str) -> float:
+    """Largest difference of the output from the float64 reference, relative, at T = 700; raises above rounding."""
+    random = torch.Generator().manual_seed(1)
+    shapes = [(1, 700, H, D), (1, 700, G, D), (1, 700, G, D), (1, 700, J, E), (1, 700, E), (1, 700, J), (J,)]
+    drawn = [torch.randn(*shape, generator=random).to(dtype) for shape in shapes]
+    outs = []
+    exact = kernels.Index(*(x.double() for x in drawn[3:]))
+    v_ref = torch.tensor(0.01)
+    rule = {"mode": "off", "temperature": 1.0, "k_base": 64, "k_min": 64, "k_max": 64}
+    bits = kernels.select("reference", exact, torch.tensor(4.0), v_ref, None, **rule).bits
+    for name, to in (("reference", dict(dtype=torch.float64)), (backend, dict(device=device))):
+        q, k, v = (x.to(**to) for x in drawn[:3])
+        outs.append(kernels.attend(name, q, k, v, bits.to(q.device), None)[0].double().cpu())
+    error = ((outs[1] - outs[0]).abs().max() / outs[0].abs().max()).item()
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    if not error <= bound:
+        raise SystemExit(f"refusing to time {backend}: off by {error:.1e} at {dtype}, more than {bound:.0e}")
+    return error
+
+
+def peak_mib(name: str, T: int, args: argparse.Namespace) -> float:
+    """Memory above the inputs, measured in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.attention", "--peak-of", name, "--lengths", str(T)]
+    command += [
+        "--device",
+        args.device,
+        "--backend",
+        args.backend,
+        "--dtype",
+        args.dtype,
+        "--threads",
+        str(args.threads),
+    ]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def measure_peak(name: str, T: int, args: argparse.Namespace) -> float:
+    dtype = getattr(torch, args.dtype)
+    way(name, 64, args.device, dtype, args.backend)()  # libraries loaded, thread pools started
+    run = way(name, T, args.device, dtype, args.backend)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark so far
+    before = status_kib("VmRSS")
+    run()
+    return (status_kib("VmHWM") - before) / 2**10
+
+
+def status_kib(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.attention", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--backend", default="chunked", choices=["chunked", "triton"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peak-of", choices=WAYS, help="print the peak of one way at one length, in MiB, and end")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    if args.peak_of:
+        print(measure_peak(args.peak_of, args.lengths[0], args))
+        return 0
+    dtype = getattr(torch, args.dtype)
+    error = check(args.device, dtype, args.backend)
+    results = []
+    for T in args.lengths:
+        names = [n for n in WAYS if n != "naive gather" or T <= NAIVE_LONGEST]
+        runs = {n: way(n, T, args.device, dtype, args.backend) for n in names}
+        seconds: dict[str, list[float]] = {n: [] for n in names}
+        for repeat in range(args.repeats + 1):
+            for n, run in runs.items():
+                began = time.perf_counter()
+                run()
+                if repeat:  # the first warms caches
+                    seconds[n].append(time.perf_counter() - began)
+        runs.clear()
+        for n in names:
+            ratios = [ours / dense for ours, dense in zip(seconds[n], seconds["dense"], strict=True)]
+            results.append({
+                "T": T, "way": n, "seconds": seconds[n], "median_s": statistics.median(seconds[n]),
+                "to_dense": statistics.median(ratios), "to_dense_range": [min(ratios), max(ratios)],
+                "peak_mib": peak_mib(n, T, args),
+            })  # fmt: skip
+            print(row_of(results[-1]), flush=True)
+    env = environment()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    command = f"python -m benchmarks.attention {' '.join(argv)}".strip()
+    birth = {
+        "command": command, "commit": commit, "date": f"{datetime.now(UTC):%Y-%m-%d}", "devices": env["devices"],
+        "cpus": env["cpus"], "threads": args.threads, "torch": env["torch"], "dtype": args.dtype,
+        "backend": args.backend, "check_error": error,
+    }  # fmt: skip
+    out = Path(__file__).parent / "results" / f"attention_{args.device}"
+    out.with_suffix(".json").write_text(json.dumps({"birth": birth, "results": results}, indent=1) + "\n")
+    out.with_suffix(".md").write_text(report(birth, results))
+    return 0
+
+
+def row_of(r: dict) -> str:
+    low, high = r["to_dense_range"]
+    return (
+        f"| {r['T']} | {r['way']} | {r['median_s'] * 1e3:.1f} | {r['to_dense']:.2f} [{low:.2f} - {high:.2f}] "
+        f"| {r['peak_mib']:.0f} |"
+    )
+
+
+def growth(results: list[dict], name: str) -> float:
+    """Exponent of peak memory in T: slope of a least-squares line through the logarithms, from T = 1024 on."""
+    points = [(math.log(r["T"]), math.log(r["peak_mib"])) for r in results if r["way"] == name and r["T"] >= 1024]
+    if len(points) < 2:
+        return math.nan
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
+
+
+def report(birth: dict, results: list[dict]) -> str:
+    lines = [
+        "# Attention, forward and backward",
+        "",
+        f"`{birth['command']}`, commit {birth['commit']}, {birth['date']}, {', '.join(birth['devices'])}, "
+        f"{birth['cpus']} CPUs (shared), {birth['threads']} threads, torch {birth['torch']}, {birth['dtype']}, backend "
+        f"{birth['backend']}. Batch 1, {H} heads of {D}, {G} key/value heads, indexer {J} x {E}, k = {K} "
+        f"(`adaptive_k: variance`, {K // 4} to {2 * K}). Medians; in brackets smallest and largest ratio of a repeat.",
+        f"Output against the float64 reference: {birth['check_error']:.1e}.",
+        "",
+        "| T | way | ms | to dense | peak, MiB |",
+        "|---|---|---|---|---|",
+        *(row_of(r) for r in results),
+        "",
+        "Peak memory grows with T to the power of "
+        + ", ".join(f"{growth(results, n):.2f} ({n})" for n in ("dense", "gsa", "gsa + KL"))
+        + ".",
+    ]
+    at = {(r["T"], r["way"]): r for r in results}
+    if (NAIVE_LONGEST, "naive gather") in at:
+        naive, ours = at[NAIVE_LONGEST, "naive gather"], at[NAIVE_LONGEST, "gsa"]
+        lines.append(
+            f"At T = {NAIVE_LONGEST} the naive gather takes {naive['median_s'] / ours['median_s']:.1f} times as long "
+            f"as gsa and {naive['peak_mib'] / ours['peak_mib']:.1f} times the memory."
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
