@@ -1,0 +1,20 @@
+"""The operations in Triton, for GPUs: signatures in gsa/kernels/__init__.py. What they can do, and what they cannot."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+
+from gsa.kernels.triton_alignment import alignment_kl
+from gsa.kernels.triton_attention import Attend
+from gsa.kernels.triton_select import select
+
+__all__ = ["alignment_kl", "attend", "select"]
+
+
+def attend(q, k, v, bits, doc_start):
+    T, S = q.shape[1], k.shape[1]
+    if bits is None and doc_start is None and T in (1, S):
+        causal = T > 1  # one query sees every key
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2), None
+    return Attend.apply(q, k, v, bits, doc_start)
