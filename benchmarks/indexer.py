@@ -65,8 +65,8 @@ def main(argv: list[str]) -> int:
 
 `python -m benchmarks.indexer {" ".join(argv)}`, commit {commit}, {datetime.now(UTC):%Y-%m-%d}, {env["cpus"]} CPUs
 (shared), torch {env["torch"]}. {CONFIG.name}: {model.config.n_layers} layers, T = {plain["training"]["max_seq_len"]},
-k = {model.config.k_base}; {args.steps} steps, of these {plain["training"]["indexer_warmup_steps"]} dense, in {seconds:.0f} s;
-held-out {evals[-1]["eval_bpb"]:.3f} bits per byte (unigram {evals[-1]["unigram_bpb"]:.3f}).
+k = {model.config.k_base}; {args.steps} steps, of these {plain["training"]["indexer_warmup_steps"]} dense, in
+{seconds:.0f} s; held-out {evals[-1]["eval_bpb"]:.3f} bits per byte (unigram {evals[-1]["unigram_bpb"]:.3f}).
 {len(batches)} held-out windows. Shares of dense attention mass, queries that see more than k keys.
 
 After training:

@@ -38,7 +38,7 @@ def attend_forward(
     G: tl.constexpr, REP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     HAS_BITS: tl.constexpr, WITH_OUT: tl.constexpr,
 ):  # fmt: skip
-    """Out (B, N, H, D) and Lse (B, H, N) to base 2, of the queries Rows (N,), ascending; Q (B, N, H, D), Begin (B, N)."""
+    """Out (B, N, H, D) and Lse (B, H, N) to base 2 of queries Rows (N,), ascending. Q (B, N, H, D), Begin (B, N)."""
     tile, b, g = tl.program_id(0), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     H: tl.constexpr = G * REP
     R: tl.constexpr = BM * REP

@@ -55,7 +55,7 @@ def level_strip(
 def row_statistic(
     Strip, Start, Alpha, Out, q0, C, T, S, to_score, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Out (B, C) float32: variance of each row's scores over its visible keys, or entropy of softmax(alpha * scores)."""
+    """Out (B, C) float32: variance of each row's scores over its visible keys, or entropy of softmax(alpha * I)."""
     r, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start = tl.load(Start + b * T + q0 + r)
     end = q0 + r + S - T + 1
