@@ -7,6 +7,7 @@ bits (triton 3.6 to 3.9), so operands are widened first.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 import torch
 
@@ -17,7 +18,9 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         import numpy as np
-        import triton.experimental.gluon  # noqa: F401  imported at the first launch otherwise, in the other mode
+
+        with suppress(ImportError):  # imported at the first launch otherwise, in the other mode
+            import triton.experimental.gluon  # noqa: F401
         import triton.language as tl
         from triton.runtime import interpreter
 

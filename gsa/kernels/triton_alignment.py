@@ -146,9 +146,10 @@ def align_keys(
     tl.store(dIndexK + at, d_k, mask=n_ok[:, None])
 
 
+# launch options; tests/gsa/kernels/test_triton_ahead.py bounds what they take of a GPU: no register spills
 LOGITS = {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2}
 QUERIES = {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2}
-KEYS = {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2}
+KEYS = {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2}
 
 
 def alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows):

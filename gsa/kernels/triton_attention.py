@@ -160,7 +160,7 @@ def attend_backward_keys(
 # rows of a program, BM * REP; keys; warps
 FORWARD = {"rows": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
 BACKWARD_QUERIES = {"rows": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
-BACKWARD_KEYS = {"rows": 64, "BN": 64, "num_warps": 4, "num_stages": 2}
+BACKWARD_KEYS = {"rows": 64, "BN": 64, "num_warps": 8, "num_stages": 2}
 
 
 def tile_of(setting: dict, rep: int) -> dict:

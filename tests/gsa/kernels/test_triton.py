@@ -58,7 +58,7 @@ def small_tiles(request, monkeypatch):
 
 @st.composite
 def cases(draw) -> Case:
-    T = draw(st.integers(1, 70))
+    T = draw(st.integers(1, 50))
     return Case(
         B=draw(st.integers(1, 2)), T=T, S=T + draw(st.sampled_from([0, 0, 1, 9])),
         H=8, G=draw(st.sampled_from([1, 2, 4, 8])), J=draw(st.integers(1, 4)), k=draw(st.integers(1, 60)),
@@ -68,7 +68,7 @@ def cases(draw) -> Case:
     )  # fmt: skip
 
 
-few = settings(deadline=None, max_examples=12, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+few = settings(deadline=None, max_examples=8, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 """Without shrinking: a case takes a second."""
 
 
@@ -87,7 +87,7 @@ def test_outputs_and_every_gradient_equal_the_reference(case):
 @pytest.mark.shipped_tiles
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_shipped_tiles_and_heads_of_64(dtype):
-    case = Case(B=1, T=96, S=160, H=8, G=2, D=64, J=4, E=64, k=20, documents=3, mode="variance", dtype=dtype,
+    case = Case(B=1, T=80, S=150, H=8, G=2, D=64, J=4, E=64, k=20, documents=3, mode="variance", dtype=dtype,
                 device=triton_here.DEVICE)  # fmt: skip
     check_selection("triton", case)
     check_attention("triton", case, BOUNDS[dtype])
@@ -146,7 +146,7 @@ def test_a_wrong_kernel_is_caught(monkeypatch, module, name, wrong):
     ],
 )
 def test_a_wrong_selection_is_caught(monkeypatch, name, wrong):
-    case = Case(T=60, S=60, k=12, documents=2, mode="variance", dtype=torch.float32, device=triton_here.DEVICE)
+    case = Case(B=1, T=40, S=40, k=8, documents=2, mode="variance", dtype=torch.float32, device=triton_here.DEVICE)
     check_selection("triton", case)
     monkeypatch.setattr(triton_select, name, wrong(getattr(triton_select, name)))
     with pytest.raises(AssertionError):
