@@ -109,8 +109,8 @@ def spread(mask: torch.Tensor, seen: torch.Tensor) -> Spread:
     """mask, seen: (T, T) bool, the selected and the visible keys of one sequence."""
     choosing = mask.sum(-1) < seen.sum(-1)
     union = {}
-    for n in NEIGHBOURS:
-        groups = choosing.shape[0] // n
+    for n in (n for n in NEIGHBOURS if n <= len(choosing)):
+        groups = len(choosing) // n
         whole = choosing[: groups * n].view(groups, n).all(-1)
         sets = mask[: groups * n].view(groups, n, -1)[whole]
         if len(sets):

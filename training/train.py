@@ -15,6 +15,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 # as a script, Python puts training/ itself first on the path, where config.py and data.py would be
 # mistaken for other people's modules; the project's root belongs there, installed or not
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
@@ -115,6 +117,8 @@ def prepare(args: argparse.Namespace) -> Prepared:
     cfg = load_config(args.config, args.overrides)
     plan = plan_batch(cfg.training, environment_world_size())
     ds_config = resolve_ds_config(args.deepspeed_config, cfg, plan, args.config)
+    if cfg.training.backend == "triton" and not torch.cuda.is_available():
+        raise ConfigError("training.backend=triton needs a GPU, and torch sees none here; use auto or chunked")
     folder = RunFolder(args.output_dir)
     start = found = None
     if environment_rank() == 0:

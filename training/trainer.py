@@ -18,7 +18,7 @@ from gsa.attention.probe import PROBES
 from gsa.checkpoint import manifest
 from gsa.checkpoint.legacy import read_legacy
 from gsa.checkpoint.state import RunState
-from gsa.kernels import resolve
+from gsa.kernels.choice import Shape, resolve
 from gsa.weights import load_weights
 from training import config as run_config
 from training.clock import StepClock
@@ -104,7 +104,8 @@ class Trainer:
         model = GSAForCausalLM(cfg.model)
         if start is None and cfg.training.init_from:
             model.load_state_dict(load_weights(Path(cfg.training.init_from))[1])
-        model.set_backend(resolve(cfg.training.backend, world.device))
+        backend, fault = self._backend()
+        model.set_backend(backend)
         model.set_activation_checkpointing(cfg.training.gradient_checkpointing)
         self.n_layers = cfg.model.n_layers
         optimizer = build_optimizer(model, cfg.training)
@@ -112,6 +113,8 @@ class Trainer:
         self.model: GSAForCausalLM = self.engine.module
 
         self.console = Console(world.is_main, self._end(), log_interval=cfg.training.log_interval)
+        if fault is not None:
+            self.console.line(f"warning: attention runs on the chunked kernels, not on Triton's: {fault}")
         run = folder.read_run()
         self._continued = (
             start is not None
@@ -147,6 +150,14 @@ class Trainer:
 
     # -- before the first step -------------------------------------------------------------------------
 
+    def _backend(self) -> tuple[str, str | None]:
+        """One for all ranks, "auto" resolved; and what kept the first rank that found a fault from the fastest."""
+        c = self.cfg.model
+        dtype = torch.bfloat16 if self.cfg.training.precision == "bf16" else torch.float32
+        shape = Shape(c.n_heads, c.n_kv_heads, c.d_head, c.n_indexer_heads, c.d_indexer, dtype)
+        found = self.world.gather(resolve(self.cfg.training.backend, shape, self.world.device))
+        return next(((backend, fault) for backend, fault in found if fault), found[0])
+
     def _end(self) -> int:
         stop = self.cfg.training.stop_at_step
         return self.cfg.training.max_steps if stop is None else min(stop, self.cfg.training.max_steps)
@@ -178,7 +189,7 @@ class Trainer:
         self.log = MetricsLog(self.folder.metrics)
         self.folder.update_run(
             status="running", reason=None, step=self.step, tracking_id=self.tracking_id, world_size=self.world.size,
-            zero_stage=self.engine.zero_stage,
+            zero_stage=self.engine.zero_stage, backend=self.model.layers[0].attention.backend,
         )  # fmt: skip
         event = {"event": "start" if start is None else "resume", "step": self.step, "world_size": self.world.size,
                  "zero_stage": self.engine.zero_stage}  # fmt: skip

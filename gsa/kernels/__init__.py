@@ -22,7 +22,7 @@ from gsa.kernels.reference import attention_probabilities, choose, index_scores,
 
 __all__ = [
     "Backend", "Index", "Selection", "alignment_kl", "attend", "attention_probabilities", "choose", "index_scores",
-    "pack", "resolve", "saved_by_checkpointing", "select", "top_keys", "unpack", "visible",
+    "pack", "saved_by_checkpointing", "select", "top_keys", "unpack", "visible",
 ]  # fmt: skip
 
 Backend = Literal["reference", "chunked", "triton"]
@@ -56,14 +56,6 @@ def _module(backend: str) -> ModuleType:
 
         return triton_backend
     raise ValueError(f"backend={backend!r} is not one of {', '.join(get_args(Backend))}")
-
-
-def resolve(wanted: str, device: torch.device) -> Backend:
-    """The backend that "auto" means on `device`; any other is what it says, or ValueError where it cannot run."""
-    if wanted != "auto":
-        _module(wanted)
-        return wanted
-    return "chunked"
 
 
 @torch.no_grad()

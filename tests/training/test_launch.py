@@ -90,6 +90,8 @@ def test_plain_python_is_one_rank(finished):
     [
         (2, "unknown key 'training.max_stepz'", ["training.max_stepz=1"]),
         (2, "not a multiple of training.micro_batch_size=3", ["training.micro_batch_size=3"]),
+        (2, "training.backend='tritn' is not one of", ["training.backend=tritn"]),
+        (2, "training.backend=triton needs a GPU", ["training.backend=triton"]),
         (2, "stray first step", ["training.precision=bf16", "--deepspeed_config", "ds_configs/zero0.json"]),
         (2, "zero9.json: No such file", ["--deepspeed_config", "ds_configs/zero9.json"]),
         (2, "already holds a run; continue it with --resume_from auto", ["@finished"]),

@@ -1,0 +1,90 @@
+"""The tool that measures what an indexer selects: its numbers by hand, and on a real checkpoint."""
+
+from __future__ import annotations
+
+import re
+import shutil
+
+import pytest
+import torch
+
+from training import selected_sets
+from training.selected_sets import occupied, spread
+
+
+def test_union_and_empty_tiles_by_hand():
+    T = 8
+    seen = torch.ones(T, T, dtype=torch.bool).tril()
+    mask = torch.eye(T, dtype=torch.bool)
+    mask[:, 0] = True  # row 0 has one key, all others two: itself and the first
+    found = spread(mask, seen)
+    assert found.k == pytest.approx(15 / 8)
+    # row 1 sees two keys and selects both: rows 2..7 choose, pairs (2,3), (4,5), (6,7) have 3 keys of 2 each
+    assert found.union == {2: pytest.approx(3 / 2), 4: pytest.approx(5 / 2)}  # 4..7: five keys
+
+
+def test_tiles_are_counted_where_something_is_visible(monkeypatch):
+    mask = torch.zeros(100, 100, dtype=torch.bool)
+    mask[99, 0] = True
+    assert occupied(mask, (16, 64)).nonzero().tolist() == [[6, 0]]
+    assert occupied(mask, (128, 128)).tolist() == [[True]]
+    seen = torch.ones(128, 128, dtype=torch.bool).tril()
+    assert spread(seen, seen).empty == {(16, 64): 0, (64, 64): 0, (128, 128): 0}
+    assert spread(torch.eye(128, dtype=torch.bool), seen).empty[64, 64] == pytest.approx(1 / 3)
+
+
+def test_random_sets_spread_as_chance_says():
+    T, k = 256, 16
+    seen = torch.ones(T, T, dtype=torch.bool).tril()
+    random = torch.Generator().manual_seed(0)
+    scores = torch.rand(T, T, generator=random).masked_fill(~seen, -1)
+    mask = torch.zeros(T, T, dtype=torch.bool).scatter(1, scores.topk(k, 1).indices, True) & seen
+    found = spread(mask, seen).union
+    # a key is missed by n rows with (1 - k/t)^n
+    for n in (4, 32):
+        groups = [torch.arange(g, g + n) + 1 for g in range(0, T, n) if g >= k]
+        expected = []
+        for sizes in groups:
+            keys = torch.arange(int(sizes[-1]))
+            missed = torch.where(keys[None] < sizes[:, None], 1 - k / sizes[:, None], 1.0).prod(0)
+            expected.append((1 - missed).sum() / k)
+        assert found[n] == pytest.approx(torch.stack(expected).mean().item(), rel=0.02)
+
+
+def test_a_checkpoint_is_measured(a_run, capsys):
+    assert selected_sets.main([str(a_run), "--windows", "3"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("step_6: 3 held-out windows of 32 tokens, k_base 6")
+    rows = [
+        [float(x) for x in re.findall(r"[\d.]+", line)] for line in out.splitlines() if re.match(r"\| \d \| 0", line)
+    ]
+    assert [row[0] for row in rows] == list(range(len(rows))) and len(rows) >= 2
+    for _, covered, oracle, ratio, recall, random_ratio, random_recall in rows:
+        assert 0 < covered <= oracle <= 1 and ratio == pytest.approx(covered / oracle, abs=2e-3)
+        assert 0 <= recall <= 1 and 0 <= random_ratio <= 1 and 0 <= random_recall <= 1
+    chosen = [line for line in out.splitlines() if "| selected |" in line]
+    chance = [line for line in out.splitlines() if "| random |" in line]
+    assert len(chosen) == len(chance) == len(rows)
+    assert [c.split("|")[3] for c in chosen] == [c.split("|")[3] for c in chance]  # sets of the same size
+
+
+@pytest.mark.parametrize(
+    "argv, code, says",
+    [
+        (["--windows", "0"], 2, "--windows 0 must be at least 1"),
+        (["--max_seq_len", "4096"], 3, "--max_seq_len 4096 is more than the model's max_position_embeddings=32"),
+        (["--data", "nowhere"], 3, "nowhere"),
+    ],
+)
+def test_wrong_input_is_refused(a_run, capsys, argv, code, says):
+    assert selected_sets.main([str(a_run), *argv]) == code
+    assert says in capsys.readouterr().err
+
+
+def test_a_damaged_or_missing_checkpoint_is_refused(a_run, tmp_path, capsys):
+    assert selected_sets.main([str(tmp_path)]) == 3
+    copy = tmp_path / "copy"
+    shutil.copytree(a_run, copy)
+    (copy / "step_6" / "model.safetensors").write_bytes(b"x")
+    assert selected_sets.main([str(copy / "step_6")]) == 3
+    assert "model.safetensors" in capsys.readouterr().err
