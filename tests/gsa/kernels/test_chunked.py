@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backend_checks import Case, check_attention, check_selection
+from backend_checks import Case, check_attention, check_selection, choose, inputs, outputs_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsa import kernels
 from gsa.kernels import chunked
@@ -112,3 +113,32 @@ def test_a_wrong_selection_is_caught(monkeypatch, name, wrong):
     monkeypatch.setattr(chunked, name, wrong(getattr(chunked, name)))
     with pytest.raises((AssertionError, RuntimeError)):
         check_selection("chunked", Case(mode="variance", documents=2))
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest floating tensor that any operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, (tuple, list)) else (made,):
+            # views of one element, as expand makes them, take no memory
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and 0 not in x.stride():
+                self.numel = max(self.numel, x.numel())
+        return made
+
+
+def largest_float(backend: str, documents: int) -> int:
+    case = Case(B=1, T=512, S=512, H=2, G=1, k=32, documents=documents, mode="variance", dtype=torch.float32)
+    x = inputs(case).to(torch.float32, "cpu")
+    with Largest() as seen:
+        outputs_and_gradients(backend, x, choose(backend, x, case).bits)
+    return seen.numel
+
+
+@pytest.mark.parametrize("documents", [1, 3])
+def test_no_float_tensor_is_as_large_as_the_scores(documents):
+    """One of (T, S) would be 262,144 numbers, one of (T, k, H, D) 524,288. A chunk of 8 queries has 8 x 512 x 2."""
+    assert largest_float("chunked", documents) <= 512 * 32  # the inputs' own size
+    assert largest_float("reference", documents) >= 512 * 512
