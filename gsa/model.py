@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,8 @@ from gsa.attention.gates import GATE_BIAS, Gate
 from gsa.attention.positions import Positions, positions
 from gsa.config import ModelConfig
 from gsa.loss import IGNORE, linear_cross_entropy
+
+Recomputed = Literal["none", "ffn", "block"]
 
 
 class GSAOutput(NamedTuple):
@@ -68,7 +70,10 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """Pre-norm attention and feed-forward, each added to the residual stream.
+
+    recompute_ffn: the backward pass computes the feed-forward's insides again instead of keeping them.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -76,6 +81,7 @@ class Block(nn.Module):
         self.attention = GatedSparseAttention(config)
         self.ffn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.ffn = SwiGLU(config.d_model, config.d_ffn)
+        self.recompute_ffn = False
 
     def forward(
         self,
@@ -87,7 +93,14 @@ class Block(nn.Module):
     ) -> AttentionOutput:
         attended = self.attention(self.attention_norm(x), at, rows, probe_rows, cache)
         x = x + attended.out
-        return attended._replace(out=x + self.ffn(self.ffn_norm(x)))
+        if self.recompute_ffn and torch.is_grad_enabled():
+            fed = checkpoint(self._feed_forward, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            fed = self._feed_forward(x)
+        return attended._replace(out=x + fed)
+
+    def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ffn(self.ffn_norm(x))
 
 
 class GSAForCausalLM(nn.Module):
@@ -102,6 +115,7 @@ class GSAForCausalLM(nn.Module):
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.stage: Stage = "sparse"
         self._checkpointing = False
+        self._backend: Backend = "chunked"
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -125,12 +139,27 @@ class GSAForCausalLM(nn.Module):
 
     def set_backend(self, backend: Backend) -> None:
         """Which implementation of the kernels runs: see gsa/kernels/__init__.py. A new model has "chunked"."""
+        self._backend = backend
         for layer in self.layers:
             layer.attention.backend = backend
 
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Keeps each block's input, selected sets and indexer gradients for the backward pass, recomputes the rest."""
-        self._checkpointing = enabled
+    def set_activation_checkpointing(self, scope: Recomputed) -> None:
+        """What the backward pass computes again instead of keeping it.
+
+        "none": nothing. "ffn": what the feed-forwards keep, about half of a block, for two of their three products.
+        "block": everything but each block's input, its selected sets and its indexer's gradients.
+        """
+        if scope not in get_args(Recomputed):
+            raise ValueError(f"activation checkpointing {scope!r} is not one of {', '.join(get_args(Recomputed))}")
+        self._checkpointing = scope == "block"
+        for layer in self.layers:
+            layer.recompute_ffn = scope == "ffn"
+
+    def compile_parts(self) -> None:
+        """Fuses norms, gates and feed-forwards by torch.compile, each when it first runs; attention has own kernels."""
+        for module in self.modules():
+            if isinstance(module, (RMSNorm, SwiGLU, Gate)):
+                module.compile(dynamic=False)
 
     def update_v_ref(self, selection_stats: torch.Tensor) -> None:
         """Folds the variance of one global batch into every layer's running mean: docs/gsa.md, 4.
@@ -202,7 +231,7 @@ class GSAForCausalLM(nn.Module):
             return GSAOutput(logits, None, None, stats, n_selected, probe)
         if n_targets is None:
             n_targets = (targets != IGNORE).sum().clamp_min(1)
-        loss = linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), n_targets)
+        loss = linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten(), n_targets, self._backend)
         indexer_loss = torch.stack([part.indexer_loss for part in parts]).mean()
         return GSAOutput(None, loss, indexer_loss, stats, n_selected, probe)
 
@@ -228,20 +257,30 @@ def count_params(config: ModelConfig) -> dict[str, int]:
     return parts | {"total": sum(parts.values())}
 
 
-def flops_per_token(config: ModelConfig, seq_len: int, *, indexer_rows: float = 0.25) -> dict[str, float]:
+def flops_per_token(
+    config: ModelConfig,
+    seq_len: int,
+    *,
+    indexer_rows: float = 0.25,
+    keys: float | None = None,
+    visible: float | None = None,
+) -> dict[str, float]:
     """Useful floating-point operations of one training step per token, by part, with "total".
 
     One multiply-add is two. Forward and backward of a matrix product cost 3 forward products; recomputation
     is not useful and not counted. The indexer's input is detached, so its projections
-    have no input gradient. Attention counts the selected pairs only (mean keys per query in one
-    document of seq_len tokens at k_base); the indexer scores all visible pairs. indexer_rows: share of rows whose
-    alignment loss is taken; its target probabilities are forward only.
+    have no input gradient. Attention counts the selected pairs only, the indexer scores all visible pairs.
+    keys, visible: mean attended and visible keys per query, as measured; by default those of one document of seq_len
+    tokens at k_base. indexer_rows: share of rows whose alignment loss is taken; its target probabilities are forward
+    only.
     """
     c, n = config, count_params(config)
-    # mean over t = 1 .. L of min(t, k)
-    visible_keys = (seq_len + 1) / 2
-    k = min(c.k_base, seq_len)
-    keys = (k * (k + 1) / 2 + (seq_len - k) * k) / seq_len if c.sparse else visible_keys
+    if visible is None:
+        visible = (seq_len + 1) / 2
+    if keys is None:
+        k = min(c.k_base, seq_len)
+        # mean over t = 1 .. L of min(t, k)
+        keys = (k * (k + 1) / 2 + (seq_len - k) * k) / seq_len if c.sparse else visible
     pair = 4.0 * c.n_heads * c.d_head  # QK and PV
     parts = {
         "projections": 6.0 * (n["attention"] + n["gates"] + n["ffn"]) + 4.0 * n["indexer"],
@@ -250,6 +289,6 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, indexer_rows: float = 
         "indexer": 0.0,
     }
     if c.sparse:
-        score = 2.0 * c.n_indexer_heads * c.d_indexer * visible_keys
+        score = 2.0 * c.n_indexer_heads * c.d_indexer * visible
         parts["indexer"] = c.n_layers * (score + indexer_rows * (2 * score + pair / 2 * keys))
     return parts | {"total": sum(parts.values())}

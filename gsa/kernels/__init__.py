@@ -22,7 +22,7 @@ from gsa.kernels.reference import attention_probabilities, choose, index_scores,
 
 __all__ = [
     "Backend", "Index", "Selection", "alignment_kl", "attend", "attention_probabilities", "choose", "index_scores",
-    "pack", "saved_by_checkpointing", "select", "top_keys", "unpack", "visible",
+    "fold_logits", "logits_gradient", "pack", "saved_by_checkpointing", "select", "top_keys", "unpack", "visible",
 ]  # fmt: skip
 
 Backend = Literal["reference", "chunked", "triton"]
@@ -113,6 +113,32 @@ def alignment_kl(
     if backend == "reference":
         return reference.alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows)
     return _AlignmentKL.apply(backend, q, k, lse, *index, alpha, bits, doc_start, rows)
+
+
+def fold_logits(
+    backend: Backend, logits: Tensor, targets: Tensor, start: int, top: Tensor, mass: Tensor, label: Tensor
+) -> None:
+    """Takes a block of logits up into the running statistics of its rows, in place: log Z = top + log(mass).
+
+    logits: (N, width), of the vocabulary from `start` on, float32 at least; overwritten. targets: (N,) int64, any
+    value where a row has none. top, mass, label: (N,) like logits, -inf, 0 and 0 before the first block; label
+    becomes the logit of the target.
+    """
+    _loss_module(backend).fold_logits(logits, targets, start, top, mass, label)
+
+
+def logits_gradient(
+    backend: Backend, logits: Tensor, targets: Tensor, start: int, log_z: Tensor, scale: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """(softmax - one-hot) * scale of a block of logits, (N, width), rounded once to `dtype`; overwrites logits.
+
+    log_z, scale: (N,) like logits. Else as for `fold_logits`.
+    """
+    return _loss_module(backend).logits_gradient(logits, targets, start, log_z, scale, dtype)
+
+
+def _loss_module(backend: str) -> ModuleType:
+    return _module("triton") if backend == "triton" else reference
 
 
 class _AlignmentKL(torch.autograd.Function):

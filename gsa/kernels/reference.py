@@ -158,6 +158,29 @@ def alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows):
     return kl_rows(q[:, rows], k, scores, mask, alpha).mean()
 
 
+def fold_logits(logits, targets, start, top, mass, label):
+    at, here = _label_in(targets, start, logits.shape[1])
+    label += torch.where(here, logits.gather(1, at[:, None])[:, 0], 0.0)
+    new_top = torch.maximum(top, logits.amax(-1))
+    mass.mul_((top - new_top).exp_()).add_(logits.sub_(new_top[:, None]).exp_().sum(-1))
+    top.copy_(new_top)
+
+
+def logits_gradient(logits, targets, start, log_z, scale, dtype):
+    # softmax - one-hot, in place of the logits
+    at, here = _label_in(targets, start, logits.shape[1])
+    by_logit = logits.sub_(log_z[:, None]).exp_()
+    by_logit.scatter_add_(1, at[:, None], -here[:, None].to(logits.dtype))
+    return by_logit.mul_(scale[:, None]).to(dtype)
+
+
+def _label_in(targets, start, width):
+    """(N,) each: the column of a row's target in a block of the vocabulary, or column 0; and whether it is there."""
+    at = targets - start
+    here = (at >= 0) & (at < width)
+    return torch.where(here, at, 0), here
+
+
 def pack(mask: torch.Tensor) -> torch.Tensor:
     """(..., S) bool as (..., ceil(S / 32)) int32: bit s % 32 of word s // 32."""
     words = F.pad(mask.long(), (0, -mask.shape[-1] % 32)).unflatten(-1, (-1, 32))

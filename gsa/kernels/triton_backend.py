@@ -6,9 +6,10 @@ import torch.nn.functional as F
 
 from gsa.kernels.triton_alignment import alignment_kl
 from gsa.kernels.triton_attention import Attend
+from gsa.kernels.triton_loss import fold_logits, logits_gradient
 from gsa.kernels.triton_select import select
 
-__all__ = ["alignment_kl", "attend", "select"]
+__all__ = ["alignment_kl", "attend", "fold_logits", "logits_gradient", "select"]
 
 
 def attend(q, k, v, bits, doc_start):
