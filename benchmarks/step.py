@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.measuring import commit
 from gsa import GSAForCausalLM
 from gsa.kernels.choice import Shape, resolve
 from gsa.model import count_params
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         torch.manual_seed(0)
         model = GSAForCausalLM(config).to(device, dtype)
         model.set_backend(backend)
-        model.set_activation_checkpointing(cfg.training.gradient_checkpointing)
+        model.set_activation_checkpointing(cfg.training.recomputed)
         steps[name] = step_of(model, build_optimizer(model, cfg.training), tokens, targets, rows, cfg, device)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(args.repeats + 2):
@@ -89,7 +89,6 @@ def step_of(model, optimizer, tokens, targets, rows, cfg, device):
 
 def report(args, argv, cfg, backend, size, seconds, peaks) -> str:
     env = environment()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     ratios = [ours / dense for ours, dense in zip(seconds["gsa"], seconds["dense"], strict=True)]
     lines = [
         f"| {name} | {statistics.median(spent):.3f} [{min(spent):.3f} - {max(spent):.3f}] | {peaks[name]:.1f} |"
@@ -97,7 +96,7 @@ def report(args, argv, cfg, backend, size, seconds, peaks) -> str:
     ]
     return f"""# A whole training step
 
-`python -m benchmarks.step {" ".join(argv)}`, commit {commit}, {datetime.now(UTC):%Y-%m-%d},
+`python -m benchmarks.step {" ".join(argv)}`, commit {commit()}, {datetime.now(UTC):%Y-%m-%d},
 {", ".join(env["devices"])}, torch {env["torch"]}. {args.config.name}:
 {count_params(cfg.model)["total"]:,} parameters, {size[0]} x {size[1]} tokens,
 {cfg.training.precision}, backend {backend}, k_base {cfg.model.k_base}. Medians of {args.repeats}, smallest and largest.

@@ -135,8 +135,9 @@ def check_attention(backend: str, case: Case, bound: float) -> None:
     found, again = (outputs_and_gradients(backend, ours, there) for _ in range(2))
     for name, tensor in found.items():
         assert torch.equal(tensor, again[name]), f"{name} is not repeatable"
-        # where the true gradient is nothing, as of a query that sees one key, rounding is judged by the inputs' size
-        least = 0.5 if name in ("out", "q", "k", "v") else 1e-3
+        # where the true gradient is nothing, as of a query that sees one key, rounding is judged by the inputs' size;
+        # the gradients of bias and alpha sum terms of a tenth over all pairs, which may cancel
+        least = 0.5 if name in ("out", "q", "k", "v") else 1e-2 if name in ("bias", "alpha") else 1e-3
         scale = max(wanted[name].abs().max().item(), least)
         difference = (tensor - wanted[name]).abs().max().item() / scale
         assert difference <= bound, f"{name}: {difference:.2e} > {bound:.0e}"

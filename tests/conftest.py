@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 from helpers_dataset import write_dataset
 from launching import ROOT, Case, run_cases
+
+# The suite tries the same examples every time, so that what landed stays green; HYPOTHESIS_PROFILE=soak draws others.
+hypothesis.settings.register_profile("suite", derandomize=True)
+hypothesis.settings.register_profile("soak", derandomize=False, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 TINY_YAML = """
 model:

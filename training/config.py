@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from gsa import kernels
 from gsa.checkpoint import legacy
 from gsa.config import ModelConfig
+from gsa.model import Recomputed
 
 Effect = Literal["harmless", "curve", "impossible"]
 """What changing a key on resume does: nothing to the numbers; bends the curve; does not fit the tensors."""
@@ -61,8 +62,12 @@ class TrainingConfig:
     eps: float = _setting(1e-8, "AdamW's epsilon")
     grad_clip: float = _setting(1.0, "largest global gradient norm; 0 switches clipping off")
     gradient_checkpointing: bool = _setting(
-        False, "keep only each block's input; about a third more compute, far less memory"
+        False, "compute activations again in the backward pass instead of keeping them"
     )
+    checkpointing_scope: str = _setting(
+        "block", "what gradient_checkpointing computes again: block (all but each block's input), or ffn (less of both)"
+    )
+    compile: bool = _setting(False, "fuse norms, gates and feed-forwards by torch.compile; not with ZeRO 3")
     indexer_warmup_steps: int = _setting(
         0, "first steps with dense attention, while the indexer learns; may exceed the run"
     )
@@ -103,6 +108,7 @@ class TrainingConfig:
         _one_of(self, "training", "precision", PRECISIONS)
         _one_of(self, "training", "lr_scheduler", SCHEDULES)
         _one_of(self, "training", "backend", ("auto", *get_args(kernels.Backend)))
+        _one_of(self, "training", "checkpointing_scope", ("block", "ffn"))
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"training.{name}={getattr(self, name)} must be at least 0 and below 1")
@@ -123,6 +129,11 @@ class TrainingConfig:
                 f"training.wsd_decay_steps={self.wsd_decay_steps} means nothing with training.lr_scheduler="
                 f"{self.lr_scheduler}; leave it out, or set training.lr_scheduler=wsd"
             )
+
+    @property
+    def recomputed(self) -> Recomputed:
+        """What the backward pass computes again."""
+        return self.checkpointing_scope if self.gradient_checkpointing else "none"
 
 
 @dataclass(frozen=True)
@@ -401,7 +412,8 @@ def format_help() -> str:
 
 _HARMLESS = """
     training.max_steps training.stop_at_step training.micro_batch_size training.gradient_accumulation_steps
-    training.gradient_checkpointing training.eval_interval training.eval_windows training.save_interval
+    training.gradient_checkpointing training.checkpointing_scope training.compile
+    training.eval_interval training.eval_windows training.save_interval
     training.keep_last training.keep_every training.async_save training.log_interval training.init_from
     training.hang_timeout_s training.backend training.probe_interval data.num_workers
     logging.wandb logging.project logging.entity logging.run_name

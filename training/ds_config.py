@@ -87,6 +87,11 @@ def resolve_ds_config(path: Path | None, cfg: RunConfig, plan: BatchPlan, config
             f"{path} has ZeRO stage 0 and {config_path} training.precision=bf16: DeepSpeed 0.19.8 takes a stray first "
             f"step in this pair; use stage 1, or training.precision=fp32"
         )
+    if stage == 3 and cfg.training.compile:
+        raise ConfigError(
+            f"{path} has ZeRO stage 3 and {config_path} training.compile=true: compiled parts cannot hold weights that "
+            f"are gathered around them; use stage 1 or 2, or training.compile=false"
+        )
     return {
         "steps_per_print": 2**31 - 1, "wall_clock_breakdown": False, **result, **owned,
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,

@@ -37,12 +37,20 @@ STEP_METRICS: dict[str, Metric] = {
     "lr_indexer": Metric("1", "learning rate of the indexer's groups in this step"),
     "stage": Metric("dense|sparse", "what attention ran over: all visible keys, or the selected ones"),
     "selected_k": Metric("keys", "mean number of keys attended to per query, over layers"),
+    "visible_k": Metric("keys", "mean number of keys a query could attend to: those of its document so far"),
     "tokens_per_s": Metric("tokens/s", "throughput of the whole cluster in this step"),
+    "tokens_per_s_per_device": Metric("tokens/s", "the same per device"),
+    "mfu": Metric("share", "useful arithmetic of the step over what the devices' peak could do in its time"),
     "seconds": Metric("s", "wall time of the step; its parts follow"),
     "seconds_data": Metric("s", "waiting for the loader and copying to the device"),
     "seconds_forward": Metric("s", "forward passes"),
     "seconds_backward": Metric("s", "backward passes, with the communication in them"),
     "seconds_step": Metric("s", "optimizer step, with the communication in it"),
+    "seconds_other": Metric("s", "the rest of the step: the collective of its metrics, bookkeeping"),
+    "seconds_save": Metric("s", "the loop stood still for a save since the step before; not in `seconds`"),
+    "seconds_eval": Metric("s", "the same for an evaluation"),
+    "rank_seconds_slowest": Metric("s", "data and forward of the step before, on the slowest rank"),
+    "rank_seconds_median": Metric("s", "the same on the median rank"),
     "memory_gib": Metric("GiB", "peak device memory allocated on rank 0; on CPU its peak resident memory"),
     "time": Metric("unix s", "when the row was written"),
 }
@@ -58,7 +66,24 @@ PROBE_METRICS: dict[str, Metric] = {
 """In the rows of every probe_interval-th step, where the model has the part: measured on PROBED_ROWS queries of one
 sequence of every rank."""
 
-TIME_METRICS = frozenset(k for k in STEP_METRICS if k.startswith(("seconds", "tokens_per_s", "memory", "time")))
+GPU_METRICS: dict[str, Metric] = {
+    "allocator_retries": Metric("1", "times the allocator emptied its cache to go on since the row before; worst rank"),
+    "gpu/{i}/utilisation": Metric("share", "time in which any kernel ran, by NVML"),
+    "gpu/{i}/power_w": Metric("W", "power drawn"),
+    "gpu/{i}/power_limit_w": Metric("W", "power limit in force"),
+    "gpu/{i}/clock_mhz": Metric("MHz", "clock of the multiprocessors"),
+    "gpu/{i}/max_clock_mhz": Metric("MHz", "its maximum"),
+    "gpu/{i}/memory_gib": Metric("GiB", "memory in use, by all processes"),
+    "gpu/{i}/temperature_c": Metric("degrees C", "temperature of the chip"),
+    "gpu/{i}/throttled": Metric("share", "samples in which power or heat held the clocks down"),
+    "gpu/{i}/throttle_reasons": Metric("text", "by what; absent when nothing did"),
+}
+"""On GPUs only; {i} counts the GPUs of rank 0's node. Means over the samples since the row before."""
+
+TIME_METRICS = frozenset(
+    k for k in STEP_METRICS
+    if k.startswith(("seconds", "tokens_per_s", "memory", "time", "mfu", "rank_seconds"))
+)  # fmt: skip
 """Metrics that may differ between two runs that are otherwise the same."""
 
 EVENTS: dict[str, str] = {
@@ -67,6 +92,9 @@ EVENTS: dict[str, str] = {
     "eval": "held-out evaluation: eval_loss (nats/token), eval_bpb (bits per byte), per stage of attention",
     "save": "a checkpoint was published: its step and tag, bytes, save_stall_seconds (the loop stood still), "
     "save_background_seconds (from then to publication), save_background_cpu_seconds (of rank 0's writer)",
+    "device": "what runs it: name, memory_gib, peak_tflops with peak_source (table, or measured by a matrix product)",
+    "predicted": "a few steps in: memory_gib and seconds by training.plan's count beside measured_gib and "
+    "measured_seconds of rank 0; on a CPU memory beyond what the process held before the model",
     "stop": "the run ended in order: reason",
     "error": "the run ended out of order: reason",
 }

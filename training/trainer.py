@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
-import resource
 import signal
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from gsa import GSAForCausalLM
 from gsa.attention.probe import PROBES
 from gsa.checkpoint import manifest
 from gsa.checkpoint.legacy import read_legacy
+from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import RunState
 from gsa.kernels.choice import Shape, resolve
 from gsa.weights import load_weights
@@ -32,12 +34,16 @@ from training.resume import Start
 from training.run_folder import PROJECT, RunFolder, version
 from training.saving import Retention, Saver, SaveReport
 from training.space import checkpoint_bytes
+from training.telemetry import SETTLED, Telemetry
 from training.tracking import Tracker, new_run_id
 from training.watchdog import Watchdog
 from training.world import World
 
 PROBED_ROWS = 64
 """Queries of one sequence that are measured every probe_interval steps: a four-hundredth of a step of 8 x 2048."""
+
+GARBAGE_INTERVAL = 50
+"""Steps between collections of Python's garbage, alike on all ranks: one that pauses by itself keeps others waiting."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Save at the next step boundary, then end in order."""
@@ -57,17 +63,35 @@ def indexer_rows(seed: int, step: int, seq_len: int, share: float) -> torch.Tens
     return torch.from_numpy(np.sort(drawn))
 
 
-def probe_metrics(probes: torch.Tensor) -> dict[str, float]:
-    """The row's PROBE_METRICS from (n_layers, len(PROBES)); what no layer has, NaN there, is left out."""
-    by_name = dict(zip(PROBES, probes.cpu().unbind(1), strict=True))
+def probe_metrics(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
+    """The row's PROBE_METRICS from sums over ranks, and how many ranks had each, (n_layers, len(PROBES)) twice.
+
+    A rank whose sequence has nothing to measure in a layer counts for nothing there; what no layer has is left out.
+    """
+    by_name = dict(zip(PROBES, (sums / counts).cpu().unbind(1), strict=True))
     found = {
-        "indexer/coverage": by_name["coverage"].mean(), "indexer/coverage_worst": by_name["coverage"].min(),
-        "indexer/oracle": by_name["oracle"].mean(), "indexer/recall": by_name["recall"].mean(),
-        "gate/value_saturation": by_name["value_saturation"].mean(),
-        "gate/output_saturation": by_name["output_saturation"].mean(),
-        "attention/first_token": by_name["first_token"].mean(),
+        "indexer/coverage": by_name["coverage"].nanmean(),
+        "indexer/coverage_worst": by_name["coverage"].nan_to_num(torch.inf).min(),
+        "indexer/oracle": by_name["oracle"].nanmean(), "indexer/recall": by_name["recall"].nanmean(),
+        "gate/value_saturation": by_name["value_saturation"].nanmean(),
+        "gate/output_saturation": by_name["output_saturation"].nanmean(),
+        "attention/first_token": by_name["first_token"].nanmean(),
     }  # fmt: skip
-    return {name: value.item() for name, value in found.items() if not value.isnan()}
+    return {name: value.item() for name, value in found.items() if value.isfinite()}
+
+
+def _latest(folder: RunFolder) -> str | None:
+    """What `latest` names; None when it cannot be read, which the next publication mends."""
+    try:
+        return manifest.latest_tag(folder.path)
+    except CheckpointError:
+        return None
+
+
+def _seconds_of(call: Callable[[], None]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 class Trainer:
@@ -99,6 +123,7 @@ class Trainer:
         self._stop_signal = 0
         self._unigram_bpb: float | None = None
 
+        self.telemetry = Telemetry(cfg, plan, ds_config, world)
         # the CPU generator alone decides the weights: alike on every rank, stage and device
         torch.manual_seed(cfg.training.seed)
         model = GSAForCausalLM(cfg.model)
@@ -106,7 +131,9 @@ class Trainer:
             model.load_state_dict(load_weights(Path(cfg.training.init_from))[1])
         backend, fault = self._backend()
         model.set_backend(backend)
-        model.set_activation_checkpointing(cfg.training.gradient_checkpointing)
+        model.set_activation_checkpointing(cfg.training.recomputed)
+        if cfg.training.compile:
+            model.compile_parts()
         self.n_layers = cfg.model.n_layers
         optimizer = build_optimizer(model, cfg.training)
         self.engine = Engine(model, optimizer, build_schedule(optimizer, cfg.training), ds_config)
@@ -123,14 +150,14 @@ class Trainer:
             and (start.checkpoint.parent.resolve() == folder.path.resolve())
         )
         kept = (run.get("tracking_id") or start.state.tracking_id) if self._continued else None
-        self.tracking_id = kept or new_run_id()
+        self.tracking_id = world.broadcast(kept or new_run_id())
         if start is not None:
             self._take_up(start)
         self._first_step = self.step
         self.world.barrier()  # every rank has read run.json before rank 0 writes it
         self.log: MetricsLog | None = None
         if world.is_main:
-            if self._continued and manifest.latest_tag(folder.path) != start.checkpoint.name:
+            if self._continued and _latest(folder) != start.checkpoint.name:
                 # a kill came before it was published, or what `latest` names is about to be set aside
                 manifest.publish(folder.path, start.checkpoint.name)
             self._open_run(start, moved=self._set_aside())
@@ -196,6 +223,7 @@ class Trainer:
         if start is not None:
             event |= {"checkpoint": start.checkpoint.name, "rows_moved": moved}
         self._event(event)
+        self._event({**self.telemetry.describe(), "step": self.step})
 
     def _event(self, row: dict) -> None:
         assert "loss" not in row
@@ -205,6 +233,7 @@ class Trainer:
     def close(self, exit_code: int = 0) -> None:
         """Ends tracking and frees the engine; the process group stays."""
         self.console.close()
+        self.telemetry.close()
         self.tracker.finish(exit_code)
         if self.log is not None:
             self.log.close()
@@ -228,27 +257,36 @@ class Trainer:
         saved_at = self.step if self._continued else -1  # another folder's checkpoint is not ours yet
         stop_signal = 0
         pace: float | None = None  # seconds per step, a running mean for the ETA
+        stood = {"seconds_save": 0.0, "seconds_eval": 0.0}  # since the step before
         self.engine.train()
+        gc.collect()
+        gc.freeze()
+        gc.disable()
         try:
             while self.step < self._end() and not stop_signal:
-                began = time.perf_counter()
                 row, stop_signal = self._one_step(loader, clock)
-                row |= self._finish_row(row, time.perf_counter() - began)
-                if self.log is not None:
-                    self.log.write(row)
-                self.tracker.log(row, step=self.step)
+                row |= stood | {"time": time.time()}
+                stood = dict.fromkeys(stood, 0.0)
+                self._tell(row)
                 pace = row["seconds"] if pace is None else 0.9 * pace + 0.1 * row["seconds"]
                 self.console.step(row, pace * (self._end() - self.step))
                 last = self.step == self._end() or bool(stop_signal)
                 if (cfg.eval_interval and self.step % cfg.eval_interval == 0) or self.step == self._end():
-                    self._evaluate()
+                    stood["seconds_eval"] = _seconds_of(self._evaluate)
                 if last or (cfg.save_interval and self.step % cfg.save_interval == 0):
-                    self._save()
+                    stood["seconds_save"] = _seconds_of(self._save)
                     saved_at = self.step
+                if self.step % GARBAGE_INTERVAL == 0:
+                    gc.collect()
         except Diverged:
-            self._finish_save()  # all ranks are here: what was good before is kept
+            try:
+                self._finish_save()  # all ranks are here: what was good before is kept
+            except CheckpointError as err:
+                self.console.line(f"warning: the last save failed too: {err}")
             raise
         finally:
+            gc.enable()
+            gc.unfreeze()
             loader.close()
         if saved_at != self.step:  # nothing to train: a copy in this run's layout
             self._save()
@@ -263,8 +301,18 @@ class Trainer:
             self.folder.update_run(status=status, reason=reason, step=self.step)
         return reason
 
+    def _tell(self, row: dict) -> None:
+        if self.log is not None:
+            self.log.write(row)
+            if self.step == self._first_step + SETTLED:
+                self._event({**self.telemetry.predicted(row["seconds"]), "step": self.step})
+        self.tracker.log(row, step=self.step)
+        for message in self.telemetry.messages():
+            self.console.line(f"warning: {message}")
+
     def _one_step(self, loader: Loader, clock: StepClock) -> tuple[dict, int]:
-        """One optimizer step. Returns its measured row, without totals and times, and an agreed signal or 0."""
+        """One optimizer step. Returns its row, all but what the loop knows, and an agreed signal or 0."""
+        began = time.perf_counter()
         cfg, plan = self.cfg.training, self.plan
         first = self.samples
         self.model.set_stage("dense" if self.step - self.indexer_start < cfg.indexer_warmup_steps else "sparse")
@@ -278,7 +326,7 @@ class Trainer:
             share_probed = min(1.0, PROBED_ROWS / cfg.max_seq_len)
             probe_rows = indexer_rows(cfg.seed, self.step, cfg.max_seq_len, share_probed).to(self.world.device)
         probes = torch.zeros(self.n_layers, len(PROBES), dtype=torch.float64, device=self.world.device)
-        losses, indexer_losses, selected = [], [], []
+        losses, indexer_losses, selected, seen = [], [], [], []
         selection = torch.zeros(self.n_layers, 2, dtype=torch.float64, device=self.world.device)
         for _ in range(plan.accumulation_steps):
             self._phase(clock, "data")
@@ -296,19 +344,28 @@ class Trainer:
             losses.append(out.loss.detach())
             indexer_losses.append(out.indexer_loss.detach())
             selected.append(out.n_selected.mean())
+            seen.append((cfg.max_seq_len + 1) / 2 - batch.doc_start.double().mean())
             selection += out.selection_stats
         self.step += 1
         self.samples += plan.global_batch_size
         self.tokens += plan.global_batch_size * cfg.max_seq_len
 
         # one small collective and one wait for the device per step, whatever the accumulation
-        means = torch.stack([torch.stack(part).double().mean() for part in (losses, indexer_losses, selected)])
+        per_micro = (losses, indexer_losses, selected, seen)
+        means = torch.stack([torch.stack(part).double().mean() for part in per_micro])
         # filled on the device: a tensor made of Python numbers would be copied there, and wait for it
-        flags = [means.new_full((1,), float(flag)) for flag in (self._stop_signal, *self.saver.flags())]
-        shared = torch.cat([means / self.world.size, *flags, selection.flatten(), probes.flatten()])
+        flags = torch.cat([means.new_full((1,), float(flag)) for flag in (self._stop_signal, *self.saver.flags())])
+        measured = ~probes.isnan()
+        shares = self.telemetry.shares(means)
+        parts = [means / self.world.size, flags, selection, shares, probes.nan_to_num(0), measured]
+        shared = torch.cat([part.flatten().double() for part in parts])
         dist.all_reduce(shared)
-        self.model.update_v_ref(shared[6 : 6 + 2 * self.n_layers].view(self.n_layers, 2))
-        loss, indexer_loss, n_selected, signal_sum, settled, failed = shared[:6].tolist()
+        means, flags, selection, shares, probes, measured = (
+            part.view_as(like) for part, like in zip(shared.split([p.numel() for p in parts]), parts, strict=True)
+        )
+        self.model.update_v_ref(selection)
+        loss, indexer_loss, n_selected, n_seen = means.tolist()
+        signal_sum, settled, failed = flags.tolist()
         self.saver.advance(settled, failed)
         grad_norm = self.engine.grad_norm()
         if not (math.isfinite(loss) and math.isfinite(indexer_loss) and math.isfinite(grad_norm)):
@@ -317,10 +374,13 @@ class Trainer:
             "step": self.step, "epoch": self._epoch(), "samples": self.samples, "tokens": self.tokens,
             "loss": loss, "indexer_loss": indexer_loss, "grad_norm": grad_norm, "lr": rates["decay"],
             "lr_indexer": rates.get("indexer", 0.0), "stage": self.model.stage, "selected_k": n_selected,
+            "visible_k": n_seen,
         }  # fmt: skip
         if probing:
-            row |= probe_metrics(shared[6 + 2 * self.n_layers :].view(self.n_layers, -1) / self.world.size)
-        row |= {f"seconds_{name}": spent for name, spent in clock.read().items()}
+            row |= probe_metrics(probes, measured)
+        phases = clock.read()
+        row |= {f"seconds_{name}": spent for name, spent in phases.items()}
+        row |= self.telemetry.of_step(time.perf_counter() - began, phases, shares, n_selected, n_seen)
         return row, self._agree_on_signal() if signal_sum else 0
 
     def _phase(self, clock: StepClock, name: str) -> None:
@@ -331,16 +391,6 @@ class Trainer:
     @property
     def _warm(self) -> bool:
         return self.step > self._first_step
-
-    def _finish_row(self, row: dict, seconds: float) -> dict:
-        peak = (
-            torch.cuda.max_memory_allocated() if self.world.device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )  # fmt: skip
-        tokens = self.plan.global_batch_size * self.cfg.training.max_seq_len
-        return {
-            "tokens_per_s": tokens / seconds, "seconds": seconds, "memory_gib": peak / 2**30, "time": time.time(),
-        }  # fmt: skip
 
     def _diverged(
         self,

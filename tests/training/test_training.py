@@ -69,6 +69,7 @@ def runs(tmp_path_factory, tiny_yaml):
                 case("nothing_to_do", "--resume_from", "step_6", into="zero2_sparse"),
             ]  # fmt: skip
             cases += [case("untied", "model.tie_embeddings=false", "training.max_steps=1")]
+            cases += [case("compiled", ATTENTION["dense"], "training.compile=true")]
         if ranks == 2:
             poisoned = base / "poisoned_weights"
             shutil.copytree(base / "1" / "untied" / "step_1", poisoned)
@@ -92,6 +93,8 @@ def runs(tmp_path_factory, tiny_yaml):
                 case("zero2_offload", ATTENTION["dense"], stage="zero2_offload"),
                 case("zero3_offload", ATTENTION["dense"], stage="zero3_offload"),
                 case("recomputed", ATTENTION["sparse"], "training.gradient_checkpointing=true"),
+                *(case(f"recomputed_ffn_{stage}", ATTENTION["sparse"], "training.gradient_checkpointing=true",
+                       "training.checkpointing_scope=ffn", stage=stage) for stage in ("zero2", "zero3")),
                 case("workers", ATTENTION["sparse"], "data.num_workers=3"),
                 case("inline", ATTENTION["sparse"], "data.num_workers=0"),
                 case("micro_1", ATTENTION["dense"], "training.micro_batch_size=1"),
@@ -138,11 +141,36 @@ def test_offload_and_accumulation_change_nothing(runs, case):
     assert spread(rows_of(runs / "2" / case), rows_of(runs / "1" / "zero0_dense"), "loss") < 1e-5
 
 
-@pytest.mark.parametrize("case", ["recomputed", "workers", "inline"])
-def test_recomputation_and_loader_workers_change_no_bit(runs, case):
-    assert [timeless(r) for r in rows_of(runs / "2" / case)] == [
-        timeless(r) for r in rows_of(runs / "2" / "zero2_sparse")
-    ]
+@pytest.mark.parametrize(
+    "case, plain",
+    [("recomputed", "zero2_sparse"), ("recomputed_ffn_zero2", "zero2_sparse"),
+     ("recomputed_ffn_zero3", "zero3_sparse"), ("workers", "zero2_sparse"), ("inline", "zero2_sparse")],
+)  # fmt: skip
+def test_recomputation_and_loader_workers_change_no_bit(runs, case, plain):
+    assert [timeless(r) for r in rows_of(runs / "2" / case)] == [timeless(r) for r in rows_of(runs / "2" / plain)]
+
+
+def test_compiled_parts_change_rounding_alone(runs):
+    compiled, plain = rows_of(runs / "1" / "compiled"), rows_of(runs / "1" / "zero2_dense")
+    for key in ("loss", "indexer_loss", "grad_norm"):
+        assert spread(compiled, plain, key) < 1e-5, key
+
+
+def test_every_run_says_what_it_runs_on_and_how_its_prediction_did(runs):
+    folder = runs / "2" / "zero2_sparse"
+    (device,), (predicted,) = events_of(folder, "device"), events_of(folder, "predicted")
+    assert device["world_size"] == 2 and device["peak_tflops"] > 0 and device["peak_source"] == "measured"
+    assert predicted["step"] == 3 and predicted["memory_gib"] > 0 and predicted["measured_gib"] > 0
+    for row in rows_of(folder):
+        parts = [row[f"seconds_{name}"] for name in ("data", "forward", "backward", "step", "other")]
+        assert sum(parts) == pytest.approx(row["seconds"], rel=1e-6)
+        assert row["tokens_per_s_per_device"] == pytest.approx(row["tokens_per_s"] / 2)
+        assert 0 < row["mfu"] < 1
+        assert 1 <= row["selected_k"] <= row["visible_k"] <= 16.5
+    later = rows_of(folder)[1:]
+    assert all(row["rank_seconds_slowest"] >= row["rank_seconds_median"] > 0 for row in later)
+    evaluated = [row["step"] for row in rows_of(folder) if row["seconds_eval"] > 0]
+    assert evaluated == [4]  # after step 3
 
 
 def timeless(row: dict) -> dict:
