@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.measuring import commit, peak_mib
 from gsa import kernels
 from training.run_folder import environment
 
@@ -139,7 +140,7 @@ def check(device: str, dtype: torch.dtype, backend: str) -> float:
     return error
 
 
-def peak_mib(name: str, T: int, args: argparse.Namespace) -> float:
+def peak_of(name: str, T: int, args: argparse.Namespace) -> float:
     """Memory above the inputs, measured in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.attention", "--peak-of", name, "--lengths", str(T)]
     command += [
@@ -159,20 +160,7 @@ def measure_peak(name: str, T: int, args: argparse.Namespace) -> float:
     dtype = getattr(torch, args.dtype)
     way(name, 64, args.device, dtype, args.backend)()  # libraries loaded, thread pools started
     run = way(name, T, args.device, dtype, args.backend)
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark so far
-    before = status_kib("VmRSS")
-    run()
-    return (status_kib("VmHWM") - before) / 2**10
-
-
-def status_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return peak_mib(run, args.device)
 
 
 def main(argv: list[str]) -> int:
@@ -209,14 +197,13 @@ def main(argv: list[str]) -> int:
             results.append({
                 "T": T, "way": n, "seconds": seconds[n], "median_s": statistics.median(seconds[n]),
                 "to_dense": statistics.median(ratios), "to_dense_range": [min(ratios), max(ratios)],
-                "peak_mib": peak_mib(n, T, args),
+                "peak_mib": peak_of(n, T, args),
             })  # fmt: skip
             print(row_of(results[-1]), flush=True)
     env = environment()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     command = f"python -m benchmarks.attention {' '.join(argv)}".strip()
     birth = {
-        "command": command, "commit": commit, "date": f"{datetime.now(UTC):%Y-%m-%d}", "devices": env["devices"],
+        "command": command, "commit": commit(), "date": f"{datetime.now(UTC):%Y-%m-%d}", "devices": env["devices"],
         "cpus": env["cpus"], "threads": args.threads, "torch": env["torch"], "dtype": args.dtype,
         "backend": args.backend, "check_error": error,
     }  # fmt: skip

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.measuring import commit
 from gsa import GSAForCausalLM, ModelConfig
 from gsa.checkpoint import manifest
 from gsa.checkpoint.state import RunState
@@ -118,7 +118,6 @@ def state_of(cfg: RunConfig, step: int) -> RunState:
 
 def report(args, cfg: RunConfig, reports: dict, slowed: list[float], calm: list[float]) -> str:
     env = environment()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     stalls = {kind: [r.stall_s for r in reports[kind]] for kind in reports}
     at_once, background = (statistics.median(stalls[kind]) for kind in (False, True))
     pairs = [b / a for a, b in zip(stalls[False], stalls[True], strict=True)]
@@ -126,8 +125,8 @@ def report(args, cfg: RunConfig, reports: dict, slowed: list[float], calm: list[
     cpu = [r.background_cpu_s for r in reports[True]]
     return f"""# Cost of a save
 
-`python -m benchmarks.checkpoint --gib {args.gib} --saves {args.saves}`, commit {commit}, {datetime.now(UTC):%Y-%m-%d},
-{", ".join(env["devices"])}, {env["cpus"]} CPUs (shared), torch {env["torch"]}, deepspeed {DEEPSPEED_VERSION},
+`python -m benchmarks.checkpoint --gib {args.gib} --saves {args.saves}`, commit {commit()},
+{datetime.now(UTC):%Y-%m-%d}, {", ".join(env["devices"])}, {env["cpus"]} CPUs (shared), torch {env["torch"]}, deepspeed {DEEPSPEED_VERSION},
 {PROJECT} {version(PROJECT)}. {count_params(cfg.model)["total"]:,} parameters,
 {reports[True][0].bytes / 2**30:.2f} GiB a checkpoint,
 one rank, ZeRO 2, bf16, {torch.get_num_threads()} thread(s). Medians, in brackets smallest and largest of {args.saves}.

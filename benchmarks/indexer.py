@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.measuring import commit
 from gsa import GSAForCausalLM, ModelConfig
 from gsa.checkpoint.state import read_config_json
 from training.generate import load_model
@@ -59,11 +60,10 @@ def main(argv: list[str]) -> int:
     after = measure_coverage(model, batches)
     untrained = measure_coverage(with_untrained_indexer(model, batches), batches)
     env = environment()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     evals = [r for r in read_rows(RUN / "metrics.jsonl") if r.get("event") == "eval"]
     text = f"""# Does the indexer learn?
 
-`python -m benchmarks.indexer {" ".join(argv)}`, commit {commit}, {datetime.now(UTC):%Y-%m-%d}, {env["cpus"]} CPUs
+`python -m benchmarks.indexer {" ".join(argv)}`, commit {commit()}, {datetime.now(UTC):%Y-%m-%d}, {env["cpus"]} CPUs
 (shared), torch {env["torch"]}. {CONFIG.name}: {model.config.n_layers} layers, T = {plain["training"]["max_seq_len"]},
 k = {model.config.k_base}; {args.steps} steps, of these {plain["training"]["indexer_warmup_steps"]} dense, in
 {seconds:.0f} s; held-out {evals[-1]["eval_bpb"]:.3f} bits per byte (unigram {evals[-1]["unigram_bpb"]:.3f}).

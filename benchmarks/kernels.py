@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks.measuring import commit
 from gsa import kernels
 from gsa.kernels.choice import Shape, fault_of
 from training.run_folder import environment
@@ -94,10 +94,9 @@ def main(argv: list[str]) -> int:
             )
             print(lines[-1], flush=True)
     env = environment()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     text = f"""# The kernels, one by one
 
-`python -m benchmarks.kernels {" ".join(argv)}`, commit {commit}, {datetime.now(UTC):%Y-%m-%d},
+`python -m benchmarks.kernels {" ".join(argv)}`, commit {commit()}, {datetime.now(UTC):%Y-%m-%d},
 {", ".join(env["devices"])}, torch {env["torch"]}, {args.dtype}, backend {args.backend}, batch 1,
 {H} heads of {D}, {G} key/value heads, indexer {J} x {E}, k = {K}.
 Milliseconds: median of {args.repeats}, smallest and largest; and the share of dense attention.

@@ -1,0 +1,180 @@
+"""Memory that a forward pass leaves for its backward: predicted by training/cost_model.py against counted, on a CPU.
+
+    python -m benchmarks.memory
+
+Counted: the bytes of every tensor that autograd saves (a hook sees each), that a checkpointed part holds, and that
+gsa/kernels/kept.py keeps; each storage once, parameters and inputs left out. Then the curve of activation
+checkpointing: memory beside time, taking turns. Writes benchmarks/results/memory_cpu.md; exit code 1 when a
+prediction is off by 10 % or more.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest.mock import patch
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+import gsa.kernels
+import gsa.model
+from benchmarks.measuring import RESULTS, certificate
+from gsa import GSAForCausalLM, ModelConfig
+from gsa.model import Recomputed
+from training.cost_model import saved_bytes
+
+BASE = ModelConfig(
+    d_model=256, n_layers=4, n_heads=8, n_kv_heads=2, d_ffn=768, vocab_size=4096, max_position_embeddings=1024,
+    d_indexer=32, n_indexer_heads=4, k_base=128, k_min=32, k_max=256,
+)  # fmt: skip
+MODELS = {
+    "base": BASE,
+    "dense": replace(BASE, sparse=False),
+    "no gates": replace(BASE, value_gate=False, output_gate=False),
+    "wide": replace(BASE, d_model=512, n_layers=2, d_ffn=1024, n_heads=8, n_kv_heads=8),
+    "adaptive_k off": replace(BASE, adaptive_k="off"),
+}
+ROWS_SHARE = 0.25
+
+
+class Counter:
+    """Bytes of the storages it was shown, each once."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        self._known = {x.untyped_storage().data_ptr() for x in known}
+        self._kept: dict[int, torch.Tensor] = {}  # held: a storage that is freed could give its address to another
+
+    def see(self, x: object) -> None:
+        if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self._known:
+            self._kept.setdefault(x.untyped_storage().data_ptr(), x)
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.untyped_storage().nbytes() for x in self._kept.values())
+
+
+@contextmanager
+def counted(known: list[torch.Tensor], recomputed: Recomputed) -> Iterator[Counter]:
+    """Counts what is held for the backward pass of what runs inside."""
+    counter = Counter(known)
+    checkpoint, kept = gsa.model.checkpoint, gsa.kernels.kept
+
+    def seen_checkpoint(function, *args, **options):
+        # what a checkpointed part holds: what it was given; positions are shared and seen elsewhere
+        for x in args:
+            counter.see(x)
+        return checkpoint(function, *args, **options)
+
+    def seen_kept(compute):
+        results = kept(compute)
+        for x in results:
+            counter.see(x)
+        return results
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        counter.see(x)
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x), patch.object(gsa.model, "checkpoint", seen_checkpoint):
+        if recomputed == "block":
+            with patch.object(gsa.kernels, "kept", seen_kept):
+                yield counter
+        else:
+            yield counter
+
+
+def case(config: ModelConfig, B: int, T: int, dtype: torch.dtype, recomputed: Recomputed):
+    torch.manual_seed(0)
+    model = GSAForCausalLM(config).to(dtype)
+    model.set_activation_checkpointing(recomputed)
+    tokens = torch.randint(0, config.vocab_size, (B, T))
+    doc_start = torch.where(torch.arange(T) < T // 3, 0, T // 3).expand(B, T).contiguous()
+    rows = torch.randperm(T)[: round(T * ROWS_SHARE)].sort().values
+
+    def forward():
+        out = model(tokens, tokens, doc_start, indexer_rows=rows)
+        return out.loss + 0.1 * out.indexer_loss
+
+    return forward, [*model.parameters(), tokens, doc_start, rows]
+
+
+def calibration() -> tuple[list[str], float]:
+    lines, worst = [], 0.0
+    for name, config in MODELS.items():
+        for B, T, dtype in ((2, 512, torch.float32), (2, 512, torch.bfloat16), (1, 1024, torch.bfloat16)):
+            for recomputed in ("none", "ffn", "block"):
+                forward, known = case(config, B, T, dtype, recomputed)
+                with counted(known, recomputed) as counter:
+                    forward()
+                width = torch.finfo(dtype).bits // 8
+                predicted = saved_bytes(config, B, T, width, recomputed=recomputed, rows=ROWS_SHARE)["activations"]
+                error = predicted / counter.bytes - 1
+                worst = max(worst, abs(error))
+                lines.append(
+                    f"| {name} | {B} x {T} | {str(dtype).removeprefix('torch.')} | {recomputed} "
+                    f"| {predicted / 2**20:.2f} | {counter.bytes / 2**20:.2f} | {error:+.1%} |"
+                )
+                print(lines[-1], flush=True)
+    return lines, worst
+
+
+def curve(repeats: int = 7) -> list[str]:
+    """Memory and time of each scope, relative to none."""
+    B, T = 4, 512
+    config = replace(BASE, n_layers=8)
+    forwards, held = {}, {}
+    for recomputed in ("none", "ffn", "block"):
+        forward, known = case(config, B, T, torch.float32, recomputed)
+        with counted(known, recomputed) as counter:
+            forward()
+        forwards[recomputed], held[recomputed] = forward, counter.bytes
+    seconds: dict[str, list[float]] = {name: [] for name in forwards}
+    for repeat in range(repeats + 1):
+        for name, forward in forwards.items():
+            began = time.perf_counter()
+            forward().backward()
+            if repeat:
+                seconds[name].append(time.perf_counter() - began)
+    lines = []
+    for name, spent in seconds.items():
+        ratios = [ours / none for ours, none in zip(spent, seconds["none"], strict=True)]
+        lines.append(
+            f"| {name} | {held[name] / 2**20:.1f} | {held[name] / held['none']:.2f} | {statistics.median(ratios):.2f} "
+            f"[{min(ratios):.2f} - {max(ratios):.2f}] |"
+        )
+    return lines
+
+
+def main(argv: list[str]) -> int:
+    lines, worst = calibration()
+    text = f"""# Activations: predicted against counted
+
+{certificate("memory", argv)}
+Backend chunked; two documents a window; alignment loss on {ROWS_SHARE:.0%} of the rows.
+
+| model | batch | dtype | recomputed | predicted, MiB | counted, MiB | off by |
+|---|---|---|---|---|---|---|
+{chr(10).join(lines)}
+
+Worst: {worst:.1%}.
+
+## What activation checkpointing costs
+
+8 layers of the base model, 4 x 512, float32, {torch.get_num_threads()} thread(s), forward and backward, medians.
+
+| recomputed | held, MiB | of none | time, of none |
+|---|---|---|---|
+{chr(10).join(curve())}
+"""
+    (RESULTS / "memory_cpu.md").write_text(text)
+    print(f"worst: {worst:.1%}")
+    return int(worst >= 0.10)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
