@@ -112,7 +112,9 @@ def calibration() -> tuple[list[str], float]:
                 with counted(known, recomputed) as counter:
                     forward()
                 width = torch.finfo(dtype).bits // 8
-                predicted = saved_bytes(config, B, T, width, recomputed=recomputed, rows=ROWS_SHARE)["activations"]
+                predicted = saved_bytes(config, B, T, width, recomputed=recomputed, rows=ROWS_SHARE, fused=False)[
+                    "activations"
+                ]
                 error = predicted / counter.bytes - 1
                 worst = max(worst, abs(error))
                 lines.append(

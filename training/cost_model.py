@@ -88,13 +88,21 @@ def setting_of(cfg: RunConfig, ds_config: dict, plan: BatchPlan) -> Setting:
 # -- memory ---------------------------------------------------------------------------------------------
 
 
-def attention_saved(c: ModelConfig, T: int, width: int, rows: float) -> float:
+def norm_saved(c: ModelConfig, width: int, fused: bool) -> float:
+    """Bytes per token that a norm saves, its output included, which a matrix product saves.
+
+    fused: torch's kernel for GPUs keeps the input and its root; in parts, the input and the scaled one in float32.
+    """
+    return (width * c.d_model if fused else 8 * c.d_model) + 4 + width * c.d_model
+
+
+def attention_saved(c: ModelConfig, T: int, width: int, rows: float, fused: bool) -> float:
     """Bytes per token that the attention half of a block saves for its backward pass.
 
-    width: bytes of an activation. rows: share of positions whose alignment loss is taken.
+    width: bytes of an activation. rows: share of positions whose alignment loss is taken. fused: see `norm_saved`.
     """
-    d, q, kv, E = c.d_model, c.n_heads * c.d_head, c.n_kv_heads * c.d_head, c.d_indexer
-    saved = 4 * d + 2 * width * d + 4  # norm: the input in float32, its root, the scaled and the weighted output
+    q, kv, E = c.n_heads * c.d_head, c.n_kv_heads * c.d_head, c.d_indexer
+    saved = norm_saved(c, width, fused)
     saved += width * (2 * q + 2 * kv) + 4 * c.n_heads  # q, k, v, out, log-sum-exp
     saved += width * (2 * kv * c.value_gate + 2 * q * c.output_gate)
     if width == 2:  # a float32 model's rotations are saved once for all blocks; others cast their own
@@ -106,17 +114,19 @@ def attention_saved(c: ModelConfig, T: int, width: int, rows: float) -> float:
     return saved
 
 
-def ffn_saved(c: ModelConfig, width: int) -> float:
+def ffn_saved(c: ModelConfig, width: int, fused: bool) -> float:
     """Bytes per token that the feed-forward half of a block saves."""
-    return 4 * c.d_model + 2 * width * c.d_model + 4 + 4 * width * c.d_ffn
+    return norm_saved(c, width, fused) + 4 * width * c.d_ffn
 
 
-def held_per_token(c: ModelConfig, T: int, width: int, rows: float, recomputed: Recomputed) -> float:
+def held_per_token(
+    c: ModelConfig, T: int, width: int, rows: float, recomputed: Recomputed, fused: bool = True
+) -> float:
     """Bytes per token that one block holds between its forward and its backward pass."""
     if recomputed == "none":
-        return attention_saved(c, T, width, rows) + ffn_saved(c, width)
+        return attention_saved(c, T, width, rows, fused) + ffn_saved(c, width, fused)
     if recomputed == "ffn":
-        return attention_saved(c, T, width, rows) + width * c.d_model
+        return attention_saved(c, T, width, rows, fused) + width * c.d_model
     held = width * c.d_model
     if c.sparse:
         held += _selected_set(c, T) + 8 + 4 * (c.adaptive_k != "off") + _indexer_gradients(c, width, rows)
@@ -131,16 +141,18 @@ def _indexer_gradients(c: ModelConfig, width: int, rows: float) -> float:
     return width * (rows * c.n_indexer_heads * (c.d_indexer + 1) + c.d_indexer)
 
 
-def saved_bytes(c: ModelConfig, B: int, T: int, width: int, *, recomputed: Recomputed, rows: float) -> dict[str, float]:
+def saved_bytes(
+    c: ModelConfig, B: int, T: int, width: int, *, recomputed: Recomputed, rows: float, fused: bool = True
+) -> dict[str, float]:
     """What a forward pass of B x T tokens holds for its backward pass ("activations"), and what computing one block
     again brings back ("recomputed block")."""
     N = B * T
-    ends = (4 * c.d_model + 2 * width * c.d_model + 4 + 4) * N  # the final norm, and the head's log-sum-exp
+    ends = (norm_saved(c, width, fused) + 4) * N  # the final norm, and the head's log-sum-exp
     back = {
-        "none": 0.0, "ffn": ffn_saved(c, width), "block": held_per_token(c, T, width, rows, "none"),
+        "none": 0.0, "ffn": ffn_saved(c, width, fused), "block": held_per_token(c, T, width, rows, "none", fused),
     }[recomputed]  # fmt: skip
     return {
-        "activations": c.n_layers * held_per_token(c, T, width, rows, recomputed) * N + ends,
+        "activations": c.n_layers * held_per_token(c, T, width, rows, recomputed, fused) * N + ends,
         "recomputed block": back * N,
     }
 
@@ -151,9 +163,9 @@ def naive_gather_bytes(c: ModelConfig, B: int, T: int, width: int) -> float:
 
 
 def memory_bytes(
-    c: ModelConfig, T: int, s: Setting, *, bf16: bool, rows: float, kernels: Kernels = "triton"
+    c: ModelConfig, T: int, s: Setting, *, bf16: bool, rows: float, kernels: Kernels = "triton", fused: bool = True
 ) -> dict[str, float]:
-    """Peak memory of one rank's device by part, in bytes, with "peak".
+    """Peak memory of one rank's device by part, in bytes, with "peak". fused: see `norm_saved`.
 
     Two moments compete: the backward pass, which holds activations, and the optimizer step, which holds float32
     gradients and AdamW's temporaries. "peak" is that of the larger, fragmentation and the device's context added.
@@ -161,7 +173,7 @@ def memory_bytes(
     P, W = count_params(c)["total"], s.world_size if s.zero_stage else 1
     width = 2 if bf16 else 4
     B, N = s.micro_batch_size, s.micro_batch_size * T
-    held = saved_bytes(c, B, T, width, recomputed=s.recomputed, rows=rows)
+    held = saved_bytes(c, B, T, width, recomputed=s.recomputed, rows=rows, fused=fused)
     on_device = 0.0 if s.offload else 1.0
     states = (12.0 * P / W if s.zero_stage else (8.0 if not bf16 else 12.0) * P) * on_device
     sharded_gradients = s.zero_stage >= 2

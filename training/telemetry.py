@@ -90,7 +90,8 @@ class Telemetry:
         cfg = self._cfg
         setting = setting_of(cfg, self._ds_config, self._plan)
         T, rows = cfg.training.max_seq_len, cfg.training.indexer_loss_rows
-        counted = memory_bytes(cfg.model, T, setting, bf16=cfg.training.precision == "bf16", rows=rows)
+        bf16 = cfg.training.precision == "bf16"
+        counted = memory_bytes(cfg.model, T, setting, bf16=bf16, rows=rows, fused=self._on_gpu)
         known = find(torch.cuda.get_device_name(self._world.device)) if self._on_gpu else None
         return {
             "event": "predicted", "memory_gib": counted["allocated"] / GIB,

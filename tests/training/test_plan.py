@@ -37,7 +37,7 @@ def test_predicted_activations_are_what_autograd_holds(config, recomputed):
     with counted(known, recomputed) as counter:
         forward()
     predicted = cost.saved_bytes(
-        replace(config, n_layers=2), 2, 256, 2, recomputed=recomputed, rows=0.25
+        replace(config, n_layers=2), 2, 256, 2, recomputed=recomputed, rows=0.25, fused=False
     )["activations"]  # fmt: skip
     assert predicted == pytest.approx(counter.bytes, rel=0.02)
 
