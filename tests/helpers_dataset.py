@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 
 import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 
 def write_dataset(
@@ -48,7 +51,7 @@ def write_dataset(
     np.save(folder / "token_bytes.npy", np.where(np.arange(vocab_size) == eod, 0, 1).astype(np.uint16))
     flat = np.concatenate([np.asarray([*d, eod]) for d in train])
     np.save(folder / "token_counts.npy", np.bincount(flat, minlength=vocab_size).astype(np.int64))
-    (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer.json").write_text(word_tokenizer(vocab_size).to_str())
     manifest = {
         "format": 1, "dtype": dtype, "vocab_size": vocab_size, "eod_id": eod,
         "tokenizer_sha256": _sha(folder / "tokenizer.json"), "splits": splits, "sources": [], "skipped": {}, "overlap": {},
@@ -56,6 +59,14 @@ def write_dataset(
     manifest["fingerprint"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return manifest
+
+
+def word_tokenizer(vocab_size: int) -> Tokenizer:
+    """Token i is the word "wi"; the last one ends documents."""
+    words = {f"w{i}": i for i in range(vocab_size - 1)} | {"<|endoftext|>": vocab_size - 1}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return tokenizer
 
 
 def _sha(path: Path) -> str:

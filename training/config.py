@@ -33,6 +33,7 @@ def _setting(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+OnSpike = Literal["log", "skip", "rollback"]
 PRECISIONS = ("bf16", "fp32")
 SCHEDULES = ("cosine", "linear", "wsd")
 
@@ -80,6 +81,19 @@ class TrainingConfig:
     backend: str = _setting(
         "auto", "kernels of attention: triton, chunked, reference, or auto (what has passed a check on the device)"
     )
+    health_interval: int = _setting(
+        50, "steps between gradient norms by part and updates beside weights; 0: never"
+    )
+    on_spike: str = _setting(
+        "log", "a loss beyond spike_sigmas: log; skip (drop the step's update); or rollback (past its samples)"
+    )
+    spike_sigmas: float = _setting(7.0, "standard deviations above the last 1000 losses that make a spike")
+    sample_interval: int = _setting(0, "steps between continuations of sample_prompts; 0: never")
+    sample_prompts: list[str] = field(
+        default_factory=lambda: ["The ", "def "],
+        metadata={"help": "what the model continues, greedily, every sample_interval steps"},
+    )
+    sample_tokens: int = _setting(48, "tokens of a continuation")
     eval_interval: int = _setting(500, "steps between held-out evaluations; 0: only at the end")
     eval_windows: int = _setting(64, "held-out windows per evaluation; 0: all")
     save_interval: int = _setting(1000, "steps between checkpoints; 0: only at the stop or the end")
@@ -93,22 +107,25 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _at_least(self, "training", 1, (
             "max_steps", "stop_at_step", "micro_batch_size", "global_batch_size", "gradient_accumulation_steps",
-            "max_seq_len", "keep_last", "keep_every",
+            "max_seq_len", "keep_last", "keep_every", "sample_tokens",
         ))  # fmt: skip
         _at_least(self, "training", 0, (
             "seed", "warmup_steps", "wsd_decay_steps", "weight_decay", "grad_clip", "indexer_warmup_steps",
             "indexer_loss_weight", "eval_interval", "eval_windows", "save_interval", "log_interval", "probe_interval",
-            "min_learning_rate",
+            "min_learning_rate", "health_interval", "sample_interval",
         ))  # fmt: skip
         _above_zero(
             self,
             "training",
-            ("learning_rate", "eps", "indexer_lr_multiplier", "indexer_loss_rows", "hang_timeout_s"),
+            ("learning_rate", "eps", "indexer_lr_multiplier", "indexer_loss_rows", "hang_timeout_s", "spike_sigmas"),
         )
         _one_of(self, "training", "precision", PRECISIONS)
         _one_of(self, "training", "lr_scheduler", SCHEDULES)
         _one_of(self, "training", "backend", ("auto", *get_args(kernels.Backend)))
         _one_of(self, "training", "checkpointing_scope", ("block", "ffn"))
+        _one_of(self, "training", "on_spike", get_args(OnSpike))
+        if self.sample_interval and not all(self.sample_prompts):
+            raise ConfigError("training.sample_prompts: an empty prompt; give each at least one character")
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"training.{name}={getattr(self, name)} must be at least 0 and below 1")
@@ -415,7 +432,8 @@ _HARMLESS = """
     training.gradient_checkpointing training.checkpointing_scope training.compile
     training.eval_interval training.eval_windows training.save_interval
     training.keep_last training.keep_every training.async_save training.log_interval training.init_from
-    training.hang_timeout_s training.backend training.probe_interval data.num_workers
+    training.hang_timeout_s training.backend training.probe_interval training.health_interval
+    training.sample_interval training.sample_prompts training.sample_tokens data.num_workers
     logging.wandb logging.project logging.entity logging.run_name
 """.split()
 _IMPOSSIBLE = """
@@ -429,7 +447,7 @@ _CURVE = """
     training.min_learning_rate training.warmup_steps training.lr_scheduler training.wsd_decay_steps
     training.weight_decay training.beta1 training.beta2 training.eps training.grad_clip
     training.indexer_warmup_steps training.indexer_lr_multiplier training.indexer_loss_weight
-    training.indexer_loss_rows data.data_dir data.mixture
+    training.indexer_loss_rows training.on_spike training.spike_sigmas data.data_dir data.mixture
 """.split()
 RESUME_EFFECT: dict[str, Effect] = {
     **dict.fromkeys(_HARMLESS, "harmless"),

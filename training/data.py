@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,10 +239,19 @@ def step_samples(samples_consumed: int, plan: BatchPlan, rank: int) -> list[np.n
     return [np.arange(start, start + width) for start in starts]
 
 
+def past(skipped: Iterable[tuple[int, int]], first: int, count: int) -> int:
+    """The first sample from `first` on from which `count` samples avoid every skipped (first, count) range."""
+    for start, length in sorted(skipped):
+        if first < start + length and start < first + count:
+            first = start + length
+    return first
+
+
 class Loader:
     """Micro-batches of one rank, step after step, read ahead by threads.
 
-    The sequence is the same for any num_workers; 0 reads in line. An error in a reader is raised by the
+    The sequence is the same for any num_workers; 0 reads in line. skipped: (first, count) ranges of samples that no
+    step may touch. An error in a reader is raised by the
     `next` that would have returned its batch, with its sample numbers.
     """
 
@@ -255,17 +264,21 @@ class Loader:
         rank: int,
         num_workers: int,
         pin_memory: bool,
+        skipped: Sequence[tuple[int, int]] = (),
     ) -> None:
         self._data, self._pin = data, pin_memory
-        self._numbers = self._forever(samples_consumed, plan, rank)
+        self._numbers = self._forever(samples_consumed, plan, rank, skipped)
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="loader") if num_workers else None
         self._ahead: deque[Future[Batch]] = deque()
         if self._pool is not None:
             self._ahead.extend(self._pool.submit(self._read, next(self._numbers)) for _ in range(2 * num_workers))
 
     @staticmethod
-    def _forever(consumed: int, plan: BatchPlan, rank: int) -> Iterator[np.ndarray]:
+    def _forever(
+        consumed: int, plan: BatchPlan, rank: int, skipped: Sequence[tuple[int, int]]
+    ) -> Iterator[np.ndarray]:
         while True:
+            consumed = past(skipped, consumed, plan.global_batch_size)
             yield from step_samples(consumed, plan, rank)
             consumed += plan.global_batch_size
 

@@ -36,6 +36,7 @@ from gsa.checkpoint.full_state import FullState, Layout, family, read_full_state
 from gsa.checkpoint.manifest import CheckpointError  # noqa: E402
 from gsa.checkpoint.state import CLIENT_KEY  # noqa: E402
 from training.config import TrainingConfig  # noqa: E402
+from training.health import UpdateSample, drop_gradients, gradient_squares  # noqa: E402
 from training.optimizer import group_hyperparameters, schedule_factor  # noqa: E402
 from training.reshape import install, zero_padding  # noqa: E402
 from training.snapshot import HostBuffers, Snapshot, host_tree  # noqa: E402
@@ -157,17 +158,41 @@ class Engine:
         """Accumulates the gradient of `loss` / accumulation steps / ranks: see Trainer for the normalisation."""
         self._engine.backward(loss)
 
-    def step(self) -> bool:
-        """Called once per micro-batch; updates the weights, and returns True, with the last one of a step."""
-        boundary = bool(self._engine.is_gradient_accumulation_boundary())
+    def at_boundary(self) -> bool:
+        """Whether the micro-batch whose backward pass is done is the last one of a step."""
+        return bool(self._engine.is_gradient_accumulation_boundary())
+
+    def step(self, *, drop: bool = False) -> bool:
+        """Called once per micro-batch; updates the weights, and returns True, with the last one of a step.
+
+        drop: the step counts, for the schedule too, but its gradient is forgotten and nothing is updated.
+        """
+        boundary = self.at_boundary()
         if boundary and self.zero_stage == 0:
             # stage 0 reports no norm of its own in float32
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if drop and boundary:
+            optimizer, self._grad_norm = self._engine.optimizer, 0.0
+            step = optimizer.step
+            optimizer.step = lambda *args, **kwargs: drop_gradients(optimizer, self.zero_stage)
+            try:
+                self._engine.step()
+            finally:
+                optimizer.step = step
+            return True
         self._engine.step()
         if boundary and self.zero_stage > 0:
             self._grad_norm = self._engine.get_global_grad_norm()
         return boundary
+
+    def gradient_squares(self) -> torch.Tensor | None:
+        """This rank's share of the squared gradient by part: training/health.py. At a boundary, before `step`."""
+        return gradient_squares(self.module, self._engine.optimizer, self.zero_stage)
+
+    def update_sample(self) -> UpdateSample:
+        """A sample of the masters as they are, to be compared with what `step` makes of them."""
+        return UpdateSample(self._engine.optimizer, self.zero_stage)
 
     def grad_norm(self) -> float:
         """L2 norm of the last step's whole gradient before clipping; nan when it was not finite."""
@@ -224,9 +249,9 @@ class Engine:
         from the shards and cut anew. The files must have been verified before: DeepSpeed loads flipped bits in
         silence. Raises CheckpointError on all ranks when one of them refuses a file.
         """
-        layout = self._agreed(lambda: read_layout(checkpoint))
+        layout = self.agreed(lambda: read_layout(checkpoint))
         alike = layout == self._layout()
-        state = self._agreed(lambda: self._require_safe(checkpoint, alike))
+        state = self.agreed(lambda: self._require_safe(checkpoint, alike))
         if not alike:
             self.take_up(state)
             return
@@ -239,7 +264,7 @@ class Engine:
 
     def take_up(self, state: FullState) -> None:
         """Makes the engine's state that of another engine, or of the predecessor. Every rank must call it."""
-        self._agreed(lambda: install(state, self.module, self._engine.optimizer, self.zero_stage))
+        self.agreed(lambda: install(state, self.module, self._engine.optimizer, self.zero_stage))
         schedule = self._engine.lr_scheduler
         position = {"last_epoch": state.run.step, "_step_count": state.run.step + 1}
         schedule.load_state_dict({**schedule.state_dict(), **(state.schedule or position)})
@@ -267,12 +292,15 @@ class Engine:
                 safe_load.load(path, extra_allowed=DEEPSPEED_GLOBALS, mmap=True)
         return None
 
-    def _agreed(self, call: Callable[[], T]) -> T:
-        """The result of `call`, or CheckpointError on all ranks when one has raised it: none waits for a lost one."""
+    def agreed(self, call: Callable[[], T]) -> T:
+        """The result of `call`, which reads files: CheckpointError on all ranks when one rank's has failed.
+
+        So none waits in a collective for a lost one.
+        """
         result, error = None, None
         try:
             result = call()
-        except CheckpointError as err:
+        except (CheckpointError, OSError) as err:
             error = err
         words: list = [None] * dist.get_world_size()
         dist.all_gather_object(words, None if error is None else str(error))

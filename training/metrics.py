@@ -1,4 +1,4 @@
-"""What a run says of itself: metric names with units, metrics.jsonl, the console.
+"""What a run says of itself: metric names with units, and metrics.jsonl.
 
 metrics.jsonl is the truth of a run: one JSON object per line, one row per optimizer step and one per
 event. A step row has "step" and "loss"; an event row has "event", and never "loss". After a resume at
@@ -11,12 +11,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
-
-from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -31,6 +28,7 @@ STEP_METRICS: dict[str, Metric] = {
     "samples": Metric("windows", "training windows consumed so far, over all ranks"),
     "tokens": Metric("tokens", "token positions consumed so far (samples x max_seq_len)"),
     "loss": Metric("nats/token", "next-token cross-entropy of the step's global batch, mean over valid targets"),
+    "spike_score": Metric("deviations", "the loss above the mean of the last 1000 steps; 0 while under 50 are known"),
     "indexer_loss": Metric("nats/row", "alignment KL of the indexer, mean over layers and sampled rows"),
     "grad_norm": Metric("1", "global L2 norm of the gradient before clipping"),
     "lr": Metric("1", "learning rate of the main groups in this step"),
@@ -62,9 +60,19 @@ PROBE_METRICS: dict[str, Metric] = {
     "gate/value_saturation": Metric("share", "value gates below 0.05 or above 0.95, mean over layers"),
     "gate/output_saturation": Metric("share", "output gates below 0.05 or above 0.95, mean over layers"),
     "attention/first_token": Metric("share", "attention on the first token of the document, mean over layers"),
+    "layers": Metric("share", "lists by layer: coverage, oracle, recall, value_ and output_saturation, first_token"),
 }
 """In the rows of every probe_interval-th step, where the model has the part: measured on PROBED_ROWS queries of one
 sequence of every rank."""
+
+HEALTH_METRICS: dict[str, Metric] = {
+    "grad_norm/indexer": Metric("1", "L2 norm of the indexer's part of the gradient, before clipping"),
+    "grad_norm/gates": Metric("1", "the same of the gates"),
+    "grad_norm/rest": Metric("1", "the same of everything else"),
+    "update_ratio/main": Metric("1", "norm of the step's change of the main matrices over their norm, on a sample"),
+    "update_ratio/indexer": Metric("1", "the same of the indexer's matrices"),
+}
+"""In the rows of every health_interval-th step. Not where gradients leave the device (offload)."""
 
 GPU_METRICS: dict[str, Metric] = {
     "allocator_retries": Metric("1", "times the allocator emptied its cache to go on since the row before; worst rank"),
@@ -86,15 +94,26 @@ TIME_METRICS = frozenset(
 )  # fmt: skip
 """Metrics that may differ between two runs that are otherwise the same."""
 
+
+
+def is_timing(name: str) -> bool:
+    """Whether a field of a step row may differ between two runs that are otherwise the same."""
+    return name in TIME_METRICS or name in GPU_METRICS or name.startswith("gpu/")
+
+
 EVENTS: dict[str, str] = {
-    "start": "a process group began training: world size, versions",
-    "resume": "a checkpoint was loaded: its tag, rows moved to a segment",
+    "start": "a process group began training: world_size, zero_stage, segment (launches before this one)",
+    "resume": "a checkpoint was loaded: the same, checkpoint, rows_moved to segments/, config_diff (key: old, new)",
     "eval": "held-out evaluation: eval_loss (nats/token), eval_bpb (bits per byte), per stage of attention",
     "save": "a checkpoint was published: its step and tag, bytes, save_stall_seconds (the loop stood still), "
     "save_background_seconds (from then to publication), save_background_cpu_seconds (of rank 0's writer)",
     "device": "what runs it: name, memory_gib, peak_tflops with peak_source (table, or measured by a matrix product)",
     "predicted": "a few steps in: memory_gib and seconds by training.plan's count beside measured_gib and "
     "measured_seconds of rank 0; on a CPU memory beyond what the process held before the model",
+    "receipt": "the steps that a resume trained again are over: compared, identical, first_difference (step, field, "
+    "before, now)",
+    "spike": "a loss beyond training.spike_sigmas: loss, score, samples (first, last), action (log, skip, rollback)",
+    "sample": "a fixed prompt continued by the model, greedily: prompt, text",
     "stop": "the run ended in order: reason",
     "error": "the run ended out of order: reason",
 }
@@ -132,16 +151,16 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def rewind(path: Path, step: int) -> int:
+def rewind(path: Path, step: int) -> list[dict]:
     """Makes metrics.jsonl end at `step`; rows after it go to segments/metrics_<k>.jsonl beside it.
 
     Rows are in time order, so everything after the last row that belongs to a step <= `step` moves,
     events too; but a save is told when it is published, steps later, and stays with its step. A torn last
-    line is dropped. Returns how many rows moved. Atomic: the segment is written
+    line is dropped. Returns the rows that moved. Atomic: the segment is written
     first, then the shortened file replaces the old one.
     """
     if not path.exists():
-        return 0
+        return []
     rows = read_rows(path)
     keep = next((i for i, row in enumerate(rows) if "loss" in row and row["step"] > step), len(rows))
     late = [row for row in rows[keep:] if row.get("event") == "save" and row["step"] <= step]
@@ -152,7 +171,7 @@ def rewind(path: Path, step: int) -> int:
         number = len(list(segments.glob("metrics_*.jsonl")))
         _replace(segments / f"metrics_{number}.jsonl", moved)
     _replace(path, rows[:keep] + late)
-    return len(moved)
+    return moved
 
 
 def _replace(path: Path, rows: list[dict]) -> None:
@@ -164,68 +183,33 @@ def _replace(path: Path, rows: list[dict]) -> None:
     os.replace(temporary, path)
 
 
-def text_chart(values: list[float], *, width: int = 72, height: int = 10, label: str = "") -> str:
-    """A curve in plain characters, y labelled at top and bottom, for a terminal. Non-finite values are gaps."""
-    finite = [v for v in values if math.isfinite(v)]
-    if not finite:
-        return f"{label}: nothing to draw"
-    low, high = min(finite), max(finite)
-    span = (high - low) or 1.0
-    width = min(width, len(values))
-    grid = [[" "] * width for _ in range(height)]
-    for column in range(width):
-        chunk = values[column * len(values) // width : max(1, (column + 1) * len(values) // width)]
-        chunk = [v for v in chunk if math.isfinite(v)]
-        if chunk:
-            row = round((high - sum(chunk) / len(chunk)) / span * (height - 1))
-            grid[row][column] = "*"
-    lines = ["".join(row) for row in grid]
-    margins = [f"{high:8.3f} |"] + [" " * 8 + " |"] * (height - 2) + [f"{low:8.3f} |"]
-    return "\n".join([label] + [m + line for m, line in zip(margins, lines, strict=True)])
+def schema() -> str:
+    """docs/metrics.md: every field and event, from the tables above."""
+    kinds = (
+        ("Every step", STEP_METRICS), ("Every `training.probe_interval` steps", PROBE_METRICS),
+        ("Every `training.health_interval` steps", HEALTH_METRICS), ("On GPUs", GPU_METRICS),
+    )  # fmt: skip
+    lines = [
+        "# metrics.jsonl",
+        "",
+        "Made by `python -m training.metrics`; a test holds it to the tables in training/metrics.py.",
+        "",
+        "One JSON object per line, appended and flushed as things happen. A row with `loss` is an optimizer step; a row",
+        "with `event` is an event, with its `step` and `time`. After a resume at step N the file reads as one curve: rows",
+        "after N move to `segments/metrics_<k>.jsonl`, a torn last line is dropped, and once the steps of the dead segment",
+        "have been trained again a `receipt` says whether every number came out as before. Fields marked with a clock may",
+        "differ between equal runs.",
+    ]
+    for title, table in kinds:
+        lines += ["", f"## {title}", "", "| field | unit | meaning |", "|---|---|---|"]
+        lines += [
+            f"| `{name}`{' ⏱' if is_timing(name) else ''} | {metric.unit} | {metric.meaning} |"
+            for name, metric in table.items()
+        ]
+    lines += ["", "## Events", "", "| event | says |", "|---|---|"]
+    lines += [f"| `{name}` | {meaning} |" for name, meaning in EVENTS.items()]
+    return "\n".join(lines) + "\n"
 
 
-class Console:
-    """Lines on rank 0's terminal; nothing on the others. The bar appears only on a real terminal."""
-
-    def __init__(self, enabled: bool, total: int, log_interval: int = 10) -> None:
-        self._enabled, self._interval = enabled, max(1, log_interval)
-        self._bar: tqdm | None = None
-        self._wants_bar = enabled and sys.stderr.isatty()
-        self._total = total
-
-    def line(self, text: str) -> None:
-        if not self._enabled:
-            return
-        if self._bar is not None:
-            self._bar.write(text)
-        else:
-            print(text, flush=True)
-
-    def step(self, row: dict, eta_s: float) -> None:
-        """One finished step: moves the bar, or prints a line every log_interval steps."""
-        if not self._enabled:
-            return
-        if self._wants_bar:
-            if self._bar is None:
-                self._bar = tqdm(total=self._total, initial=row["step"] - 1, unit="step", dynamic_ncols=True)
-            self._bar.set_postfix_str(
-                f"loss {row['loss']:.4f} lr {row['lr']:.2e} {row['tokens_per_s']:,.0f} tok/s", refresh=False
-            )
-            self._bar.update(1)
-        elif row["step"] % self._interval == 0 or row["step"] == self._total:
-            print(
-                f"step {row['step']}/{self._total}  loss {row['loss']:.4f}  indexer {row['indexer_loss']:.4f}  "
-                f"grad norm {row['grad_norm']:.3f}  lr {row['lr']:.2e}  {row['tokens_per_s']:,.0f} tokens/s  "
-                f"epoch {row['epoch']:.3f}  ETA {format_seconds(eta_s)}",
-                flush=True,
-            )
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-
-def format_seconds(seconds: float) -> str:
-    """3725 -> "1:02:05"."""
-    whole = int(seconds)
-    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+if __name__ == "__main__":
+    print(schema(), end="")

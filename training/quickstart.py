@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from gsa.checkpoint import manifest
-from training.metrics import format_seconds, read_rows, text_chart
+from training.console import format_seconds, text_chart
+from training.metrics import read_rows
 
 CPU_RANKS = 2
 

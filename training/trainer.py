@@ -6,9 +6,11 @@ import gc
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,23 +19,30 @@ import torch.distributed as dist
 from gsa import GSAForCausalLM
 from gsa.attention.probe import PROBES
 from gsa.checkpoint import manifest
+from gsa.checkpoint.full_state import read_run_state
 from gsa.checkpoint.legacy import read_legacy
 from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import RunState
 from gsa.kernels.choice import Shape, resolve
 from gsa.weights import load_weights
 from training import config as run_config
+from training.banner import closing_summary, start_banner
 from training.clock import StepClock
 from training.config import BatchPlan, RunConfig
-from training.data import Loader, PackedTokens, permute
+from training.console import Console
+from training.data import Loader, PackedTokens, past, permute
 from training.engine import DEEPSPEED_VERSION, Engine
 from training.evaluate import evaluate, unigram_score
-from training.metrics import Console, MetricsLog, rewind
+from training.health import PARTS, UPDATED
+from training.metrics import MetricsLog, read_rows, rewind
 from training.optimizer import build_optimizer, build_schedule
+from training.receipt import Receipt, describe
 from training.resume import Start
 from training.run_folder import PROJECT, RunFolder, version
+from training.samples import continuations
 from training.saving import Retention, Saver, SaveReport
 from training.space import checkpoint_bytes
+from training.spikes import WINDOW, SpikeDetector
 from training.telemetry import SETTLED, Telemetry
 from training.tracking import Tracker, new_run_id
 from training.watchdog import Watchdog
@@ -45,8 +54,14 @@ PROBED_ROWS = 64
 GARBAGE_INTERVAL = 50
 """Steps between collections of Python's garbage, alike on all ranks: one that pauses by itself keeps others waiting."""
 
+MOST_ROLLBACKS = 10
+"""Of a run. One that needs more does not suffer from a few bad samples: its spikes are logged from there on."""
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 """Save at the next step boundary, then end in order."""
+
+
+T = TypeVar("T")
 
 
 class Diverged(RuntimeError):
@@ -63,7 +78,7 @@ def indexer_rows(seed: int, step: int, seq_len: int, share: float) -> torch.Tens
     return torch.from_numpy(np.sort(drawn))
 
 
-def probe_metrics(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
+def probe_metrics(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, object]:
     """The row's PROBE_METRICS from sums over ranks, and how many ranks had each, (n_layers, len(PROBES)) twice.
 
     A rank whose sequence has nothing to measure in a layer counts for nothing there; what no layer has is left out.
@@ -77,7 +92,21 @@ def probe_metrics(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
         "gate/output_saturation": by_name["output_saturation"].nanmean(),
         "attention/first_token": by_name["first_token"].nanmean(),
     }  # fmt: skip
-    return {name: value.item() for name, value in found.items() if value.isfinite()}
+    layers = {
+        name: [value if math.isfinite(value) else None for value in column.tolist()] for name, column in by_name.items()
+    }
+    return {name: value.item() for name, value in found.items() if value.isfinite()} | {"layers": layers}
+
+
+def health_metrics(squares: torch.Tensor | None, updates: torch.Tensor) -> dict[str, float]:
+    """HEALTH_METRICS from what training/health.py found, summed over ranks. squares: by part; updates: by group."""
+    row = {}
+    if squares is not None:
+        row |= {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, squares.tolist(), strict=True)}
+    for name, (change, weight) in zip(UPDATED, updates.tolist(), strict=True):
+        if weight > 0:
+            row[f"update_ratio/{name}"] = math.sqrt(change / weight)
+    return row
 
 
 def _latest(folder: RunFolder) -> str | None:
@@ -88,10 +117,10 @@ def _latest(folder: RunFolder) -> str | None:
         return None
 
 
-def _seconds_of(call: Callable[[], None]) -> float:
+def _timed(call: Callable[[], T]) -> tuple[T, float]:
+    """What the call returns, and its seconds."""
     began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
+    return call(), time.perf_counter() - began
 
 
 class Trainer:
@@ -120,6 +149,7 @@ class Trainer:
         self.step = self.samples = self.tokens = self.indexer_start = 0
         self.epoch_offset = 0.0
         self.decided: dict = {}
+        self.skipped: list[tuple[int, int]] = []  # (first, count) of samples that a rollback has ruled out
         self._stop_signal = 0
         self._unigram_bpb: float | None = None
 
@@ -154,6 +184,8 @@ class Trainer:
         if start is not None:
             self._take_up(start)
         self._first_step = self.step
+        self._ds_config = ds_config
+        self._receipt = Receipt([])
         self.world.barrier()  # every rank has read run.json before rank 0 writes it
         self.log: MetricsLog | None = None
         if world.is_main:
@@ -161,6 +193,7 @@ class Trainer:
                 # a kill came before it was published, or what `latest` names is about to be set aside
                 manifest.publish(folder.path, start.checkpoint.name)
             self._open_run(start, moved=self._set_aside())
+        self._spikes = SpikeDetector(self.world.broadcast(self._known_losses()))
         self.saver = Saver(
             self.engine,
             world,
@@ -197,33 +230,56 @@ class Trainer:
             self.engine.load(start.checkpoint)
         # what the yaml says runs: DeepSpeed brings back the saved rates, decay, betas and clipping
         self.engine.apply_hyperparameters(self.cfg.training)
-        state = start.state
-        self.step, self.samples, self.tokens = state.step, state.samples_consumed, state.tokens_seen
-        self.indexer_start, self.epoch_offset, self.decided = state.indexer_start, state.epoch_offset, state.decided
+        self._position(start.state)
         to_do = f"continuing at step {self.step + 1} of {self._end()}" if self.step < self._end() else "at its end"
         self.console.line(f"resumed {start.checkpoint.name}: {to_do}, epoch {self._epoch():.3f}")
+
+    def _position(self, state: RunState) -> None:
+        """Where in the run and in its data the state stands becomes ours."""
+        self.step, self.samples, self.tokens = state.step, state.samples_consumed, state.tokens_seen
+        self.indexer_start, self.epoch_offset, self.decided = state.indexer_start, state.epoch_offset, state.decided
+        self.skipped = [(first, count) for first, count in state.skipped]
 
     def _epoch(self) -> float:
         return self.epoch_offset + self.data.epoch(self.samples)
 
-    def _set_aside(self) -> int:
+    def _set_aside(self) -> list[dict]:
+        """Checkpoints and rows of steps after this one, left by a dead branch, go to segments/; returns the rows."""
         # also for a fresh start: a run that died before its first checkpoint has left rows behind
         for line in self.folder.set_aside(self.step):
             self.console.line(line)
         return rewind(self.folder.metrics, self.step)
 
-    def _open_run(self, start: Start | None, moved: int) -> None:
+    def _known_losses(self) -> list[float]:
+        """Of the last steps in metrics.jsonl, on rank 0."""
+        if not self.world.is_main:
+            return []
+        return [float(row["loss"]) for row in read_rows(self.folder.metrics) if "loss" in row][-WINDOW:]
+
+    def _open_run(self, start: Start | None, moved: list[dict]) -> None:
+        run = self.folder.read_run()
+        segment = run.get("segments", 0)
         self.log = MetricsLog(self.folder.metrics)
+        self._receipt = Receipt(moved)
+        backend = self.model.layers[0].attention.backend
         self.folder.update_run(
             status="running", reason=None, step=self.step, tracking_id=self.tracking_id, world_size=self.world.size,
-            zero_stage=self.engine.zero_stage, backend=self.model.layers[0].attention.backend,
+            zero_stage=self.engine.zero_stage, backend=backend, segments=segment + 1,
         )  # fmt: skip
         event = {"event": "start" if start is None else "resume", "step": self.step, "world_size": self.world.size,
-                 "zero_stage": self.engine.zero_stage}  # fmt: skip
+                 "zero_stage": self.engine.zero_stage, "segment": segment}  # fmt: skip
         if start is not None:
-            event |= {"checkpoint": start.checkpoint.name, "rows_moved": moved}
+            changes = run_config.config_changes(start.state.config, run_config.to_plain(self.cfg))
+            event |= {"checkpoint": start.checkpoint.name, "rows_moved": len(moved),
+                      "config_diff": {c.key: [c.old, c.new] for c in changes}}  # fmt: skip
         self._event(event)
-        self._event({**self.telemetry.describe(), "step": self.step})
+        device = self.telemetry.describe()
+        self._event({**device, "step": self.step})
+        tracking = f"W&B run {self.tracking_id}" if self.cfg.logging.wandb else "no W&B"
+        self.console.table(f"GSA trainer {version(PROJECT)}", start_banner(
+            self.cfg, self.plan, self._ds_config, self.data, self.folder.path, device, backend=backend,
+            tracking=tracking,
+        ))  # fmt: skip
 
     def _event(self, row: dict) -> None:
         assert "loss" not in row
@@ -249,10 +305,8 @@ class Trainer:
         cfg = self.cfg.training
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
-        loader = Loader(
-            self.data, samples_consumed=self.samples, plan=self.plan, rank=self.world.rank,
-            num_workers=self.cfg.data.num_workers, pin_memory=self.world.device.type == "cuda",
-        )  # fmt: skip
+        loader = self._loader()
+        began, recent, evaluated = time.perf_counter(), deque(maxlen=100), None
         clock = StepClock(self.world.device)
         saved_at = self.step if self._continued else -1  # another folder's checkpoint is not ours yet
         stop_signal = 0
@@ -267,14 +321,21 @@ class Trainer:
                 row, stop_signal = self._one_step(loader, clock)
                 row |= stood | {"time": time.time()}
                 stood = dict.fromkeys(stood, 0.0)
+                if self._rolled_back(row):
+                    loader.close()
+                    loader = self._loader()
+                    continue
                 self._tell(row)
+                recent.append(row)
                 pace = row["seconds"] if pace is None else 0.9 * pace + 0.1 * row["seconds"]
                 self.console.step(row, pace * (self._end() - self.step))
                 last = self.step == self._end() or bool(stop_signal)
                 if (cfg.eval_interval and self.step % cfg.eval_interval == 0) or self.step == self._end():
-                    stood["seconds_eval"] = _seconds_of(self._evaluate)
+                    evaluated, stood["seconds_eval"] = _timed(self._evaluate)
+                if cfg.sample_interval and self.step % cfg.sample_interval == 0:
+                    stood["seconds_eval"] += _timed(self._sample)[1]
                 if last or (cfg.save_interval and self.step % cfg.save_interval == 0):
-                    stood["seconds_save"] = _seconds_of(self._save)
+                    stood["seconds_save"] = _timed(self._save)[1]
                     saved_at = self.step
                 if self.step % GARBAGE_INTERVAL == 0:
                     gc.collect()
@@ -295,17 +356,38 @@ class Trainer:
             reason = signal.Signals(stop_signal).name
         else:
             reason = "finished" if self.step >= cfg.max_steps else "stop_at_step"
+        if (receipt := self._receipt.event()) is not None:
+            self._event({**receipt, "step": self.step})
         self._event({"event": "stop", "step": self.step, "reason": reason})
         if self.world.is_main:
             status = "finished" if reason == "finished" else "stopped"
             self.folder.update_run(status=status, reason=reason, step=self.step)
+            self.console.table("done", closing_summary(
+                reason=reason, first_step=self._first_step, rows=list(recent), seconds=time.perf_counter() - began,
+                evaluated=evaluated, checkpoint=_latest(self.folder),
+            ))  # fmt: skip
         return reason
 
+    def _loader(self) -> Loader:
+        return Loader(
+            self.data, samples_consumed=self.samples, plan=self.plan, rank=self.world.rank, skipped=self.skipped,
+            num_workers=self.cfg.data.num_workers, pin_memory=self.world.device.type == "cuda",
+        )  # fmt: skip
+
     def _tell(self, row: dict) -> None:
+        """A step is done: its row goes to the log, to W&B, and is held against the step it may replay."""
+        spike = row["spike_score"] > self.cfg.training.spike_sigmas
         if self.log is not None:
             self.log.write(row)
+            if spike:
+                self._event(self._spike(row, "skip" if self.cfg.training.on_spike == "skip" else "log"))
             if self.step == self._first_step + SETTLED:
                 self._event({**self.telemetry.predicted(row["seconds"]), "step": self.step})
+            if (receipt := self._receipt.compare(row)) is not None:
+                self._event({**receipt, "step": self.step})
+                self.console.line(describe(receipt))
+        if spike:
+            self.console.line(f"step {self.step}: loss {row['loss']:.4f} is a spike, {row['spike_score']:.1f} sigmas")
         self.tracker.log(row, step=self.step)
         for message in self.telemetry.messages():
             self.console.line(f"warning: {message}")
@@ -314,13 +396,13 @@ class Trainer:
         """One optimizer step. Returns its row, all but what the loop knows, and an agreed signal or 0."""
         began = time.perf_counter()
         cfg, plan = self.cfg.training, self.plan
-        first = self.samples
+        first = past(self.skipped, self.samples, plan.global_batch_size)
         self.model.set_stage("dense" if self.step - self.indexer_start < cfg.indexer_warmup_steps else "sparse")
         n_targets = self.data.n_targets(first, plan.global_batch_size)
         share = max(1, n_targets) / (plan.accumulation_steps * plan.world_size)
         rows = indexer_rows(cfg.seed, self.step, cfg.max_seq_len, cfg.indexer_loss_rows).to(self.world.device)
         rates = self.engine.learning_rates()
-        probing = bool(cfg.probe_interval) and (self.step + 1) % cfg.probe_interval == 0
+        probing, examining = self._due(cfg.probe_interval), self._due(cfg.health_interval)
         probe_rows = None
         if probing:
             share_probed = min(1.0, PROBED_ROWS / cfg.max_seq_len)
@@ -328,7 +410,8 @@ class Trainer:
         probes = torch.zeros(self.n_layers, len(PROBES), dtype=torch.float64, device=self.world.device)
         losses, indexer_losses, selected, seen = [], [], [], []
         selection = torch.zeros(self.n_layers, 2, dtype=torch.float64, device=self.world.device)
-        for _ in range(plan.accumulation_steps):
+        squares = updates = None
+        for micro in range(plan.accumulation_steps):
             self._phase(clock, "data")
             batch = next(loader).to(self.world.device, non_blocking=True)
             self._phase(clock, "forward")
@@ -340,48 +423,119 @@ class Trainer:
             self._phase(clock, "backward")
             self.engine.backward(out.loss + cfg.indexer_loss_weight * out.indexer_loss)
             self._phase(clock, "step")
-            self.engine.step()
             losses.append(out.loss.detach())
             indexer_losses.append(out.indexer_loss.detach())
             selected.append(out.n_selected.mean())
             seen.append((cfg.max_seq_len + 1) / 2 - batch.doc_start.double().mean())
             selection += out.selection_stats
+            last = micro == plan.accumulation_steps - 1
+            if examining and last:
+                squares, updates = self.engine.gradient_squares(), self.engine.update_sample()
+            self.engine.step(drop=last and cfg.on_spike == "skip" and self._spiking(losses))
         self.step += 1
-        self.samples += plan.global_batch_size
+        self.samples = first + plan.global_batch_size
         self.tokens += plan.global_batch_size * cfg.max_seq_len
 
         # one small collective and one wait for the device per step, whatever the accumulation
-        per_micro = (losses, indexer_losses, selected, seen)
-        means = torch.stack([torch.stack(part).double().mean() for part in per_micro])
+        means = [torch.stack(part).double().mean() for part in (losses, indexer_losses, selected, seen)]
         # filled on the device: a tensor made of Python numbers would be copied there, and wait for it
-        flags = torch.cat([means.new_full((1,), float(flag)) for flag in (self._stop_signal, *self.saver.flags())])
-        measured = ~probes.isnan()
-        shares = self.telemetry.shares(means)
-        parts = [means / self.world.size, flags, selection, shares, probes.nan_to_num(0), measured]
-        shared = torch.cat([part.flatten().double() for part in parts])
-        dist.all_reduce(shared)
-        means, flags, selection, shares, probes, measured = (
-            part.view_as(like) for part, like in zip(shared.split([p.numel() for p in parts]), parts, strict=True)
-        )
-        self.model.update_v_ref(selection)
-        loss, indexer_loss, n_selected, n_seen = means.tolist()
-        signal_sum, settled, failed = flags.tolist()
+        flags = [means[0].new_full((), float(flag)) for flag in (self._stop_signal, *self.saver.flags())]
+        shared = {
+            "means": torch.stack(means) / self.world.size, "flags": torch.stack(flags), "selection": selection,
+            "ranks": self.telemetry.shares(selection), "probes": probes.nan_to_num(0), "probed": ~probes.isnan(),
+        }  # fmt: skip
+        if examining:
+            shared["updates"] = updates.squares().to(selection)
+            if squares is not None:
+                shared["squares"] = squares
+        shared = self._summed(shared)
+        self.model.update_v_ref(shared["selection"])
+        loss, indexer_loss, n_selected, n_seen = shared["means"].tolist()
+        signal_sum, settled, failed = shared["flags"].tolist()
         self.saver.advance(settled, failed)
         grad_norm = self.engine.grad_norm()
-        if not (math.isfinite(loss) and math.isfinite(indexer_loss) and math.isfinite(grad_norm)):
-            self._diverged(losses, indexer_losses, first, loss, grad_norm)
         row = {
             "step": self.step, "epoch": self._epoch(), "samples": self.samples, "tokens": self.tokens,
-            "loss": loss, "indexer_loss": indexer_loss, "grad_norm": grad_norm, "lr": rates["decay"],
-            "lr_indexer": rates.get("indexer", 0.0), "stage": self.model.stage, "selected_k": n_selected,
-            "visible_k": n_seen,
+            "loss": loss, "spike_score": self._spikes.score(loss), "indexer_loss": indexer_loss,
+            "grad_norm": grad_norm, "lr": rates["decay"], "lr_indexer": rates.get("indexer", 0.0),
+            "stage": self.model.stage, "selected_k": n_selected, "visible_k": n_seen,
         }  # fmt: skip
+        if not all(math.isfinite(x) for x in (loss, indexer_loss, grad_norm)) and not self._may_roll_back():
+            self._diverged(losses, indexer_losses, first, loss, grad_norm)
         if probing:
-            row |= probe_metrics(probes, measured)
+            row |= probe_metrics(shared["probes"], shared["probed"])
+        if examining:
+            row |= health_metrics(shared.get("squares"), shared["updates"])
         phases = clock.read()
         row |= {f"seconds_{name}": spent for name, spent in phases.items()}
-        row |= self.telemetry.of_step(time.perf_counter() - began, phases, shares, n_selected, n_seen)
+        row |= self.telemetry.of_step(time.perf_counter() - began, phases, shared["ranks"], n_selected, n_seen)
         return row, self._agree_on_signal() if signal_sum else 0
+
+    def _due(self, interval: int) -> bool:
+        """Whether the step that begins is one of every `interval`."""
+        return bool(interval) and (self.step + 1) % interval == 0
+
+    def _summed(self, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Each part summed over ranks, float64, in one collective."""
+        flat = torch.cat([part.flatten().double() for part in parts.values()])
+        dist.all_reduce(flat)
+        pieces = flat.split([part.numel() for part in parts.values()])
+        return {name: piece.view_as(part) for (name, part), piece in zip(parts.items(), pieces, strict=True)}
+
+    # -- spikes ----------------------------------------------------------------------------------------
+
+    def _spiking(self, losses: list[torch.Tensor]) -> bool:
+        """Before the update: whether the step's loss is a spike, or no number. Waits for the device."""
+        loss = float(self._summed({"loss": torch.stack(losses).double().mean() / self.world.size})["loss"])
+        return not math.isfinite(loss) or self._spikes.score(loss) > self.cfg.training.spike_sigmas
+
+    def _spike(self, row: dict, action: str) -> dict:
+        samples = [self.samples - self.plan.global_batch_size, self.samples - 1]
+        return {"event": "spike", "step": row["step"], "spike_loss": row["loss"], "score": row["spike_score"],
+                "samples": samples, "action": action}  # fmt: skip
+
+    def _may_roll_back(self) -> bool:
+        return self.cfg.training.on_spike == "rollback" and len(self.skipped) < MOST_ROLLBACKS
+
+    def _rolled_back(self, row: dict) -> bool:
+        """Judges the step's loss; after a spike goes back to the last good checkpoint, past the step's samples, if it
+        is to and can."""
+        numbers = (row["loss"], row["indexer_loss"], row["grad_norm"])
+        broken = not all(math.isfinite(x) for x in numbers)
+        spike = broken or row["spike_score"] > self.cfg.training.spike_sigmas
+        if not spike or not self._may_roll_back():
+            self._spikes.add(row["loss"])
+            return False
+        self._finish_save()
+        found = self.world.broadcast(manifest.newest_good(self.folder.path)[0] if self.world.is_main else None)
+        if found is None:
+            if broken:
+                raise Diverged(
+                    f"step {self.step}: loss {row['loss']}, gradient norm {row['grad_norm']}, and no checkpoint yet to "
+                    f"roll back to; lower training.learning_rate or training.save_interval"
+                )
+            self.console.line(f"step {self.step}: a spike, and no checkpoint yet to roll back to: going on")
+            self._spikes.add(row["loss"])
+            return False
+        event = self._spike(row, "rollback") | {"checkpoint": found.name}
+        bad = (self.samples - self.plan.global_batch_size, self.plan.global_batch_size)
+        self.engine.load(found)
+        self.engine.apply_hyperparameters(self.cfg.training)
+        known = self.skipped
+        self._position(read_run_state(found))
+        self.skipped = sorted({*self.skipped, *known, bad})
+        if self.log is not None:
+            self.log.close()
+            self._set_aside()
+            self.log = MetricsLog(self.folder.metrics)
+            self._event(event)
+        self.console.rewound(self.step)
+        self.console.line(
+            f"step {row['step']}: loss {row['loss']:.4f} is a spike ({row['spike_score']:.1f} sigmas); back to "
+            f"{found.name}, past samples {bad[0]}..{sum(bad) - 1}"
+        )
+        self._spikes = SpikeDetector(self.world.broadcast(self._known_losses()))
+        return True
 
     def _phase(self, clock: StepClock, name: str) -> None:
         # the first step of a process compiles, allocates and opens connections
@@ -439,8 +593,8 @@ class Trainer:
 
     # -- evaluation and checkpoints --------------------------------------------------------------------
 
-    def _evaluate(self) -> None:
-        """Scores the sparse model, which is what will be used; in the dense stage that one too."""
+    def _evaluate(self) -> dict:
+        """Scores the sparse model, which is what will be used; in the dense stage that one too. Returns the event."""
         began = time.perf_counter()
         cfg, stage = self.cfg.training, self.model.stage
         self.watchdog.beat("evaluate")
@@ -458,7 +612,7 @@ class Trainer:
             }
         self.model.set_stage(stage)
         if not self.world.is_main:
-            return
+            return row
         if self._unigram_bpb is None:
             self._unigram_bpb = unigram_score(self.held_out, n_windows=cfg.eval_windows).bpb
         row |= {"unigram_bpb": self._unigram_bpb, "eval_seconds": time.perf_counter() - began}
@@ -469,6 +623,16 @@ class Trainer:
             f"step {self.step}: held-out {row['eval_bpb']:.4f} bits per byte{dense} (unigram "
             f"{self._unigram_bpb:.4f}), loss {row['eval_loss']:.4f}, {row['eval_seconds']:.1f} s"
         )
+        return row
+
+    def _sample(self) -> None:
+        """Continues the fixed prompts, on all ranks together: under ZeRO 3 every forward pass is a collective."""
+        cfg = self.cfg.training
+        self.watchdog.beat("evaluate")
+        self.model.set_stage("sparse")
+        for prompt, text in continuations(self.engine, self.data, cfg.sample_prompts, cfg.sample_tokens):
+            self._event({"event": "sample", "step": self.step, "prompt": prompt, "text": text})
+            self.console.line(f"step {self.step}: {prompt!r} -> {text!r}")
 
     def _save(self) -> None:
         self.watchdog.beat("save")
@@ -479,7 +643,7 @@ class Trainer:
             versions={"torch": str(torch.__version__), "deepspeed": DEEPSPEED_VERSION, "project": version(PROJECT)},
             world_size=self.world.size, zero_stage=self.engine.zero_stage,
             created=datetime.now(UTC).isoformat(timespec="seconds"), epoch_offset=self.epoch_offset,
-            indexer_start=self.indexer_start, decided=self.decided,
+            indexer_start=self.indexer_start, decided=self.decided, skipped=[list(pair) for pair in self.skipped],
         ))  # fmt: skip
 
     def _finish_save(self) -> None:

@@ -14,7 +14,7 @@ from gsa.checkpoint.manifest import CheckpointError
 CLIENT_KEY = "gsa_run"
 """The one key of DeepSpeed's client state that is ours: it lets any other overwrite its own."""
 
-VERSION = 2
+VERSION = 3
 CONFIG = "config.json"
 """The configuration of the run, beside its weights; its "model" section is the model's."""
 
@@ -51,6 +51,9 @@ class RunState:
     decided: dict[str, Any] = field(default_factory=dict)
     """dotted keys of the configuration that an imported checkpoint decides over the yaml; since version 2"""
 
+    skipped: list[list[int]] = field(default_factory=list)
+    """[first, count] of samples that no step may touch again, ruled out by a rollback; since version 3"""
+
     def to_dict(self) -> dict[str, Any]:
         """A copy made of JSON types. Raises TypeError naming the key of any other value, at any depth."""
         plain = require_plain({f.name: getattr(self, f.name) for f in fields(self)}, CLIENT_KEY)
@@ -73,6 +76,8 @@ class RunState:
             )
         if version < 2:
             data = {"epoch_offset": 0.0, "indexer_start": 0, "decided": {}, **data}
+        if version < 3:
+            data = {"skipped": [], **data}
         names = {f.name for f in fields(cls)}
         differing = sorted(names ^ (set(data) - {"version"}))
         if differing:
@@ -134,7 +139,7 @@ def _type_name(value: object) -> str:
 def _misfits(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Each field of RunState whose value in `data` is of another type, and its type."""
     hints = get_type_hints(RunState)
-    kinds = {float: (int, float), dict[str, Any]: dict, dict[str, str]: dict}
+    kinds = {float: (int, float), dict[str, Any]: dict, dict[str, str]: dict, list[list[int]]: list}
     for known in fields(RunState):
         hint, value = hints[known.name], data[known.name]
         if get_origin(hint) is Literal:

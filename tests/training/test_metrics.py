@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from launching import ROOT
 
-from training.metrics import Console, MetricsLog, read_rows, rewind, text_chart
+from training.console import Console, text_chart
+from training.metrics import MetricsLog, read_rows, rewind, schema
 
 
 def write(path, rows, torn=""):
@@ -28,10 +30,10 @@ def test_rewind_keeps_one_curve_and_loses_nothing(tmp_path):
         {"event": "eval", "step": 3},
     ]
     write(path, rows)
-    assert rewind(path, 2) == 2
+    assert len(rewind(path, 2)) == 2
     assert read_rows(path) == rows[:4]
     assert read_rows(tmp_path / "segments" / "metrics_0.jsonl") == rows[4:]
-    assert rewind(path, 1) == 2
+    assert len(rewind(path, 1)) == 2
     assert read_rows(path) == rows[:2]
     assert read_rows(tmp_path / "segments" / "metrics_1.jsonl") == rows[2:4]
 
@@ -40,7 +42,7 @@ def test_a_torn_last_line_is_repaired(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write(path, [step(1), step(2)], torn='{"step": 3, "lo')
     assert read_rows(path) == [step(1), step(2)]
-    assert rewind(path, 2) == 0
+    assert rewind(path, 2) == []
     log = MetricsLog(path)
     log.write(step(3))
     log.close()
@@ -59,6 +61,10 @@ def test_numbers_that_json_lacks_survive_as_words(tmp_path):
     log.write({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
     log.close()
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": "nan", "grad_norm": "inf"}]
+
+
+def test_the_schema_is_the_tables():
+    assert (ROOT / "docs" / "metrics.md").read_text() == schema(), "run python -m training.metrics > docs/metrics.md"
 
 
 def test_chart_shows_the_fall():

@@ -1,0 +1,78 @@
+"""training.replay and the model's samples, on a real run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from launching import ROOT, Case, run_cases
+
+from gsa.attention.cache import Cache
+from training.generate import load_model
+from training.metrics import read_rows
+from training.replay import main
+
+
+def row_of(run: Path, step: int) -> dict:
+    return next(row for row in read_rows(run / "metrics.jsonl") if "loss" in row and row["step"] == step)
+
+
+def test_the_step_after_a_checkpoint_is_run_again_to_its_loss(a_run, capsys):
+    assert main([str(a_run), "--step", "4"]) == 0
+    out = capsys.readouterr().out
+    head = re.match(r"step 4: loss ([\d.]+) then, .* samples 24\.\.31; with the weights of step_3: ([\d.]+)", out)
+    assert float(head[1]) == pytest.approx(row_of(a_run, 4)["loss"], abs=1e-4)
+    assert float(head[2]) == pytest.approx(float(head[1]), abs=2e-4)
+    ranks = dict(re.findall(r"^sample (\d+) \(rank (\d)", out, re.M))
+    assert sorted(map(int, ranks)) == list(range(24, 32)) and set(ranks.values()) == {"0", "1"}
+    losses = [float(x) for x in re.findall(r"^sample .*?: loss ([\d.]+)", out, re.M)]
+    assert losses == sorted(losses, reverse=True)
+    assert len(re.findall(r"^    w\d+ w\d+", out, re.M)) == 8
+
+
+def test_a_step_of_a_segment_is_found(a_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(a_run, run)
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(rows) if '"step": 5, "epoch"' in line)
+    (run / "segments").mkdir(exist_ok=True)
+    (run / "segments" / "metrics_0.jsonl").write_text("".join(rows[at:]))
+    (run / "metrics.jsonl").write_text("".join(rows[:at]))
+    assert main([str(run), "--step", "6"]) == 0
+    assert "samples 40..47; with the weights of step_3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argv, code, words", [(["--step", "99"], 2, "no step 99"), (["--step", "2"], 3, "no checkpoint before step 2")]
+)
+def test_wrong_input_is_refused(a_run, argv, code, words, capsys):
+    assert main([str(a_run), *argv]) == code
+    assert words in capsys.readouterr().err
+    assert main([str(a_run / "step_3"), "--step", "1"]) == 2
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_samples_are_what_the_checkpoint_says_greedily(stage, tmp_path, tiny_yaml):
+    run_cases(2, [Case("samples", (
+        "--config", str(tiny_yaml), "--output_dir", str(tmp_path / "run"), "training.max_steps=2", "training.sample_interval=2",
+        "training.sample_prompts=[w3 w5,w7]", "training.sample_tokens=6", "--deepspeed_config",
+        str(ROOT / "ds_configs" / f"{stage}.json"),
+    ))], tmp_path)  # fmt: skip
+    samples = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row.get("event") == "sample"]
+    assert [row["prompt"] for row in samples] == ["w3 w5", "w7"]
+    model = load_model(tmp_path / "run" / "step_2")
+    for row in samples:
+        tokens = [int(word[1:]) for word in row["prompt"].split()]
+        with torch.no_grad():
+            cache, new = Cache(model.config, 1, 32), tokens
+            said = []
+            for _ in range(6):
+                token = int(model(torch.tensor([new]), cache=cache, last_only=True).logits[0, -1].argmax())
+                if token == 63:
+                    break
+                said.append(f"w{token}")
+                new = [token]
+        assert row["text"].split() == said
