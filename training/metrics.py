@@ -33,7 +33,7 @@ STEP_METRICS: dict[str, Metric] = {
     "grad_norm": Metric("1", "global L2 norm of the gradient before clipping"),
     "lr": Metric("1", "learning rate of the main groups in this step"),
     "lr_indexer": Metric("1", "learning rate of the indexer's groups in this step"),
-    "stage": Metric("dense|sparse", "what attention ran over: all visible keys, or the selected ones"),
+    "stage": Metric("dense or sparse", "what attention ran over: all visible keys, or the selected ones"),
     "selected_k": Metric("keys", "mean number of keys attended to per query, over layers"),
     "visible_k": Metric("keys", "mean number of keys a query could attend to: those of its document so far"),
     "tokens_per_s": Metric("tokens/s", "throughput of the whole cluster in this step"),
@@ -194,11 +194,11 @@ def schema() -> str:
         "",
         "Made by `python -m training.metrics`; a test holds it to the tables in training/metrics.py.",
         "",
-        "One JSON object per line, appended and flushed as things happen. A row with `loss` is an optimizer step; a row",
-        "with `event` is an event, with its `step` and `time`. After a resume at step N the file reads as one curve: rows",
-        "after N move to `segments/metrics_<k>.jsonl`, a torn last line is dropped, and once the steps of the dead segment",
-        "have been trained again a `receipt` says whether every number came out as before. Fields marked with a clock may",
-        "differ between equal runs.",
+        "One JSON object per line, appended and flushed as things happen. A row with `loss` is an optimizer step; a",
+        "row with `event` is an event, with its `step` and `time`. After a resume at step N the file reads as one",
+        "curve: rows after N move to `segments/metrics_<k>.jsonl`, a torn last line is dropped, and once the steps of",
+        "the dead segment have been trained again a `receipt` says whether every number came out as before. Fields",
+        "marked with a clock may differ between equal runs.",
     ]
     for title, table in kinds:
         lines += ["", f"## {title}", "", "| field | unit | meaning |", "|---|---|---|"]
