@@ -33,7 +33,8 @@ def start_banner(
     attention = f"{c.k_base} keys of {t.max_seq_len} ({c.adaptive_k})" if c.sparse else "dense"
     offload = ", offload" if "offload_optimizer" in zero else ""
     return [
-        ("model", f"{count_params(c)['total']:,} parameters, {c.n_layers} layers of {c.d_model}; attention: {attention}"),
+        ("model", f"{count_params(c)['total']:,} parameters, {c.n_layers} layers of {c.d_model}; "
+                  f"attention: {attention}"),
         ("data", f"{', '.join(map(str, data.sources))}: {data.n_windows:,} windows of {t.max_seq_len} tokens; "
                  f"{data.epoch(t.max_steps * plan.global_batch_size):.2f} passes planned"),
         ("batch", f"{plan.global_batch_size} windows = {plan.world_size} ranks x {plan.micro_batch_size} x "

@@ -6,8 +6,11 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from typing import Literal
 
 from tqdm import tqdm
+
+LogLevel = Literal["debug", "info", "warning"]
 
 
 def text_chart(values: list[float], *, width: int = 72, height: int = 10, label: str = "") -> str:
@@ -31,12 +34,16 @@ def text_chart(values: list[float], *, width: int = 72, height: int = 10, label:
 
 
 class Console:
-    """Lines on rank 0's terminal; nothing on the others. The bar appears only on a real terminal, and not under CI."""
+    """Lines on rank 0's terminal; nothing on the others. The bar appears only on a real terminal, and not under CI.
 
-    def __init__(self, enabled: bool, total: int, log_interval: int = 10) -> None:
-        self._enabled, self._interval = enabled, max(1, log_interval)
+    level: "warning" leaves warnings alone; "debug" is DeepSpeed's affair, and "info" here.
+    """
+
+    def __init__(self, enabled: bool, total: int, log_interval: int = 10, level: LogLevel = "info") -> None:
+        self._warns, self._enabled = enabled, enabled and level != "warning"
+        self._interval = max(1, log_interval)
         self._bar: tqdm | None = None
-        self._wants_bar = enabled and sys.stderr.isatty() and not os.environ.get("CI")
+        self._wants_bar = self._enabled and sys.stderr.isatty() and not os.environ.get("CI")
         self._total = total
 
     def line(self, text: str) -> None:
@@ -46,6 +53,15 @@ class Console:
             self._bar.write(text)
         else:
             print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """A line that every level shows."""
+        if not self._warns:
+            return
+        if self._bar is not None:
+            self._bar.write(f"warning: {text}")
+        else:
+            print(f"warning: {text}", flush=True)
 
     def table(self, title: str, entries: Sequence[tuple[str, str]]) -> None:
         """A title and aligned entries, as of the start banner and the closing summary."""

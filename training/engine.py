@@ -50,10 +50,10 @@ T = TypeVar("T")
 DEEPSPEED_VERSION: str = deepspeed.__version__
 
 
-def start(timeout_s: float) -> World:
+def start(timeout_s: float, *, verbose: bool = False) -> World:
     """Joins the process group that `deepspeed` or `torchrun` prepared; alone, makes one of a single rank.
 
-    timeout_s: how long a collective may wait for a late rank before it raises.
+    timeout_s: how long a collective may wait for a late rank before it raises. verbose: DeepSpeed may say what it does.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -80,7 +80,7 @@ def start(timeout_s: float) -> World:
         # On CPU init_distributed compiles an operator (35-60 s) that only inference uses, and it leaves
         # 69 MB per rank in /dev/shm for good. The table is private to DeepSpeed: pinned with its version.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed_logger.setLevel(logging.WARNING)
+    deepspeed_logger.setLevel(logging.INFO if verbose else logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
     # numpy and torch draw nothing during training; seeded all the same, so that nothing can differ by accident

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from gsa.checkpoint import manifest
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -123,13 +125,18 @@ class MetricsLog:
     """Appends rows to metrics.jsonl; every row is on disk (flushed) when `write` returns. Rank 0 only."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file: TextIO = open(path, "a", encoding="utf-8")
 
     def write(self, row: dict) -> None:
-        """Adds one row. Non-finite numbers are written as strings, since JSON has none."""
+        """Adds one row. Non-finite numbers are written as strings, since JSON has none.
+
+        CheckpointError when the disk refuses.
+        """
         clean = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        with manifest.writing(self._path):
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         self._file.close()

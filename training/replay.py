@@ -86,7 +86,9 @@ def rerun(
         ids = targets[valid][largest.indices].tolist()
         worst = [(tokenizer.decode([i]), loss) for i, loss in zip(ids, largest.values.tolist(), strict=True)]
         text = tokenizer.decode(batch.tokens[0].tolist(), skip_special_tokens=False)
-        found.append(Window(sample, rank, data.describe(np.array([sample]))[0], losses.mean().item(), len(losses), worst, text))
+        found.append(
+            Window(sample, rank, data.describe(np.array([sample]))[0], losses.mean().item(), len(losses), worst, text)
+        )
     return found
 
 

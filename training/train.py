@@ -9,11 +9,13 @@ checkpoint (run.json tells which); 2 refused configuration; 3 refused checkpoint
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TextIO, get_args
 
 import torch
 
@@ -23,9 +25,11 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from gsa.checkpoint.manifest import CheckpointError, require_space  # noqa: E402
+from gsa.checkpoint.state import require_plain  # noqa: E402
 from gsa.weights import load_weights  # noqa: E402
 from training import config as run_config  # noqa: E402
 from training.config import BatchPlan, ConfigError, RunConfig, config_changes, load_config, plan_batch  # noqa: E402
+from training.console import LogLevel  # noqa: E402
 from training.data import DataError, PackedTokens  # noqa: E402
 from training.ds_config import resolve_ds_config  # noqa: E402
 from training.resume import Start, decided_by, find_checkpoint, start_from  # noqa: E402
@@ -65,6 +69,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         action="store_true",
         help="resume although a changed key changes the curve, and use the new value",
     )
+    parser.add_argument(
+        "--log_level", choices=get_args(LogLevel), default="info",
+        help="debug: DeepSpeed's own lines too; warning: no progress, only what goes wrong (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, over the yaml")
     return parser.parse_intermixed_args(argv)
@@ -79,10 +87,40 @@ class Prepared:
     ds_config: dict
     folder: RunFolder
     start: Start | None
+    log_level: LogLevel
+
+
+class _Terminal:
+    """A stream that falls silent when its terminal is closed: what is left of the run is to save, not to speak."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        try:
+            self._stream.write(text)
+        except OSError:
+            self._fall_silent()
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._fall_silent()
+
+    def _fall_silent(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def main(argv: list[str]) -> int:
     args = parse(argv)
+    sys.stdout, sys.stderr = (_Terminal(s) if s.isatty() else s for s in (sys.stdout, sys.stderr))
     try:
         prepared = prepare(args)
     except (ConfigError, FolderError) as err:
@@ -93,7 +131,9 @@ def main(argv: list[str]) -> int:
     # DeepSpeed takes seconds to import: not before the input is known to be good
     from training.engine import start
 
-    world = start(timeout_s=max(600.0, 20 * prepared.cfg.training.hang_timeout_s))
+    world = start(
+        timeout_s=max(600.0, 20 * prepared.cfg.training.hang_timeout_s), verbose=prepared.log_level == "debug"
+    )
     code = run(prepared, world)
     if code == FINISHED:
         world.leave()
@@ -115,6 +155,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
     Raises ConfigError, FolderError, CheckpointError or DataError, each with what to do.
     """
     cfg = load_config(args.config, args.overrides)
+    _require_plain(cfg)
     plan = plan_batch(cfg.training, environment_world_size())
     ds_config = resolve_ds_config(args.deepspeed_config, cfg, plan, args.config)
     if cfg.training.backend == "triton" and not torch.cuda.is_available():
@@ -128,15 +169,15 @@ def prepare(args: argparse.Namespace) -> Prepared:
             cfg = decided_by(found, cfg)
         data, _ = _open_data(cfg)  # builds the window tables, which the other ranks then find
         if found is not None:
-            stage = ds_config["zero_optimization"]["stage"]
-            start = start_from(found, cfg, plan, stage, data, args.allow_config_change)
+            start = start_from(found, cfg, plan, ds_config, data, args.allow_config_change)
+            _require_work(start, cfg, folder)
         elif cfg.training.init_from:
             _require_same_shapes(Path(cfg.training.init_from), cfg)
         require_space(args.output_dir, checkpoint_bytes(cfg, found))
         _announce_epochs(cfg, plan.global_batch_size, data)
         if plan.note:
             print(plan.note, flush=True)
-    return Prepared(cfg, plan, ds_config, folder, start)
+    return Prepared(cfg, plan, ds_config, folder, start, args.log_level)
 
 
 def run(prepared: Prepared, world: World) -> int:
@@ -161,28 +202,54 @@ def run(prepared: Prepared, world: World) -> int:
         ) as watchdog:
             trainer = Trainer(
                 cfg, ds_config=prepared.ds_config, plan=prepared.plan, world=world, folder=folder, data=data,
-                held_out=held_out, start=start, watchdog=watchdog,
+                held_out=held_out, start=start, watchdog=watchdog, log_level=prepared.log_level,
             )  # fmt: skip
             trainer.train()
             trainer.close()
         return FINISHED
     except Diverged as err:
         if world.is_main:
-            folder.update_run(status="failed", reason="diverged")
+            _record_failure(folder, "diverged")
             print(f"error: {err}", file=sys.stderr, flush=True)
         world.barrier()  # a launcher ends all ranks when the first one exits: rank 0 has spoken now
         return DIVERGED
     except (CheckpointError, DataError) as err:
         print(f"error: rank {world.rank}: {err}", file=sys.stderr, flush=True)
         if world.is_main and folder.read_run().get("status") == "running":  # it had begun: a save failed, or a read
-            folder.update_run(status="failed", reason=str(err))
+            _record_failure(folder, str(err))
         return REFUSED_INPUT
     except Exception as err:
         # one rank's trouble reaches the others as a broken connection; each says what it saw
         print(f"error: rank {world.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         if world.is_main:
-            folder.update_run(status="failed", reason=f"{type(err).__name__}: {err}")
+            _record_failure(folder, f"{type(err).__name__}: {err}")
         return FAILED
+
+
+def _record_failure(folder: RunFolder, reason: str) -> None:
+    """In run.json; a disk that refuses that as well must not change what the run ends with."""
+    try:
+        folder.update_run(status="failed", reason=reason)
+    except CheckpointError as err:
+        print(f"warning: {err}", file=sys.stderr, flush=True)
+
+
+def _require_plain(cfg: RunConfig) -> None:
+    """What every checkpoint will hold must be what one may hold: infinity, for one, is refused now."""
+    try:
+        require_plain(run_config.to_plain(cfg), "configuration")
+    except TypeError as err:
+        raise ConfigError(str(err)) from err
+
+
+def _require_work(start: Start, cfg: RunConfig, folder: RunFolder) -> None:
+    """A checkpoint of the predecessor's at its end has nothing to train, and its own folder has no room for a copy."""
+    end = min(cfg.training.max_steps, cfg.training.stop_at_step or cfg.training.max_steps)
+    if start.legacy and start.state.step >= end and start.checkpoint.parent.resolve() == folder.path.resolve():
+        raise ConfigError(
+            f"nothing to train: {start.checkpoint} is at step {start.state.step}, and this run ends at {end}; raise "
+            f"training.max_steps or training.stop_at_step, or give a new --output_dir for a copy in our layout"
+        )
 
 
 def _require_same_shapes(checkpoint: Path, cfg: RunConfig) -> None:

@@ -8,6 +8,7 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -29,7 +30,7 @@ from training import config as run_config
 from training.banner import closing_summary, start_banner
 from training.clock import StepClock
 from training.config import BatchPlan, RunConfig
-from training.console import Console
+from training.console import Console, LogLevel
 from training.data import Loader, PackedTokens, past, permute
 from training.engine import DEEPSPEED_VERSION, Engine
 from training.evaluate import evaluate, unigram_score
@@ -143,6 +144,7 @@ class Trainer:
         held_out: PackedTokens,
         start: Start | None,
         watchdog: Watchdog,
+        log_level: LogLevel = "info",
     ) -> None:
         self.cfg, self.plan, self.world, self.folder = cfg, plan, world, folder
         self.data, self.held_out, self.watchdog = data, held_out, watchdog
@@ -169,9 +171,9 @@ class Trainer:
         self.engine = Engine(model, optimizer, build_schedule(optimizer, cfg.training), ds_config)
         self.model: GSAForCausalLM = self.engine.module
 
-        self.console = Console(world.is_main, self._end(), log_interval=cfg.training.log_interval)
+        self.console = Console(world.is_main, self._end(), log_interval=cfg.training.log_interval, level=log_level)
         if fault is not None:
-            self.console.line(f"warning: attention runs on the chunked kernels, not on Triton's: {fault}")
+            self.console.warn(f"attention runs on the chunked kernels, not on Triton's: {fault}")
         run = folder.read_run()
         self._continued = (
             start is not None
@@ -302,6 +304,14 @@ class Trainer:
 
         Raises Diverged when the loss or the gradient norm is not finite; the last checkpoint stays good.
         """
+        try:
+            return self._train()
+        except Exception as err:
+            with suppress(CheckpointError):  # a disk that is full takes no last words either
+                self._event({"event": "error", "step": self.step, "reason": str(err) or type(err).__name__})
+            raise
+
+    def _train(self) -> str:
         cfg = self.cfg.training
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
@@ -343,7 +353,7 @@ class Trainer:
             try:
                 self._finish_save()  # all ranks are here: what was good before is kept
             except CheckpointError as err:
-                self.console.line(f"warning: the last save failed too: {err}")
+                self.console.warn(f"the last save failed too: {err}")
             raise
         finally:
             gc.enable()
@@ -387,10 +397,10 @@ class Trainer:
                 self._event({**receipt, "step": self.step})
                 self.console.line(describe(receipt))
         if spike:
-            self.console.line(f"step {self.step}: loss {row['loss']:.4f} is a spike, {row['spike_score']:.1f} sigmas")
+            self.console.warn(f"step {self.step}: loss {row['loss']:.4f} is a spike, {row['spike_score']:.1f} sigmas")
         self.tracker.log(row, step=self.step)
         for message in self.telemetry.messages():
-            self.console.line(f"warning: {message}")
+            self.console.warn(message)
 
     def _one_step(self, loader: Loader, clock: StepClock) -> tuple[dict, int]:
         """One optimizer step. Returns its row, all but what the loop knows, and an agreed signal or 0."""
