@@ -175,12 +175,14 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """Weights & Biases; metrics.jsonl is written in any case."""
+    """Weights & Biases and TensorBoard; metrics.jsonl is written in any case."""
 
     wandb: bool = _setting(False, "mirror metrics to W&B; offline without a key")
     project: str = _setting("gsa-pretrain", "W&B project")
     entity: str | None = _setting(None, "W&B entity; default: yours")
     run_name: str | None = _setting(None, "W&B name of the run; default: the output folder's")
+    run_id: str | None = _setting(None, "W&B id of a run that exists and is to be continued; default: made once")
+    tensorboard: bool = _setting(False, "TensorBoard files in the run's folder too")
 
 
 @dataclass(frozen=True)
@@ -434,7 +436,7 @@ _HARMLESS = """
     training.keep_last training.keep_every training.async_save training.log_interval training.init_from
     training.hang_timeout_s training.backend training.probe_interval training.health_interval
     training.sample_interval training.sample_prompts training.sample_tokens data.num_workers
-    logging.wandb logging.project logging.entity logging.run_name
+    logging.wandb logging.project logging.entity logging.run_name logging.run_id logging.tensorboard
 """.split()
 _IMPOSSIBLE = """
     model.d_model model.n_layers model.n_heads model.n_kv_heads model.d_head model.d_ffn model.vocab_size

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -46,6 +47,7 @@ from training.space import checkpoint_bytes
 from training.spikes import WINDOW, SpikeDetector
 from training.telemetry import SETTLED, Telemetry
 from training.tracking import Tracker, new_run_id
+from training.tracking_note import Parent
 from training.watchdog import Watchdog
 from training.world import World
 
@@ -108,6 +110,19 @@ def health_metrics(squares: torch.Tensor | None, updates: torch.Tensor) -> dict[
         if weight > 0:
             row[f"update_ratio/{name}"] = math.sqrt(change / weight)
     return row
+
+
+def _parent(cfg: RunConfig, start: Start | None) -> Parent | None:
+    """The run that a fork comes from: another folder's checkpoint, or the weights that training.init_from names."""
+    if start is not None:
+        return None if start.state.tracking_id is None else Parent(start.state.tracking_id, start.state.step)
+    if cfg.training.init_from is None:
+        return None
+    try:
+        state = read_run_state(Path(cfg.training.init_from))
+    except CheckpointError:  # weights alone, of whatever origin
+        return None
+    return None if state.tracking_id is None else Parent(state.tracking_id, state.step)
 
 
 def _latest(folder: RunFolder) -> str | None:
@@ -182,7 +197,7 @@ class Trainer:
             and (start.checkpoint.parent.resolve() == folder.path.resolve())
         )
         kept = (run.get("tracking_id") or start.state.tracking_id) if self._continued else None
-        self.tracking_id = world.broadcast(kept or new_run_id())
+        self.tracking_id = world.broadcast(cfg.logging.run_id or kept or new_run_id())
         if start is not None:
             self._take_up(start)
         self._first_step = self.step
@@ -190,11 +205,16 @@ class Trainer:
         self._receipt = Receipt([])
         self.world.barrier()  # every rank has read run.json before rank 0 writes it
         self.log: MetricsLog | None = None
+        self.tracker: Tracker | None = None
         if world.is_main:
             if self._continued and _latest(folder) != start.checkpoint.name:
                 # a kill came before it was published, or what `latest` names is about to be set aside
                 manifest.publish(folder.path, start.checkpoint.name)
-            self._open_run(start, moved=self._set_aside())
+            segment = self._open_run(start, moved=self._set_aside())
+            self.tracker = Tracker(
+                cfg.logging, output_dir=folder.path, run_id=self.tracking_id, config=run_config.to_plain(cfg),
+                enabled=True, step=self.step, segment=segment, parent=None if self._continued else _parent(cfg, start),
+            )  # fmt: skip
         self._spikes = SpikeDetector(self.world.broadcast(self._known_losses()))
         self.saver = Saver(
             self.engine,
@@ -205,10 +225,6 @@ class Trainer:
             retention=Retention(cfg.training.keep_last, cfg.training.keep_every),
             published=self._published,
         )
-        self.tracker = Tracker(
-            cfg.logging, output_dir=folder.path, run_id=self.tracking_id, config=run_config.to_plain(cfg),
-            enabled=world.is_main,
-        )  # fmt: skip
 
     # -- before the first step -------------------------------------------------------------------------
 
@@ -258,15 +274,18 @@ class Trainer:
             return []
         return [float(row["loss"]) for row in read_rows(self.folder.metrics) if "loss" in row][-WINDOW:]
 
-    def _open_run(self, start: Start | None, moved: list[dict]) -> None:
+    def _open_run(self, start: Start | None, moved: list[dict]) -> int:
+        """Begins the log of this launch; returns how many there were before it."""
         run = self.folder.read_run()
         segment = run.get("segments", 0)
         self.log = MetricsLog(self.folder.metrics)
         self._receipt = Receipt(moved)
         backend = self.model.layers[0].attention.backend
+        fork = None if self._continued else _parent(self.cfg, start)
+        parent = run.get("parent") if fork is None else asdict(fork)
         self.folder.update_run(
             status="running", reason=None, step=self.step, tracking_id=self.tracking_id, world_size=self.world.size,
-            zero_stage=self.engine.zero_stage, backend=backend, segments=segment + 1,
+            zero_stage=self.engine.zero_stage, backend=backend, segments=segment + 1, parent=parent,
         )  # fmt: skip
         event = {"event": "start" if start is None else "resume", "step": self.step, "world_size": self.world.size,
                  "zero_stage": self.engine.zero_stage, "segment": segment}  # fmt: skip
@@ -282,17 +301,25 @@ class Trainer:
             self.cfg, self.plan, self._ds_config, self.data, self.folder.path, device, backend=backend,
             tracking=tracking,
         ))  # fmt: skip
+        return segment
 
     def _event(self, row: dict) -> None:
         assert "loss" not in row
+        self._record({**row, "time": time.time()})
+
+    def _record(self, row: dict) -> None:
+        """A row of a step or an event, on rank 0: into metrics.jsonl, then to whoever mirrors it."""
         if self.log is not None:
-            self.log.write({**row, "time": time.time()})
+            self.log.write(row)
+        if self.tracker is not None:
+            self.tracker.tell(row)
 
     def close(self, exit_code: int = 0) -> None:
         """Ends tracking and frees the engine; the process group stays."""
         self.console.close()
         self.telemetry.close()
-        self.tracker.finish(exit_code)
+        if self.tracker is not None:
+            self.tracker.finish(exit_code)
         if self.log is not None:
             self.log.close()
         self.engine.destroy()
@@ -388,7 +415,7 @@ class Trainer:
         """A step is done: its row goes to the log, to W&B, and is held against the step it may replay."""
         spike = row["spike_score"] > self.cfg.training.spike_sigmas
         if self.log is not None:
-            self.log.write(row)
+            self._record(row)
             if spike:
                 self._event(self._spike(row, "skip" if self.cfg.training.on_spike == "skip" else "log"))
             if self.step == self._first_step + SETTLED:
@@ -398,7 +425,6 @@ class Trainer:
                 self.console.line(describe(receipt))
         if spike:
             self.console.warn(f"step {self.step}: loss {row['loss']:.4f} is a spike, {row['spike_score']:.1f} sigmas")
-        self.tracker.log(row, step=self.step)
         for message in self.telemetry.messages():
             self.console.warn(message)
 
@@ -627,7 +653,6 @@ class Trainer:
             self._unigram_bpb = unigram_score(self.held_out, n_windows=cfg.eval_windows).bpb
         row |= {"unigram_bpb": self._unigram_bpb, "eval_seconds": time.perf_counter() - began}
         self._event(row)
-        self.tracker.log({k: v for k, v in row.items() if k.startswith("eval_")}, step=self.step)
         dense = f", dense {row['eval_bpb_dense']:.4f}" if "eval_bpb_dense" in row else ""
         self.console.line(
             f"step {self.step}: held-out {row['eval_bpb']:.4f} bits per byte{dense} (unigram "
