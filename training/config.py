@@ -7,6 +7,7 @@ it is raised before any process group starts.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -182,7 +183,11 @@ class LoggingConfig:
     entity: str | None = _setting(None, "W&B entity; default: yours")
     run_name: str | None = _setting(None, "W&B name of the run; default: the output folder's")
     run_id: str | None = _setting(None, "W&B id of a run that exists and is to be continued; default: made once")
-    tensorboard: bool = _setting(False, "TensorBoard files in the run's folder too")
+    tensorboard: bool = _setting(False, "TensorBoard files in the run's folder too; needs the extra `tensorboard`")
+
+    def __post_init__(self) -> None:
+        if self.run_id is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", self.run_id):
+            raise ConfigError(f"logging.run_id={self.run_id!r} is not a W&B id: letters, digits, - and _, up to 128")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ checkpoint (run.json tells which); 2 refused configuration; 3 refused checkpoint
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -160,6 +161,8 @@ def prepare(args: argparse.Namespace) -> Prepared:
     ds_config = resolve_ds_config(args.deepspeed_config, cfg, plan, args.config)
     if cfg.training.backend == "triton" and not torch.cuda.is_available():
         raise ConfigError("training.backend=triton needs a GPU, and torch sees none here; use auto or chunked")
+    if cfg.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("logging.tensorboard=true needs a package that is not here: pip install tensorboard")
     folder = RunFolder(args.output_dir)
     start = found = None
     if environment_rank() == 0:

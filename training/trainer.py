@@ -112,6 +112,30 @@ def health_metrics(squares: torch.Tensor | None, updates: torch.Tensor) -> dict[
     return row
 
 
+def _tracked_as(cfg: RunConfig, folder: RunFolder, start: Start | None, continued: bool) -> tuple[str, Parent | None]:
+    """The id that W&B knows a run by, and what the run was forked from: both are kept from launch to launch.
+
+    A run that goes back and trains on with another curve is a fork of what it was: W&B takes no step twice, and would
+    go on showing the old curve.
+    """
+    run = folder.read_run()
+    kept = run.get("tracking_id") or (start.state.tracking_id if start is not None else None)
+    if not continued and (start is not None or not run):
+        return cfg.logging.run_id or new_run_id(), _parent(cfg, start)
+    # else it goes on, or begins again since it died before its first checkpoint
+    if start is not None and kept and cfg.logging.run_id is None and _bends(cfg, folder, start):
+        return new_run_id(), Parent(kept, start.state.step)
+    parent = run.get("parent")
+    return cfg.logging.run_id or kept or new_run_id(), Parent(**parent) if parent else None
+
+
+def _bends(cfg: RunConfig, folder: RunFolder, start: Start) -> bool:
+    """Whether the folder has rows of steps that are about to be trained again with another curve."""
+    newest = max((row["step"] for row in read_rows(folder.metrics) if "loss" in row), default=0)
+    changes = run_config.config_changes(start.state.config, run_config.to_plain(cfg))
+    return newest > start.state.step and any(change.effect == "curve" for change in changes)
+
+
 def _parent(cfg: RunConfig, start: Start | None) -> Parent | None:
     """The run that a fork comes from: another folder's checkpoint, or the weights that training.init_from names."""
     if start is not None:
@@ -189,15 +213,14 @@ class Trainer:
         self.console = Console(world.is_main, self._end(), log_interval=cfg.training.log_interval, level=log_level)
         if fault is not None:
             self.console.warn(f"attention runs on the chunked kernels, not on Triton's: {fault}")
-        run = folder.read_run()
         self._continued = (
             start is not None
             and not start.legacy
             and start.state.step > 0
             and (start.checkpoint.parent.resolve() == folder.path.resolve())
         )
-        kept = (run.get("tracking_id") or start.state.tracking_id) if self._continued else None
-        self.tracking_id = world.broadcast(cfg.logging.run_id or kept or new_run_id())
+        tracked = _tracked_as(cfg, folder, start, self._continued) if world.is_main else None
+        self.tracking_id, self._parent = world.broadcast(tracked)
         if start is not None:
             self._take_up(start)
         self._first_step = self.step
@@ -213,7 +236,7 @@ class Trainer:
             segment = self._open_run(start, moved=self._set_aside())
             self.tracker = Tracker(
                 cfg.logging, output_dir=folder.path, run_id=self.tracking_id, config=run_config.to_plain(cfg),
-                enabled=True, step=self.step, segment=segment, parent=None if self._continued else _parent(cfg, start),
+                enabled=True, step=self.step, segment=segment, parent=self._parent,
             )  # fmt: skip
         self._spikes = SpikeDetector(self.world.broadcast(self._known_losses()))
         self.saver = Saver(
@@ -281,8 +304,7 @@ class Trainer:
         self.log = MetricsLog(self.folder.metrics)
         self._receipt = Receipt(moved)
         backend = self.model.layers[0].attention.backend
-        fork = None if self._continued else _parent(self.cfg, start)
-        parent = run.get("parent") if fork is None else asdict(fork)
+        parent = None if self._parent is None else asdict(self._parent)
         self.folder.update_run(
             status="running", reason=None, step=self.step, tracking_id=self.tracking_id, world_size=self.world.size,
             zero_stage=self.engine.zero_stage, backend=backend, segments=segment + 1, parent=parent,

@@ -1,0 +1,684 @@
+"""W&B by the real package, offline, read back with wandb's own reader; TensorBoard read back with its accumulator.
+
+A stand-in takes wandb's place only where it has to fail or hang at a given call, and W&B's server's where a run is
+online.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import http.server
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from launching import ROOT
+from wandb.util import get_core_path
+
+from training import tracking
+from training.config import LoggingConfig, RunConfig, to_plain
+from training.metrics import MetricsLog, read_rows
+from training.mirror import Limits, by_step, flat
+from training.tracking import Tracker
+from training.tracking_note import Note, Parent, segment_config
+
+CONFIG = to_plain(RunConfig())
+RUN = "abcd1234"
+TELL_S, BUSY_S = 1e-3, 0.1
+"""What telling a row takes at most in the middle, and ever: a busy machine stops any thread for some milliseconds."""
+
+
+WANDB, BOARD = LoggingConfig(wandb=True), LoggingConfig(tensorboard=True)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    """No test reaches a server that it has not started itself."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+
+
+def row(step: int) -> dict:
+    return {"step": step, "tokens": 100 * step, "loss": 1 / step, "lr": 1e-3, "time": 1e9 + step}
+
+
+def evaluation(step: int) -> dict:
+    return {"event": "eval", "step": step, "eval_loss": 2.0, "eval_bpb": 1 / step, "unigram_bpb": 3.0, "time": 1e9}
+
+
+class Life:
+    """One process life of a run, as the trainer leads it: every row to metrics.jsonl and to the tracker."""
+
+    def __init__(self, folder: Path, cfg: LoggingConfig = WANDB, *, step: int = 0, limits: Limits | None = None, **more):
+        folder.mkdir(exist_ok=True)
+        kept = [old for old in read_rows(folder / "metrics.jsonl") if old["step"] <= step]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(old) + "\n" for old in kept))
+        self.log = MetricsLog(folder / "metrics.jsonl")
+        self.tracker = Tracker(
+            cfg, output_dir=folder, run_id=RUN, config=more.pop("config", CONFIG), enabled=True, step=step,
+            limits=limits, **more,
+        )  # fmt: skip
+        self.seconds: list[float] = []
+
+    def tell(self, *rows: dict) -> None:
+        for told in rows:
+            self.log.write(told)
+            began = time.perf_counter()
+            self.tracker.tell(told)
+            self.seconds.append(time.perf_counter() - began)
+
+    def train(self, first: int, last: int) -> Life:
+        for step in range(first, last + 1):
+            self.tell(row(step), *([evaluation(step)] if step % 3 == 0 else []))
+        return self
+
+    def never_waited(self) -> bool:
+        return sorted(self.seconds)[len(self.seconds) // 2] < TELL_S and max(self.seconds) < BUSY_S
+
+    def end(self, code: int = 0) -> float:
+        began = time.perf_counter()
+        self.tracker.finish(code)
+        self.log.close()
+        return time.perf_counter() - began
+
+
+def inspect(file: Path) -> list[dict]:
+    """The records of a transaction log, by wandb's own reader."""
+    command = [get_core_path(), "leet", "inspect", "-no-observability", "-json", "-run-file", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    """Records of one kind, of all fragments in the order of their making."""
+    files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
+    return [record[kind] for file in files for record in inspect(file) if record["type"] == kind]
+
+
+def shown(folder: Path) -> dict[int, dict]:
+    """Fields by step; fails when a step appears twice or moves backwards, over all fragments together."""
+    history = [record["item"] for record in records(folder, "history")]
+    steps = [fields["_step"] for fields in history]
+    assert steps == sorted(set(steps)), steps
+    assert steps == [fields["step"] for fields in history]
+    return dict(zip(steps, history, strict=True))
+
+
+def config_of(folder: Path) -> dict:
+    return records(folder, "config")[-1]["update"]
+
+
+# -- one run, one curve ---------------------------------------------------------------------------------
+
+
+def test_a_step_is_one_row_with_its_evaluation_and_its_events(tmp_path):
+    life = Life(tmp_path).train(1, 4)
+    life.tell({"event": "save", "step": 3, "tag": "step_3", "bytes": 5, "save_stall_seconds": 0.5, "time": 1e9})
+    life.train(5, 6).end()
+    found = shown(tmp_path)
+    assert list(found) == [1, 2, 3, 4, 5, 6]
+    assert (found[3]["loss"], found[3]["eval_bpb"], found[3]["eval/unigram_bpb"]) == (1 / 3, 1 / 3, 3.0)
+    assert "eval_bpb" not in found[4]
+    assert (found[4]["save_stall_seconds"], found[4]["save/bytes"]) == (0.5, 5)  # when it was published
+    assert found[6]["_timestamp"] == 1e9 + 6 and found[6]["eval_loss"] == 2.0
+
+
+def test_there_is_a_view_by_step_and_one_by_tokens(tmp_path):
+    Life(tmp_path).train(1, 3).end()
+    by = {m.get("name") or m["glob_name"]: m.get("step_metric") for m in records(tmp_path, "metric")}
+    assert by == {
+        "step": None, "tokens": None, "by_tokens/loss": "tokens", "by_tokens/eval_loss": "tokens",
+        "by_tokens/eval_bpb": "tokens", "*": "step",
+    }  # fmt: skip
+    third = shown(tmp_path)[3]
+    assert (third["tokens"], third["by_tokens/loss"], third["by_tokens/eval_bpb"]) == (300, 1 / 3, 1 / 3)
+
+
+def test_a_resumed_run_is_the_same_run_and_replayed_steps_are_held_back(tmp_path):
+    Life(tmp_path).train(1, 8).end()
+    Life(tmp_path, step=4, segment=1).train(5, 12).end()
+    runs = records(tmp_path, "run")
+    assert [run["run_id"] for run in runs] == [RUN, RUN] and all(run["resume"] for run in runs)
+    assert list(shown(tmp_path)) == list(range(1, 13))
+
+
+ENDS = {
+    "power cut": """
+core = core_of_this_process()
+core.suspend()  # what it gets from now on it does not write
+life.train(21, 40)
+wait_for(lambda: told(life) == 39)
+core.kill()
+os.kill(os.getpid(), signal.SIGKILL)""",
+    "failed": "life.train(21, 40); exit_process(4)",
+    "failed, wandb-core hung": "core_of_this_process().suspend(); exit_process(4)",
+}
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> dict[str, tuple[Path, int, str]]:
+    """Three processes at once that never came to Tracker.finish: run folder, exit code, stderr."""
+    base = tmp_path_factory.mktemp("ended")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | {
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "training"))),
+        "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "HOME": str(base),
+    }  # fmt: skip
+    program = """
+from test_tracking import *
+from training.world import exit_process
+life = Life(Path({folder!r}), limits=Limits(finish_s=2)).train(1, 20)
+wait_for(lambda: told(life) == 19)  # the last one waits for its evaluation
+{end}
+"""
+    processes = {
+        how: subprocess.Popen(
+            [sys.executable, "-c", program.format(folder=str(base / how), end=end)], env=environment, text=True,
+            stderr=subprocess.PIPE,
+        ) for how, end in ENDS.items()
+    }  # fmt: skip
+    found = {}
+    try:
+        for how, process in processes.items():
+            said = process.communicate(timeout=120)[1]
+            found[how] = (base / how, process.returncode, said)
+    finally:
+        for process in processes.values():
+            if process.poll() is None:
+                for child in psutil.Process(process.pid).children():  # wandb-core has a session of its own
+                    child.kill()
+                process.kill()
+    return found
+
+
+def test_what_wandb_core_took_with_it_is_sent_by_the_next_segment(ended, tmp_path):
+    folder, code, said = ended["power cut"]
+    assert code == -signal.SIGKILL, said
+    shutil.copytree(folder, tmp_path / "run")
+    assert len(shown(tmp_path / "run")) < 21
+    Life(tmp_path / "run", step=36, segment=1).train(37, 41).end()
+    assert list(shown(tmp_path / "run")) == list(range(1, 42))
+
+
+def test_a_process_that_fails_leaves_a_whole_run_that_failed(ended):
+    folder, code, said = ended["failed"]
+    assert code == 4 and said == "", said
+    assert list(shown(folder)) == list(range(1, 41))
+    assert records(folder, "exit")[-1]["exit_code"] == 1
+
+
+def test_a_wandb_core_that_hangs_does_not_keep_a_failed_process(ended):
+    _, code, said = ended["failed, wandb-core hung"]
+    assert code == 4 and said.startswith("W&B could not finish (no answer for 2 s)") and said.count("\n") == 1, said
+
+
+def test_a_rollback_within_one_life_does_not_move_backwards(tmp_path):
+    life = Life(tmp_path).train(1, 6)
+    life.tell({"event": "spike", "step": 6, "spike_loss": 9.0, "score": 8.0, "samples": [1, 2], "action": "rollback"})
+    life.train(4, 9).end()
+    found = shown(tmp_path)
+    assert list(found) == list(range(1, 10)) and found[6]["spike/score"] == 8.0
+
+
+def test_steps_that_wandb_missed_while_it_was_off_are_sent_on_resume(tmp_path):
+    Life(tmp_path, LoggingConfig()).train(1, 5).end()
+    assert not (tmp_path / "wandb").exists()
+    Life(tmp_path, step=4, segment=1).train(5, 7).end()
+    found = shown(tmp_path)
+    assert list(found) == list(range(1, 8)) and found[3]["eval_bpb"] == 1 / 3
+
+
+def test_a_fragment_that_was_removed_is_not_sent_again(tmp_path):
+    """`wandb clean` removes what has been uploaded: the last step told is kept in tracking.json."""
+    Life(tmp_path).train(1, 8).end()
+    shutil.rmtree(tmp_path / "wandb")
+    assert Note.read(tmp_path, RUN).step == 8
+    Life(tmp_path, step=6, segment=1).train(7, 9).end()
+    assert list(shown(tmp_path)) == [9]
+
+
+def changed(lr: float, warmup: int) -> dict:
+    cfg = RunConfig()
+    return to_plain(
+        dataclasses.replace(cfg, training=dataclasses.replace(cfg.training, learning_rate=lr, warmup_steps=warmup))
+    )
+
+
+def test_what_each_segment_ran_with_is_in_the_runs_configuration(tmp_path):
+    ran_with = [changed(3e-4, 100), changed(3e-4, 100), changed(1e-4, 50), changed(2e-4, 50)]
+    for number, config in enumerate(ran_with):
+        Life(tmp_path, step=number, segment=number, config=config).train(number + 1, number + 1).end()
+    found = config_of(tmp_path)
+    assert found["training"] == ran_with[-1]["training"]
+    segments = found["segments"]
+    assert segments["1"] == {"step": 1, "changed": {}}
+    assert segments["2"]["changed"] == {
+        "training.learning_rate": [3e-4, 1e-4], "training.warmup_steps": [100, 50],
+    }  # fmt: skip
+    assert [segment_config(segments, number) for number in range(4)] == ran_with
+    assert "parent" not in found
+
+
+def test_a_fork_names_its_parent(tmp_path):
+    Life(tmp_path, parent=Parent("feedbeef", 40)).train(41, 42).end()
+    assert config_of(tmp_path)["parent"] == {"id": "feedbeef", "step": 40}
+
+
+def test_a_run_that_the_user_names_must_exist(tmp_path):
+    life = Life(tmp_path, LoggingConfig(wandb=True, run_id=RUN))
+    assert life.tracker._mirrors[0]._sink._run._resume == "must"
+    life.end()
+
+
+def test_other_ranks_say_nothing(tmp_path):
+    tracker = Tracker(WANDB, output_dir=tmp_path, run_id=RUN, config=CONFIG, enabled=False)
+    tracker.tell(row(1))
+    tracker.finish(0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_are_flattened_for_charts():
+    assert flat({"step": 2, "loss": "nan", "layers": {"coverage": [0.5, None, 1.0]}, "time": 7.0}) == {
+        "step": 2, "loss": pytest.approx(float("nan"), nan_ok=True), "layers/coverage/00": 0.5,
+        "layers/coverage/02": 1.0, "_timestamp": 7.0,
+    }  # fmt: skip
+    assert flat({"event": "sample", "step": 2, "prompt": "def f", "text": "(x):"}) == {"sample/def_f": "def f(x):"}
+    assert flat({"event": "receipt", "step": 2, "identical": True, "first_difference": None, "time": 7.0}) == {
+        "receipt/identical": 1
+    }
+    assert list(by_step([{"event": "start", "step": 0}, row(1), {"event": "stop", "step": 1, "reason": "finished"}])) == [
+        (1, {**flat(row(1)), "stop/reason": "finished"})
+    ]
+
+
+# -- whatever W&B does, the run goes on -------------------------------------------------------------------
+
+
+class Broken:
+    """wandb with one call that raises or hangs."""
+
+    def __init__(self, monkeypatch, call: str, how: str) -> None:
+        self.call, self.how, self.rows, self.released = call, how, [], threading.Event()
+        names = types.SimpleNamespace(CommError=ConnectionError)
+        run = types.SimpleNamespace(
+            config=types.SimpleNamespace(update=lambda *a, **k: None), define_metric=lambda *a, **k: None,
+            log=lambda fields, step, commit: self._meet("log") or self.rows.append(step),
+            finish=lambda exit_code: self._meet("finish"), starting_step=0, url="", dir="",
+        )  # fmt: skip
+        module = types.SimpleNamespace(
+            setup=lambda settings: None, teardown=lambda: None, errors=names, Settings=lambda **k: None,
+            init=lambda **k: self._meet("init") or run,
+        )  # fmt: skip
+        monkeypatch.setitem(sys.modules, "wandb", module)
+
+    def _meet(self, call: str) -> None:
+        if call == self.call and self.how == "hangs":
+            self.released.wait(60)
+        elif call == self.call:
+            raise OSError(f"{call} does not work")
+
+
+@pytest.mark.parametrize("how", ["raises", "hangs"])
+@pytest.mark.parametrize(
+    "call, words", [("init", "could not start"), ("log", "stopped taking rows"), ("finish", "could not finish")]
+)
+def test_a_failure_or_a_hang_is_said_once_and_training_does_not_wait(tmp_path, monkeypatch, capsys, call, words, how):
+    broken = Broken(monkeypatch, call, how)
+    monkeypatch.setattr(tracking, "last_step", lambda path: 60)
+    life = Life(tmp_path, limits=Limits(open_s=0.3, call_s=0.3, finish_s=0.6))
+    for step in range(1, 61):
+        life.train(step, step)
+        time.sleep(0.01)
+    assert life.end() < 2
+    broken.released.set()
+    said = capsys.readouterr().err
+    why = f"(OSError: {call} does not work)" if how == "raises" else "(no answer for "
+    assert said.count("W&B") == 1 and f"W&B {words} {why}" in said, said
+    assert f"metrics.jsonl has every row: python -m training.tracking rebuild {tmp_path}" in said
+    assert life.never_waited()
+    assert broken.rows == (list(range(1, 61)) if call == "finish" else [])
+
+
+def test_rows_do_not_pile_up_without_end(tmp_path, monkeypatch, capsys):
+    broken = Broken(monkeypatch, "log", "hangs")
+    life = Life(tmp_path, limits=Limits(rows=50)).train(1, 200)
+    assert capsys.readouterr().err.count("W&B stopped taking rows (50 are waiting)") == 1
+    assert life.never_waited()
+    broken.released.set()
+    life.end()
+
+
+def core_of_this_process() -> psutil.Process:
+    return next(child for child in psutil.Process().children() if child.name() == "wandb-core")
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def told(life: Life) -> int:
+    """The last step that its sink has told to wandb."""
+    return vars(life.tracker._mirrors[0]._sink).get("_last", 0)
+
+
+def test_the_death_of_wandb_core_is_said_once(tmp_path, capfd):
+    life = Life(tmp_path).train(1, 5)
+    wait_for(lambda: told(life))
+    core_of_this_process().kill()
+    for step in range(6, 40):
+        life.train(step, step)
+        time.sleep(0.01)
+    life.end()
+    said = capfd.readouterr().err
+    assert said.count("training goes on") == 1 and "W&B stopped taking rows (ConnectionResetError" in said, said
+    Life(tmp_path, step=39, segment=1).train(40, 41).end()  # the next one is whole again
+    assert list(shown(tmp_path)) == list(range(1, 42))
+
+
+def test_a_wandb_core_that_hangs_stops_neither_training_nor_the_end(tmp_path, capfd):
+    life = Life(tmp_path, limits=Limits(call_s=0.5, finish_s=1)).train(1, 5)
+    wait_for(lambda: told(life))
+    core = core_of_this_process()
+    core.suspend()
+    began, step = time.monotonic(), 6
+    while time.monotonic() - began < 2:
+        life.tell({**row(step), **{f"x{i}": float(i) for i in range(200)}})
+        step += 1
+        time.sleep(0.002)
+    assert life.end() < 5
+    said = capfd.readouterr().err
+    assert said.count("W&B stopped taking rows (no answer for ") == said.count("training goes on") == 1, said
+    assert life.never_waited()
+    assert not core.is_running()
+
+
+def test_a_full_disk_under_wandbs_files_is_said_once(tmp_path, capfd, monkeypatch):
+    """wandb-core drops what it cannot write, and logs it into a file on the same disk: here its files may not grow."""
+    monkeypatch.setattr(tracking, "DISK_CHECK_S", 0.4)
+    life = Life(tmp_path).train(1, 5)
+    wait_for(lambda: told(life))
+    resource.prlimit(core_of_this_process().pid, resource.RLIMIT_FSIZE, (70_000, 70_000))
+    for step in range(6, 600):
+        life.tell({**row(step), **{f"x{i}": float(i) for i in range(20)}})
+        time.sleep(0.003)
+    life.end()
+    said = capfd.readouterr().err
+    assert said.count("training goes on") == 1, said
+    assert re.search(r"W&B stopped taking rows \(OSError: \S+ ends at step \d+ instead of \d+; [\d,]+ bytes are", said)
+
+
+def test_rows_missing_at_the_end_are_noticed(tmp_path, capfd):
+    life = Life(tmp_path).train(1, 5)
+    wait_for(lambda: told(life))
+    resource.prlimit(core_of_this_process().pid, resource.RLIMIT_FSIZE, (8_000, 8_000))
+    life.train(6, 200).end()
+    said = capfd.readouterr().err
+    assert said.count("training goes on") == 1 and "ends at step" in said and "instead of 200" in said, said
+
+
+def test_a_key_without_a_network_is_offline_from_the_first_step(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(tracking, "INIT_TIMEOUT_S", 1)
+    Life(tmp_path).train(1, 5).end()
+    said = capfd.readouterr().err
+    assert said.count("W&B: no connection (") == 1 and "this segment is tracked offline" in said, said
+    assert list(shown(tmp_path)) == [1, 2, 3, 4, 5]
+
+
+# -- online: a stand-in for W&B's server ------------------------------------------------------------------
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """As much of W&B's server as wandb-core asks of it: runs by id, each with its history."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.runs: dict[str, list[dict]] = {}
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def steps(self, run: str = RUN) -> list[int]:
+        return [fields["_step"] for fields in self.runs[run]]
+
+    def answer(self, operation: str, asked: dict) -> dict:
+        name = asked.get("name")
+        project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+        rows = self.runs.get(name)
+        if operation == "RunResumeStatus" and rows is None:
+            return {"model": {**project, "bucket": None}}
+        if operation == "RunResumeStatus":
+            bucket = {
+                "id": "b", "name": name, "displayName": name, "config": "{}", "tags": [], "wandbConfig": '{"t": {}}',
+                "summaryMetrics": json.dumps(rows[-1] if rows else {}), "historyLineCount": len(rows),
+                "historyTail": json.dumps([json.dumps(fields) for fields in rows[-1:]]), "eventsTail": "[]",
+                "logLineCount": 0, "eventsLineCount": 0,
+            }  # fmt: skip
+            return {"model": {**project, "bucket": bucket}}
+        if operation == "UpsertBucket":
+            rows = self.runs.setdefault(name, [])
+            bucket = {"id": "b", "name": name, "displayName": name, "config": "{}", "historyLineCount": len(rows)}
+            return {"upsertBucket": {"bucket": {**bucket, "project": project}, "inserted": not rows}}
+        assert operation == "CreateRunFiles", operation
+        files = [{"name": file, "uploadUrl": f"{self.url}/file"} for file in asked["files"]]
+        return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        reply: dict = {}
+        if self.path == "/graphql":
+            asked = json.loads(body)
+            operation = re.search(r"(?:query|mutation)\s+(\w+)", asked["query"])[1]
+            reply = {"data": self.server.answer(operation, asked.get("variables") or {})}
+        elif "file_stream" in self.path:
+            history = json.loads(body).get("files", {}).get("wandb-history.jsonl")
+            if history:
+                rows = self.server.runs[self.path.split("/")[-2]]
+                rows[history["offset"] :] = [json.loads(line) for line in history["content"]]
+        answer = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_PUT = do_POST
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[Server]:
+    with Server() as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        monkeypatch.delenv("WANDB_MODE")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        monkeypatch.setenv("WANDB_BASE_URL", running.url)
+        yield running
+        running.shutdown()
+
+
+def test_an_online_run_goes_on_where_the_server_stands(tmp_path, server):
+    Life(tmp_path).train(1, 8).end()
+    assert server.steps() == list(range(1, 9))
+    Life(tmp_path, step=4, segment=1).train(5, 9).end()  # the server is ahead: steps 5 to 8 are held back
+    assert server.steps() == list(range(1, 10))
+    del server.runs[RUN][6:]  # it never got the last ones
+    Life(tmp_path, step=8, segment=2).train(9, 11).end()
+    assert server.steps() == list(range(1, 12))
+    assert server.runs[RUN][8]["eval_bpb"] == 1 / 9
+
+
+def test_a_named_run_that_the_server_does_not_have_is_refused(tmp_path, server, capfd):
+    Life(tmp_path, LoggingConfig(wandb=True, run_id=RUN)).train(1, 2).end()
+    said = capfd.readouterr().err
+    assert f"W&B could not start (UsageError: Run ({RUN}) does not exist" in said and said.count("goes on") == 1, said
+    assert RUN not in server.runs
+
+
+def test_fragments_of_an_offline_run_upload_as_one(tmp_path, server, monkeypatch):
+    """By plain `wandb sync`, which moves repeated steps behind the others: that none are repeated is what matters."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    Life(tmp_path).train(1, 8).end()
+    Life(tmp_path, step=4, segment=1).train(5, 12).end()
+    monkeypatch.delenv("WANDB_MODE")
+    sync(*sorted(tmp_path.glob("wandb/offline-run-*")))
+    assert server.steps() == list(range(1, 13))
+
+
+def sync(*folders: Path) -> None:
+    command = [str(Path(sys.executable).with_name("wandb")), "sync", "--yes", *map(str, folders)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+
+
+# -- rebuild ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(tmp_path, a_run) -> Path:
+    shutil.copytree(a_run, tmp_path / "run", ignore=shutil.ignore_patterns("step_*"))
+    return tmp_path / "run"
+
+
+def rebuilt(run: Path, name: str) -> dict[int, dict]:
+    return shown(run / "wandb_rebuilt" / name)
+
+
+def test_a_rebuilt_run_has_every_step_of_metrics_jsonl_once(copy, capsys):
+    own = json.loads((copy / "run.json").read_text())["tracking_id"]
+    for _ in range(2):  # the second replaces the first
+        assert tracking.main(["rebuild", str(copy)]) == 0
+    found = rebuilt(copy, own)
+    rows = [row for row in read_rows(copy / "metrics.jsonl") if "event" not in row]
+    evals = {row["step"]: row["eval_bpb"] for row in read_rows(copy / "metrics.jsonl") if row.get("event") == "eval"}
+    assert [(step, fields["loss"]) for step, fields in found.items()] == [(row["step"], row["loss"]) for row in rows]
+    assert {step: fields["eval_bpb"] for step, fields in found.items() if "eval_bpb" in fields} == evals != {}
+    assert config_of(copy / "wandb_rebuilt" / own)["training"] == yaml.safe_load((copy / "config.yaml").read_text())["training"]
+    (run,) = records(copy / "wandb_rebuilt" / own, "run")
+    assert (run["run_id"], run["project"]) == (own, "gsa-pretrain")
+    assert f"run {own}: 6 steps, 1 to 6, in {copy}" in capsys.readouterr().out
+
+
+def test_a_rebuilt_run_takes_another_name_and_names_its_parent(copy):
+    state = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**state, "parent": {"id": "feedbeef", "step": 40}}))
+    assert tracking.main(["rebuild", str(copy), "--run_id", "clean", "--project", "other", "--mode", "offline"]) == 0
+    (run,) = records(copy / "wandb_rebuilt" / "clean", "run")
+    assert (run["run_id"], run["project"]) == ("clean", "other")
+    assert config_of(copy / "wandb_rebuilt" / "clean")["parent"] == {"id": "feedbeef", "step": 40}
+
+
+def test_fragments_with_a_hole_are_rebuilt_as_one_run_and_uploaded(tmp_path, server, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    Life(tmp_path).train(1, 8).end()
+    Life(tmp_path, step=4, segment=1, config=changed(1e-4, 50)).train(5, 12).end()
+    shutil.rmtree(sorted(tmp_path.glob("wandb/offline-run-*"))[0])
+    (tmp_path / "run.json").write_text(json.dumps({"status": "finished", "tracking_id": RUN}))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(changed(1e-4, 50)))
+    assert tracking.main(["rebuild", str(tmp_path)]) == 0
+    monkeypatch.delenv("WANDB_MODE")
+    sync(*tmp_path.glob(f"wandb_rebuilt/{RUN}/wandb/offline-run-*"))
+    assert server.steps() == list(range(1, 13))
+    segments = config_of(tmp_path / "wandb_rebuilt" / RUN)["segments"]
+    assert segment_config(segments, 0) == CONFIG and segment_config(segments, 1) == changed(1e-4, 50)
+    assert tracking.main(["rebuild", str(tmp_path), "--run_id", "online"]) == 0
+    assert server.steps("online") == list(range(1, 13))
+
+
+def test_a_rebuild_does_not_write_into_a_run_that_the_server_has(copy, server, capsys):
+    server.runs["taken"] = [{"_step": 1}]
+    assert tracking.main(["rebuild", str(copy), "--run_id", "taken"]) == 1
+    assert "Run (taken) already exists" in capsys.readouterr().err
+    assert server.steps("taken") == [1]
+
+
+def test_a_folder_without_steps_is_refused(tmp_path, capsys):
+    assert tracking.main(["rebuild", str(tmp_path / "nothing")]) == 3
+    assert "metrics.jsonl has no step; give the --output_dir of a run" in capsys.readouterr().err
+
+
+def test_the_reader_of_transaction_logs_agrees_with_wandbs_own(tmp_path):
+    """Across many blocks, from the front and from the back; and up to where a file is damaged."""
+    life = Life(tmp_path)
+    for step in range(1, 501):
+        life.tell({**row(step), **{f"x{i}": float(i) for i in range(40)}})
+    life.end()
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert file.stat().st_size > 20 * 32 * 1024
+    assert sum(1 for _ in tracking.log_records(file)) == len(inspect(file))
+    assert list(shown(tmp_path)) == list(range(1, 501))
+    assert tracking.last_step(file) == 500 == tracking.logged_step(tmp_path / "wandb", RUN)
+    raw = file.read_bytes()
+    file.write_bytes(raw[: len(raw) // 2])
+    assert 200 < tracking.last_step(file) < 300
+    file.write_bytes(raw[: 32 * 1024 * 2] + bytes(32 * 1024 * 20))
+    assert 1 < tracking.last_step(file) < 100
+
+
+# -- TensorBoard ------------------------------------------------------------------------------------------
+
+
+def scalars(folder: Path, name: str) -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    events = board.Scalars(name)
+    assert len({event.step for event in events}) == len(events)
+    return {event.step: event.value for event in sorted(events, key=lambda event: event.step)}
+
+
+def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path):
+    Life(tmp_path, BOARD).train(1, 8).end()
+    time.sleep(1.1)  # its files are named by the second
+    life = Life(tmp_path, BOARD, step=4, segment=1)
+    for step in range(5, 11):
+        life.tell({**row(step), "loss": -step})
+    life.end()
+    assert scalars(tmp_path, "loss") == pytest.approx({s: 1 / s if s <= 4 else -s for s in range(1, 11)})
+    assert scalars(tmp_path, "eval_bpb") == pytest.approx({3: 1 / 3})
+
+
+def test_tensorboard_replaces_what_a_rollback_takes_back(tmp_path):
+    life = Life(tmp_path, BOARD).train(1, 6)
+    for step in range(4, 8):
+        life.tell({**row(step), "loss": -step})
+    life.end()
+    assert scalars(tmp_path, "loss") == pytest.approx({1: 1, 2: 1 / 2, 3: 1 / 3, 4: -4, 5: -5, 6: -6, 7: -7})
+
+
+def test_tensorboard_switched_on_later_has_the_steps_before(tmp_path):
+    Life(tmp_path, LoggingConfig()).train(1, 5).end()
+    Life(tmp_path, BOARD, step=5, segment=1).train(6, 7).end()
+    assert list(scalars(tmp_path, "loss")) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_tensorboard_that_cannot_write_is_said_once(tmp_path, capsys):
+    (tmp_path / "tensorboard").write_text("a file where a folder belongs")
+    life = Life(tmp_path, BOARD).train(1, 5)
+    life.end()
+    said = capsys.readouterr().err
+    assert said.count("TensorBoard could not start (") == 1 and said.count("training goes on") == 1, said
