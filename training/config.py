@@ -310,10 +310,15 @@ def _read_yaml(path: Path) -> list[_Said]:
         for key, key_line, value in _items(node, path):
             if isinstance(value, yaml.MappingNode):
                 list(_items(value, path))  # refuses repeated keys inside
-            said.append(
-                _Said(f"{section}.{key}", loader.construct_object(value, deep=True), f"{path}, line {key_line}")
-            )
+            made = _as_said(f"{section}.{key}", loader.construct_object(value, deep=True), str(value.value))
+            said.append(_Said(f"{section}.{key}", made, f"{path}, line {key_line}"))
     return _translated(said, path)
+
+
+def _as_said(key: str, value: Any, text: str) -> Any:
+    """`value`, but for a word that yaml takes for true or false where a word is wanted, as adaptive_k: off."""
+    known = all_keys().get(key)
+    return text.strip() if isinstance(value, bool) and known is not None and known.type == "str" else value
 
 
 def _translated(said: list[_Said], path: Path) -> list[_Said]:
@@ -342,7 +347,7 @@ def _read_override(text: str) -> _Said:
     if not equals:
         raise ConfigError(f"override {text!r} is not key=value, e.g. training.max_steps=1000")
     try:
-        return _Said(key.strip(), yaml.safe_load(value), f"override {text!r}")
+        return _Said(key.strip(), _as_said(key.strip(), yaml.safe_load(value), value), f"override {text!r}")
     except yaml.YAMLError as err:
         raise ConfigError(f"override {text!r}: the value is not yaml") from err
 
