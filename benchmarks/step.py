@@ -3,7 +3,8 @@
     python -m benchmarks.step [--config YAML] [--micro_batch_size N] [--repeats 10] [key=value ...]
 
 One process, no DeepSpeed; precision, length and activation checkpointing are those of the configuration (default: the
-512M one), tokens are random. The two models take turns. Writes benchmarks/results/step_<device>.md.
+512M one). Tokens are random, packed as in training: each sequence holds four documents, of a half, a quarter and twice
+an eighth of it. The two models take turns. Writes benchmarks/results/step_<device>.md.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from benchmarks.measuring import commit
 from gsa import GSAForCausalLM
 from gsa.kernels.choice import Shape, resolve
+from gsa.loss import IGNORE
 from gsa.model import count_params
 from training.config import load_config
 from training.optimizer import build_optimizer
@@ -49,6 +51,8 @@ def main(argv: list[str]) -> int:
     size = (args.micro_batch_size or cfg.training.micro_batch_size, cfg.training.max_seq_len)
     random = torch.Generator().manual_seed(0)
     tokens, targets = (torch.randint(0, c.vocab_size, size, generator=random).to(device) for _ in range(2))
+    start = document_starts(*size).to(device)
+    targets[:, :-1][start[:, 1:] != start[:, :-1]] = IGNORE
     rows = indexer_rows(0, 0, size[1], cfg.training.indexer_loss_rows).to(device)
 
     steps, peaks = {}, {}
@@ -57,7 +61,7 @@ def main(argv: list[str]) -> int:
         model = GSAForCausalLM(config).to(device, dtype)
         model.set_backend(backend)
         model.set_activation_checkpointing(cfg.training.recomputed)
-        steps[name] = step_of(model, build_optimizer(model, cfg.training), tokens, targets, rows, cfg, device)
+        steps[name] = step_of(model, build_optimizer(model, cfg.training), tokens, targets, start, rows, cfg, device)
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(args.repeats + 2):
         for name, step in steps.items():
@@ -74,9 +78,16 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def step_of(model, optimizer, tokens, targets, rows, cfg, device):
+def document_starts(rows: int, length: int) -> torch.Tensor:
+    """(rows, length) int64: where the document of each position begins."""
+    begins = torch.tensor([0, length // 2, length * 3 // 4, length * 7 // 8])
+    place = torch.arange(length)
+    return begins[torch.bucketize(place, begins, right=True) - 1].expand(rows, length).contiguous()
+
+
+def step_of(model, optimizer, tokens, targets, start, rows, cfg, device):
     def step() -> None:
-        out = model(tokens, targets, indexer_rows=rows)
+        out = model(tokens, targets, start, indexer_rows=rows)
         (out.loss + cfg.training.indexer_loss_weight * out.indexer_loss).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -98,7 +109,7 @@ def report(args, argv, cfg, backend, size, seconds, peaks) -> str:
 
 `python -m benchmarks.step {" ".join(argv)}`, commit {commit()}, {datetime.now(UTC):%Y-%m-%d},
 {", ".join(env["devices"])}, torch {env["torch"]}. {args.config.name}:
-{count_params(cfg.model)["total"]:,} parameters, {size[0]} x {size[1]} tokens,
+{count_params(cfg.model)["total"]:,} parameters, {size[0]} x {size[1]} tokens in four documents each,
 {cfg.training.precision}, backend {backend}, k_base {cfg.model.k_base}. Medians of {args.repeats}, smallest and largest.
 Memory is that of both models and optimizers plus the step's own.
 

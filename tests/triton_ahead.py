@@ -1,9 +1,9 @@
-"""Compiles every Triton kernel for GPUs that are not here; prints registers, spills, shared memory as JSON lines.
+"""Compiles Triton kernels for GPUs that are not here; prints registers, spills, shared memory as JSON lines.
 
-    python tests/triton_ahead.py [80 89 90]
+    PYTHONPATH=. python tests/triton_ahead.py [80 89 90 | ARCH:SIZES ...]
 
-Run it without TRITON_INTERPRET. The sizes are those of a model with bf16, 16 query heads of 64, 4 key/value heads
-and 4 indexer heads of 64; launch options are the ones that run.
+Run it without TRITON_INTERPRET. SIZES is a name in SIZES, "model" where it is left out: 16 query heads of 64, 4
+key/value heads and 4 indexer heads of 64, in bf16. Launch options are the ones that run.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import triton
@@ -22,66 +23,102 @@ from triton.compiler import ASTSource
 
 from gsa.kernels import triton_alignment as alignment
 from gsa.kernels import triton_attention as attention
+from gsa.kernels import triton_loss as loss
 from gsa.kernels import triton_select as selection
 
-G, REP, D, J, E = 4, 4, 64, 4, 64
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of heads (D), of the indexer's (E), and the dtype they are in."""
+
+    D: int = 64
+    E: int = 64
+    dtype: str = "bf16"
+
+    @property
+    def itemsize(self) -> int:
+        return 2 if self.dtype == "bf16" else 4
+
+
+SIZES = {"model": Sizes(), "wide": Sizes(D=128, E=128), "float32": Sizes(dtype="fp32")}
+"""The model's, and the widest that gsa/kernels/choice.py lets through in either dtype."""
+G, REP, J = 4, 4, 4
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-BF16 = {"Q", "K", "V", "Out", "dOut", "dQ", "dK", "dV", "IndexQ", "IndexK"}
+OF_THE_MODEL = {"Q", "K", "V", "Out", "dOut", "dQ", "dK", "dV", "IndexQ", "IndexK"}
 INT32 = {"Bits", "Begin", "Start", "Rows", "Last", "Kept"}
 SCALES = {"scale", "index_scale", "to_level", "to_score"}
 
-
-def kernels() -> Iterator[tuple[str, object, dict, dict]]:
-    """(name, kernel, constants, launch options)."""
-    index = {"J": J, "E": E}
-    yield "level_strip", selection.level_strip, index, selection.SCORE
-    launch = {"BLOCK": selection.block_of(2048), "num_warps": 8}
-    for entropy in (False, True):
-        yield (
-            f"row_statistic {'entropy' if entropy else 'variance'}",
-            selection.row_statistic,
-            {"ENTROPY": entropy},
-            launch,
-        )
-    yield "select_rows", selection.select_rows, {}, launch
-    for bits in (True, False):
-        shared = {"G": G, "D": D, "HAS_BITS": bits}
-        tag = "bits" if bits else "all"
-        tile = attention.tile_of(attention.FORWARD, REP)
-        yield f"attend_forward {tag}", attention.attend_forward, shared | {"WITH_OUT": True}, tile
-        if not bits:  # with bits the attention has come before, and left them
-            yield "attend_forward, sums only", attention.attend_forward, shared | {"WITH_OUT": False}, tile
-        tile = attention.tile_of(attention.BACKWARD_QUERIES, REP)
-        yield f"attend_backward_queries {tag}", attention.attend_backward_queries, shared, tile
-        tile = attention.tile_of(attention.BACKWARD_KEYS, REP)
-        yield f"attend_backward_keys {tag}", attention.attend_backward_keys, shared, tile
-        yield f"align_logits {tag}", alignment.align_logits, shared | index | {"REP": REP}, alignment.LOGITS
-    yield "align_queries", alignment.align_queries, index, alignment.QUERIES
-    yield "align_keys", alignment.align_keys, index, alignment.KEYS
+Spec = tuple[str, object, dict, dict]
+"""Name, kernel, constants, launch options."""
 
 
-def type_of(kernel: str, name: str) -> str:
+def kernels(sizes: Sizes) -> Iterator[Spec]:
+    """All of them for a model; of others those whose tiles hang on width and dtype, in the form that reads bits."""
+    index = {"J": J, "E": sizes.E}
+    whole = sizes == SIZES["model"]
+    yield "level_strip", selection.level_strip, index, attention.fitted(selection.SCORE, sizes.E, sizes.itemsize)
+    if whole:
+        launch = {"BLOCK": selection.block_of(2048), "num_warps": 8}
+        for mode in ("variance", "entropy"):
+            yield f"row_statistic {mode}", selection.row_statistic, {"ENTROPY": mode == "entropy"}, launch
+        yield "select_rows", selection.select_rows, {}, launch
+        for kernel in (loss.fold_rows, loss.gradient_rows):
+            yield kernel.__name__, kernel, {}, {"BLOCK": loss.BLOCK} | loss.OPTIONS
+    for bits in (True, False) if whole else (True,):
+        yield from _attention_kernels(sizes, bits)
+        if sizes.dtype == "bf16":  # without tensor cores it takes long to compile, and less memory than attention
+            tile = alignment.logits_options(sizes.itemsize)
+            shared = {"G": G, "D": sizes.D, "REP": REP, "HAS_BITS": bits}
+            yield f"align_logits {'bits' if bits else 'all'}", alignment.align_logits, shared | index, tile
+    queries, keys = (attention.fitted(s, sizes.E, sizes.itemsize) for s in (alignment.QUERIES, alignment.KEYS))
+    yield "align_queries", alignment.align_queries, index, queries
+    if sizes.dtype == "bf16":
+        yield "align_keys", alignment.align_keys, index, keys
+
+
+def _attention_kernels(sizes: Sizes, bits: bool) -> Iterator[Spec]:
+    shared = {"G": G, "D": sizes.D, "HAS_BITS": bits}
+    tag = "bits" if bits else "all"
+
+    def tile(setting: dict) -> dict:
+        return attention.tile_of(setting, REP, sizes.D, sizes.itemsize)
+
+    yield f"attend_forward {tag}", attention.attend_forward, shared | {"WITH_OUT": True}, tile(attention.FORWARD)
+    if not bits:  # with bits the attention has come before, and left them
+        only = shared | {"WITH_OUT": False}
+        yield "attend_forward, sums only", attention.attend_forward, only, tile(attention.FORWARD)
+    queries, keys = tile(attention.BACKWARD_QUERIES), tile(attention.BACKWARD_KEYS)
+    yield f"attend_backward_queries {tag}", attention.attend_backward_queries, shared, queries
+    yield f"attend_backward_keys {tag}", attention.attend_backward_keys, shared, keys
+
+
+def type_of(kernel: str, name: str, dtype: str) -> str:
+    """What an argument is at launch."""
     if name in SCALES:
         return "fp32"
     if name == "Strip":
         return "*u16"
+    if name == "Targets":
+        return "*i64"
     if name in INT32:
         return "*i32"
-    if name in BF16:
-        return "*bf16"
+    if (kernel, name) in {("level_strip", "W"), ("row_statistic", "Out")}:
+        return "*fp32"
+    if name in OF_THE_MODEL:
+        return f"*{dtype}"
     # tensors have capital letters, or begin with d for a gradient; sizes are one letter, or end in 0
     if len(name) > 1 and (name[0].isupper() or re.match("d[A-Z]", name)):
-        return "*fp32"
-    if kernel == "level_strip" and name == "W":
         return "*fp32"
     return "i32"
 
 
-def compile_for(name: str, kernel, constants: dict, launch: dict, arch: int) -> dict:
+def compile_for(spec: Spec, arch: int, sizes: str) -> dict:
+    name, kernel, constants, launch = spec
     constants = constants | {k: v for k, v in launch.items() if k.isupper()}
     options = {k: v for k, v in launch.items() if not k.isupper()}
     order = kernel.arg_names
-    signature = {a: "constexpr" if a in constants else type_of(kernel.__name__, a) for a in order}
+    dtype = SIZES[sizes].dtype
+    signature = {a: "constexpr" if a in constants else type_of(kernel.__name__, a, dtype) for a in order}
     if constants.get("HAS_BITS") is False:  # the pointer is None at launch
         signature["Bits"], constants = "constexpr", constants | {"Bits": None}
     aligned = {(i,): [["tt.divisibility", 16]] for i, a in enumerate(order) if signature[a].startswith("*")}
@@ -98,13 +135,15 @@ def compile_for(name: str, kernel, constants: dict, launch: dict, arch: int) -> 
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dumped))
     ptx = compiled.asm["ptx"]
     return {
-        "kernel": name, "arch": arch, "registers": int(used["REG"]), "spill_bytes": int(used["STACK"]) + int(used["LOCAL"]),
-        "shared_kib": compiled.metadata.shared / 1024, "warps": options["num_warps"],
+        "kernel": name, "arch": arch, "sizes": sizes, "registers": int(used["REG"]),
+        "spill_bytes": int(used["STACK"]) + int(used["LOCAL"]), "shared_kib": compiled.metadata.shared / 1024,
+        "warps": options["num_warps"],
         "tensor_cores": "wgmma" if "wgmma" in ptx else "mma.sync" if "mma.sync" in ptx else "none",
     }  # fmt: skip
 
 
 if __name__ == "__main__":
-    for arch in [int(a) for a in sys.argv[1:]] or [80, 89, 90]:
-        for spec in kernels():
-            print(json.dumps(compile_for(*spec, arch)), flush=True)
+    for wanted in sys.argv[1:] or ["80", "89", "90"]:
+        arch, _, sizes = wanted.partition(":")
+        for spec in kernels(SIZES[sizes or "model"]):
+            print(json.dumps(compile_for(spec, int(arch), sizes or "model")), flush=True)

@@ -6,9 +6,15 @@ bits (triton 3.6 to 3.9), so operands are widened first.
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
+import inspect
 import os
 from contextlib import suppress
+from pathlib import Path
+from types import ModuleType
 
+import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,5 +43,73 @@ if DEVICE == "cpu":
             return honest(self, widened(a), widened(b), *rest)
 
         interpreter.InterpreterBuilder.create_dot = create_dot
+
+        # What follows makes it two to four times as fast. Every integer sum is checked for overflow in 64 bits, as on
+        # no GPU; and every function that a kernel calls looks through all of triton.language again for what to replace.
+        builder = interpreter.interpreter_builder
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+        builtins: dict[object, list[str]] = {}
+
+        def patch_builtin(package, *rest):
+            if package not in builtins:
+                builtins[package] = [n for n, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+            for name in builtins[package]:
+                member = getattr(package, name)
+                if tl.core.is_builtin(member):  # not yet replaced
+                    interpreter._patch_attr(package, name, member, *rest)
+
+        interpreter._patch_builtin = patch_builtin
+
+        # CPython keeps frames in chunks of 16 KB, and maps and unmaps one for every call made just at the end of
+        # another. A frame of 9000 variables, 72 KB, gets 128 KB, and leaves the rest to all that a kernel calls.
+        scope: dict = {}
+        exec(f"def roomy(f, x, y):\n    return f(*x, **y)\n    {' = '.join(f'v{i}' for i in range(9000))} = 0", scope)
+        launch = interpreter.GridExecutor.__call__
+        interpreter.GridExecutor.__call__ = lambda *args, **kwargs: scope["roomy"](launch, args, kwargs)
     finally:
         del os.environ["TRITON_INTERPRET"]
+
+from gsa.kernels import triton_alignment, triton_attention, triton_select  # noqa: E402  in the mode set above
+
+
+def small_tiles(patch: pytest.MonkeyPatch, rows: int = 32) -> None:
+    """Tiles, blocks and strips so small that short sequences have several, and ragged ones."""
+    patch.setattr(triton_select, "STRIP", 16)
+    patch.setattr(triton_alignment, "STRIP", 5)
+    patch.setattr(triton_select, "SCORE", triton_select.SCORE | {"BM": 16, "BN": 32})
+    patch.setattr(triton_select, "block_of", lambda S: 32)
+    for name in ("FORWARD", "BACKWARD_QUERIES", "BACKWARD_KEYS"):
+        patch.setattr(triton_attention, name, getattr(triton_attention, name) | {"rows": rows, "BN": 32})
+    for name in ("LOGITS", "QUERIES", "KEYS"):
+        patch.setattr(triton_alignment, name, getattr(triton_alignment, name) | {"BM": 16, "BN": 32})
+
+
+def garbage(patch: pytest.MonkeyPatch) -> None:
+    """Fresh memory holds NaN, or -1: what a kernel reads and nobody wrote shows."""
+
+    def filled(make):
+        def fresh(*args, **kwargs):
+            made = make(*args, **kwargs)
+            return made.fill_(torch.nan if made.is_floating_point() else -1 if made.dtype.is_signed else 7)
+
+        return fresh
+
+    for name in ("empty", "empty_like"):
+        patch.setattr(torch, name, filled(getattr(torch, name)))
+
+
+def rewritten(module: ModuleType, folder: Path, *changes: tuple[str, str]) -> ModuleType:
+    """A copy of a module of kernels whose source says something else; each change is (what is there once, instead)."""
+    source = Path(module.__file__).read_text()
+    for there, instead in changes:
+        assert source.count(there) == 1, there
+        source = source.replace(there, instead)
+    path = folder / f"wrong_{module.__name__.rpartition('.')[-1]}.py"
+    path.write_text(source)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    copy = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        if DEVICE == "cpu":
+            patch.setenv("TRITON_INTERPRET", "1")
+        spec.loader.exec_module(copy)
+    return copy

@@ -16,15 +16,31 @@ from gsa import GSAForCausalLM, ModelConfig
 from gsa.attention.cache import Cache
 from gsa.checkpoint import manifest
 from gsa.checkpoint.manifest import CheckpointError
+from gsa.kernels.choice import Shape, resolve
 from gsa.weights import load_weights
 
 
-def load_model(step_dir: Path) -> GSAForCausalLM:
-    """The model of a checkpoint folder, in evaluation mode, float32, on the CPU."""
+def load_model(step_dir: Path, device: str = "cpu") -> GSAForCausalLM:
+    """The model of a checkpoint folder, in evaluation mode, float32, on `device` with the fastest kernels there.
+
+    On a GPU where Triton's kernels do not pass their check, says so and takes the chunked ones.
+    """
     config, weights = load_weights(step_dir)
-    model = GSAForCausalLM(ModelConfig(**config))
+    c = ModelConfig(**config)
+    model = GSAForCausalLM(c)
     model.load_state_dict(weights)
-    return model.float().eval()
+    shape = Shape(c.n_heads, c.n_kv_heads, c.d_head, c.n_indexer_heads, c.d_indexer, torch.float32)
+    backend, fault = resolve("auto", shape, torch.device(device))
+    if fault is not None:
+        print(f"warning: attention runs on the chunked kernels, not on Triton's: {fault}", file=sys.stderr)
+    model.set_backend(backend)
+    return model.float().eval().to(device)
+
+
+def check_device(device: str) -> None:
+    """ValueError when torch does not see the device that --device names."""
+    if device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device {device}: torch sees no GPU here; leave it out")
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,8 @@ class Sampling:
             return F.one_hot(logits.argmax(), logits.numel()).float()
         logits = logits / self.temperature
         if 0 < self.top_k < logits.numel():
-            logits = logits.masked_fill(logits < logits.topk(self.top_k).values[-1], -torch.inf)
+            kept = logits.topk(self.top_k)  # by index: candidates that tie with the last must not add to them
+            logits = torch.full_like(logits, -torch.inf).scatter(0, kept.indices, kept.values)
         p = logits.softmax(-1)
         if self.top_p < 1:
             ranked, order = p.sort(descending=True, stable=True)
@@ -129,14 +146,13 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"--max_new_tokens {args.max_new_tokens} must be at least 1")
         if not all(args.prompt):
             raise ValueError("--prompt is empty; give at least one character")
-        if args.device != "cpu" and not torch.cuda.is_available():
-            raise ValueError(f"--device {args.device}: torch sees no GPU here; leave it out")
+        check_device(args.device)
     except ValueError as err:
         print(f"error: {err}", file=sys.stderr)
         return 2
     try:
         step_dir = args.run if args.run.name.startswith("step_") else manifest.resolve("latest", args.run)
-        model = load_model(step_dir).to(args.device)
+        model = load_model(step_dir, args.device)
         path = args.tokenizer or _run_tokenizer(step_dir)
         if not path.exists():
             raise CheckpointError(f"no tokenizer at {path}; name one with --tokenizer")

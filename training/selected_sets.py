@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,15 +20,17 @@ import numpy as np
 import torch
 
 from gsa import GSAForCausalLM, kernels
-from gsa.attention.probe import PROBES
+from gsa.attention.probe import PROBES, largest
 from gsa.checkpoint import manifest
 from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import read_config_json
 from training.data import Batch, DataError, PackedTokens
-from training.generate import load_model
+from training.generate import check_device, load_model
 
 NEIGHBOURS = (2, 4, 8, 16, 32, 64, 128)
 TILES = ((16, 64), (64, 64), (128, 128))
+BLOCK = 128
+"""Queries whose sets exist as masks at a time: a multiple of all of NEIGHBOURS, and of every tile's queries."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,12 @@ class Spread:
 
 def measure_coverage(model: GSAForCausalLM, batches: list[Batch]) -> list[Coverage]:
     """Every layer's, averaged over the first sequence of each batch."""
+    device = model.embed.weight.device
     found = []
     with torch.no_grad():
-        for batch in batches:
-            rows = torch.arange(batch.tokens.shape[1])
-            found.append(model(batch.tokens, doc_start=batch.doc_start, probe_rows=rows).probe)
+        for batch in (b.to(device) for b in batches):
+            rows = torch.arange(batch.tokens.shape[1], device=device)
+            found.append(model(batch.tokens, doc_start=batch.doc_start, probe_rows=rows, last_only=True).probe)
     mean = torch.stack(found).nanmean(0)
     at = [PROBES.index(name) for name in ("coverage", "oracle", "recall")]
     return [Coverage(*(layer[i].item() for i in at)) for layer in mean]
@@ -73,56 +77,87 @@ def with_untrained_indexer(model: GSAForCausalLM, batches: list[Batch], seed: in
         ours.attention.indexer.load_state_dict(new.attention.indexer.state_dict())
         ours.attention.selector.v_ref.zero_()
     with torch.no_grad():
-        stats = [other(batch.tokens, doc_start=batch.doc_start).selection_stats for batch in batches]
+        moved = (batch.to(model.embed.weight.device) for batch in batches)
+        stats = [other(batch.tokens, doc_start=batch.doc_start, last_only=True).selection_stats for batch in moved]
     other.update_v_ref(torch.stack(stats).sum(0))
     return other
 
 
 def measure_spread(model: GSAForCausalLM, batches: list[Batch]) -> tuple[list[Spread], list[Spread]]:
-    """Every layer's selected sets, and random sets of the same sizes among the visible keys."""
-    random = torch.Generator().manual_seed(0)
-    caught: list[kernels.Selection] = []
-    hooks = [
-        layer.attention.selector.register_forward_hook(lambda module, inputs, choice: caught.append(choice))
-        for layer in model.layers
-    ]
+    """Every layer's selected sets, and random sets of the same sizes among the visible keys.
+
+    A layer's sets are measured as soon as it has made them, BLOCK queries at a time: nothing of size T x T is held.
+    """
+    device = model.embed.weight.device
+    random = torch.Generator(device).manual_seed(0)
     selected: list[list[Spread]] = [[] for _ in model.layers]
     by_chance: list[list[Spread]] = [[] for _ in model.layers]
+
+    def measure(layer: int, choice: kernels.Selection, doc_start: torch.Tensor) -> None:
+        for row in range(len(doc_start)):
+            selected[layer].append(spread(selected_blocks(choice, doc_start, row)))
+            by_chance[layer].append(spread(random_blocks(choice, doc_start, row, random)))
+
+    hooks = [
+        layer.attention.selector.register_forward_hook(
+            lambda module, inputs, choice, i=i: measure(i, choice, inputs[-1])  # the selector's last input: doc_start
+        )
+        for i, layer in enumerate(model.layers)
+    ]
     try:
-        for batch in batches:
-            caught.clear()
-            with torch.no_grad():
-                model(batch.tokens, doc_start=batch.doc_start)
-            seen = kernels.visible(batch.doc_start)
-            for i, choice in enumerate(caught):
-                mask = seen if choice.bits is None else kernels.unpack(choice.bits, seen.shape[-1])
-                chance = kernels.top_keys(torch.rand(mask.shape, generator=random), seen, choice.k, 1)
-                for into, sets in ((selected, mask), (by_chance, chance)):
-                    into[i] += [spread(one, visible) for one, visible in zip(sets, seen, strict=True)]
+        with torch.no_grad():
+            for batch in (b.to(device) for b in batches):
+                model(batch.tokens, doc_start=batch.doc_start, last_only=True)
     finally:
         for hook in hooks:
             hook.remove()
     return [mean_spread(layer) for layer in selected], [mean_spread(layer) for layer in by_chance]
 
 
-def spread(mask: torch.Tensor, seen: torch.Tensor) -> Spread:
-    """mask, seen: (T, T) bool, the selected and the visible keys of one sequence."""
-    choosing = mask.sum(-1) < seen.sum(-1)
-    union = {}
-    for n in (n for n in NEIGHBOURS if n <= len(choosing)):
-        groups = len(choosing) // n
-        whole = choosing[: groups * n].view(groups, n).all(-1)
-        sets = mask[: groups * n].view(groups, n, -1)[whole]
-        if len(sets):
-            union[n] = (sets.any(1).sum() * n / sets.sum()).item()
-    empty = {tile: 1 - (occupied(mask, tile).sum() / occupied(seen, tile).sum()).item() for tile in TILES}
-    return Spread(mask.sum(-1).float().mean().item(), union, empty)
+Blocks = Iterator[tuple[torch.Tensor, torch.Tensor]]
+"""Of one sequence, BLOCK queries after BLOCK queries: the selected and the visible keys, each (up to BLOCK, T) bool."""
+
+
+def selected_blocks(choice: kernels.Selection, doc_start: torch.Tensor, row: int) -> Blocks:
+    s = torch.arange(doc_start.shape[1], device=doc_start.device)
+    for part in s.split(BLOCK):
+        seen = (s <= part[:, None]) & (s >= doc_start[row, part, None])
+        yield seen if choice.bits is None else kernels.unpack(choice.bits[row, part], len(s)), seen
+
+
+def random_blocks(choice: kernels.Selection, doc_start: torch.Tensor, row: int, random: torch.Generator) -> Blocks:
+    for (_, seen), k in zip(selected_blocks(choice, doc_start, row), choice.k[row].split(BLOCK), strict=True):
+        yield largest(torch.rand(seen.shape, generator=random, device=seen.device), seen, k), seen
+
+
+def spread(blocks: Blocks) -> Spread:
+    """Of the selected and visible keys of one sequence."""
+    rows = keys = 0
+    united, chosen = (dict.fromkeys(NEIGHBOURS, 0) for _ in range(2))
+    filled, possible = (dict.fromkeys(TILES, 0) for _ in range(2))
+    for mask, seen in blocks:
+        rows, keys = rows + len(mask), keys + int(mask.sum())
+        choosing = mask.sum(-1) < seen.sum(-1)
+        for n in NEIGHBOURS:
+            groups = len(mask) // n
+            whole = choosing[: groups * n].view(groups, n).all(-1)
+            sets = mask[: groups * n].view(groups, n, mask.shape[-1])[whole]
+            united[n] += int(sets.any(1).sum()) * n
+            chosen[n] += int(sets.sum())
+        for tile in TILES:
+            filled[tile] += int(occupied(mask, tile).sum())
+            possible[tile] += int(occupied(seen, tile).sum())
+    return Spread(
+        keys / rows,
+        {n: united[n] / chosen[n] for n in NEIGHBOURS if chosen[n]},
+        {tile: 1 - filled[tile] / possible[tile] for tile in TILES},
+    )
 
 
 def occupied(mask: torch.Tensor, tile: tuple[int, int]) -> torch.Tensor:
     """(tiles of queries, tiles of keys) bool: is anything in the tile."""
     rows, columns = (-(-size // t) * t for size, t in zip(mask.shape, tile, strict=True))
-    padded = torch.zeros(rows, columns, dtype=torch.bool)
+    padded = mask.new_zeros(rows, columns)
     padded[: mask.shape[0], : mask.shape[1]] = mask
     return padded.view(rows // tile[0], tile[0], columns // tile[1], tile[1]).any(1).any(-1)
 
@@ -182,13 +217,18 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--data", type=Path, help="folder of prepared data (default: that of the run)")
     parser.add_argument("--max_seq_len", type=int, help="tokens per window (default: that of the run)")
     parser.add_argument("--windows", type=int, default=8, help="held-out windows (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where the model runs, as cuda (default: %(default)s)")
     args = parser.parse_args(argv)
-    if args.windows < 1:
-        print(f"error: --windows {args.windows} must be at least 1", file=sys.stderr)
+    try:
+        if args.windows < 1:
+            raise ValueError(f"--windows {args.windows} must be at least 1")
+        check_device(args.device)
+    except ValueError as err:
+        print(f"error: {err}", file=sys.stderr)
         return 2
     try:
         step_dir = args.run if args.run.name.startswith("step_") else manifest.resolve("latest", args.run)
-        model = load_model(step_dir)
+        model = load_model(step_dir, args.device)
         if not model.config.sparse:
             raise CheckpointError(f"{step_dir} holds a dense model (model.sparse=false): nothing selects keys in it")
         plain = read_config_json(step_dir)

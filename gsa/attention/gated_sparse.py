@@ -94,7 +94,7 @@ class GatedSparseAttention(nn.Module):
                     self.backend, index, self.indexer.alpha, at.doc_start, everything=self.stage == "dense"
                 )
                 if self.selector.mode == "variance":
-                    sums = variance_sums(selection, at.doc_start)
+                    sums = variance_sums(selection, at.doc_start, at.before)
             if self.stage == "sparse":
                 bits, n_selected = selection.bits, selection.k.float().mean()
         out, lse = kernels.attend(self.backend, q, k, v, bits, at.doc_start)

@@ -66,10 +66,13 @@ class Selector(nn.Module):
         self.v_ref.copy_(torch.where(count > 0, moved, self.v_ref))
 
 
-def variance_sums(selection: kernels.Selection, doc_start: torch.Tensor | None) -> torch.Tensor:
-    """(2,) float64: sum of the variance over positions with more than one visible key, and their count."""
+def variance_sums(selection: kernels.Selection, doc_start: torch.Tensor | None, before: int = 0) -> torch.Tensor:
+    """(2,) float64: sum of the variance over positions with more than one visible key, and their count.
+
+    before: tokens that a cache held already.
+    """
     variance = selection.statistic
-    T = variance.shape[1]
-    counted = torch.arange(T, device=variance.device) > (0 if doc_start is None else doc_start)
+    place = torch.arange(before, before + variance.shape[1], device=variance.device)
+    counted = place > (0 if doc_start is None else doc_start)
     counted = counted.expand_as(variance)
     return torch.stack([torch.where(counted, variance, 0.0).double().sum(), counted.sum().double()])

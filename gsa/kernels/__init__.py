@@ -3,6 +3,8 @@
 Letters as in docs/gsa.md: B batch, T queries, S keys, H query heads, G key/value heads, D head width, J and
 E the indexer's heads and width. The T queries are the last of the S positions; in training T = S. `bits` is a
 selected set as packed bits, (B, T, ceil(S / 32)) int32, bit s % 32 of word s // 32; None selects every visible key.
+`doc_start`, (B, T) int64, is where the document of each query begins; it never decreases along T, for documents
+follow one another, and Triton's loops rely on that. None when every position up to the query is visible.
 
 Three backends implement the operations: "reference" in plain PyTorch on whole (B, T, S) tensors, "chunked" in
 PyTorch a chunk of queries at a time, on any device, and "triton" for GPUs.
@@ -75,7 +77,7 @@ def select(
     """How many keys each query attends to, and which: docs/gsa.md, 3 to 5. Carries no gradient.
 
     alpha: 0-dim, the indexer's temperature, of which the entropy is taken. v_ref: 0-dim, the running variance.
-    doc_start: (B, T) int64, None when every position up to the query is visible. mode: "off", "variance", "entropy".
+    mode: "off", "variance", "entropy".
     """
     rule = (mode, temperature, k_base, k_min, k_max)
     bits, k, statistic = kept(lambda: _module(backend).select(index, alpha, v_ref, doc_start, *rule))

@@ -78,9 +78,10 @@ def select(index, alpha, v_ref, doc_start, mode, temperature, k_base, k_min, k_m
     S, device = index.k.shape[1], index.q.device
     dtype = torch.promote_types(index.q.dtype, torch.float32)
     n = _visible_keys(B, T, S, doc_start, device)
-    if mode == "off" and k_min >= S:
+    everything = k_min >= S
+    if mode == "off" and everything:
         return torch.empty(B, T, 0, dtype=torch.int32, device=device), n, torch.empty(0, dtype=dtype, device=device)
-    bits = torch.zeros(B, T, -(-S // 32), dtype=torch.int32, device=device)
+    bits = torch.zeros(B, T, 0 if everything else -(-S // 32), dtype=torch.int32, device=device)
     k = torch.empty_like(n)
     statistic = torch.empty(0 if mode == "off" else (B, T), dtype=dtype, device=device)
     weight = index.weight.to(dtype).sigmoid()
@@ -93,11 +94,13 @@ def select(index, alpha, v_ref, doc_start, mode, temperature, k_base, k_min, k_m
             statistic[:, rows] = _entropy(scores, seen, alpha.to(dtype))
         given = None if mode == "off" else statistic[:, rows]
         k[:, rows] = keys_per_query(n[:, rows], given, v_ref, mode, temperature, k_base, k_min, k_max)
+        if everything:
+            continue
         chosen = _top_keys(scores, seen, k[:, rows], n[:, rows], J)
         words = _pack(chosen)
         first = keys.start // 32
         bits[:, rows, first : first + words.shape[-1]] = words
-    if torch.equal(k, n):
+    if not everything and torch.equal(k, n):
         bits = bits.new_empty(B, T, 0)
     return bits, k, statistic
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gsa.kernels.triton_attention import FAR, LOG2E, chosen_tile, forward_rows
+from gsa.kernels.triton_attention import FAR, LOG2E, chosen_tile, fitted, forward_rows
 from gsa.kernels.triton_select import index_tile
 
 STRIP = 512
@@ -152,6 +152,11 @@ QUERIES = {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2}
 KEYS = {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2}
 
 
+def logits_options(itemsize: int) -> dict:
+    """Of align_logits: it reads one head after another, and its rows fit whatever the width."""
+    return fitted(LOGITS, 1, itemsize)
+
+
 def alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows):
     B, T, H, D = q.shape
     S, G = k.shape[1:3]
@@ -175,19 +180,21 @@ def alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows):
     d_logits = torch.empty(B * min(STRIP, N) * S, **exact)
     temperature = alpha.float()
     index_scale = 1 / math.sqrt(E)
+    logits_tile = logits_options(q.element_size())
+    queries_tile, keys_tile = (fitted(setting, E, q.element_size()) for setting in (QUERIES, KEYS))
     for r0 in range(0, N, STRIP):
         C = min(STRIP, N - r0)
-        align_logits[(triton.cdiv(C, LOGITS["BM"]), B)](
+        align_logits[(triton.cdiv(C, logits_tile["BM"]), B)](
             q, k, lse, index_q, index_k, weight, bias, temperature, bits, begin, at, loss, d_alpha, d_logits,
             r0, C, N, T, S, 0 if bits is None else bits.shape[-1], 1 / math.sqrt(D), index_scale,
-            G=G, REP=H // G, D=D, J=J, E=E, HAS_BITS=bits is not None, **LOGITS,
+            G=G, REP=H // G, D=D, J=J, E=E, HAS_BITS=bits is not None, **logits_tile,
         )  # fmt: skip
-        align_queries[(triton.cdiv(C, QUERIES["BM"]), B, J)](
+        align_queries[(triton.cdiv(C, queries_tile["BM"]), B, J)](
             index_q, index_k, weight, bias, d_logits, begin, at, d_q, d_weight, d_bias, r0, C, N, T, S, index_scale,
-            J=J, E=E, **QUERIES,
+            J=J, E=E, **queries_tile,
         )  # fmt: skip
-        align_keys[(triton.cdiv(S, KEYS["BN"]), B)](
-            index_q, index_k, weight, bias, d_logits, begin, at, d_k, r0, C, N, T, S, index_scale, J=J, E=E, **KEYS
+        align_keys[(triton.cdiv(S, keys_tile["BN"]), B)](
+            index_q, index_k, weight, bias, d_logits, begin, at, d_k, r0, C, N, T, S, index_scale, J=J, E=E, **keys_tile
         )
     share = temperature / (B * N)
     return (

@@ -157,15 +157,26 @@ def attend_backward_keys(
     tl.store(dV + key, d_v.to(dV.dtype.element_ty), mask=n_ok[:, None])
 
 
-# rows of a program, BM * REP; keys; warps
+# rows of a program, BM * REP; keys; warps. For heads of 64 in bf16: `fitted` adapts them to others
 FORWARD = {"rows": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
 BACKWARD_QUERIES = {"rows": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
 BACKWARD_KEYS = {"rows": 64, "BN": 64, "num_warps": 8, "num_stages": 2}
 
 
-def tile_of(setting: dict, rep: int) -> dict:
-    """Launch options: `rows` shared out over the `rep` heads of a group."""
-    options = dict(setting)
+def fitted(setting: dict, width: int, itemsize: int) -> dict:
+    """A setting for vectors of 128 bytes, as 64 numbers in bf16, made to fit wider ones: fewer rows at a time.
+
+    Float32 is multiplied without tensor cores, out of registers: half as many keys, too. Up to 256 bytes every kernel
+    then fits the shared memory of sm_89, and in bf16 without spills: tests/gsa/kernels/test_triton_ahead.py.
+    """
+    rows = "rows" if "rows" in setting else "BM"
+    shrunk = {rows: setting[rows] // max(1, width * itemsize // 128)}
+    return setting | shrunk | ({"BN": max(32, setting["BN"] // 2)} if itemsize == 4 else {})
+
+
+def tile_of(setting: dict, rep: int, width: int, itemsize: int) -> dict:
+    """Launch options: `rows`, fitted, shared out over the `rep` heads of a group."""
+    options = fitted(setting, width, itemsize)
     return options | {"BM": max(1, options.pop("rows") // rep), "REP": rep}
 
 
@@ -181,7 +192,7 @@ def forward_rows(q, k, v, bits, begin, rows, T, *, with_out):
     S, G = k.shape[1:3]
     out = torch.empty_like(q) if with_out else None
     lse = torch.empty(B, H, N, dtype=torch.float32, device=q.device)
-    options = tile_of(FORWARD, H // G)
+    options = tile_of(FORWARD, H // G, D, q.element_size())
     attend_forward[(triton.cdiv(N, options["BM"]), B * G)](
         q, k, v, bits, begin, rows, out, lse, N, T, S, 0 if bits is None else bits.shape[-1], 1 / math.sqrt(D),
         G=G, D=D, HAS_BITS=bits is not None, WITH_OUT=with_out, **options,
@@ -213,11 +224,11 @@ class Attend(torch.autograd.Function):
         d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         sizes = (T, S, 0 if bits is None else bits.shape[-1], 1 / math.sqrt(D))
         shared = {"G": G, "D": D, "HAS_BITS": bits is not None}
-        options = tile_of(BACKWARD_QUERIES, H // G)
+        options = tile_of(BACKWARD_QUERIES, H // G, D, q.element_size())
         attend_backward_queries[(triton.cdiv(T, options["BM"]), B * G)](
             q, k, v, d_out, lse, along, bits, begin, d_q, *sizes, **shared, **options
         )
-        options = tile_of(BACKWARD_KEYS, H // G)
+        options = tile_of(BACKWARD_KEYS, H // G, D, q.element_size())
         tiles = triton.cdiv(S, options["BN"])
         last_key = (torch.arange(1, tiles + 1, dtype=torch.int32, device=q.device) * options["BN"] - 1).expand(B, tiles)
         # documents begin in order: the queries whose document begins at or before a key end with the last that sees it

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from gsa.kernels.reference import LEVELS, keys_per_query
+from gsa.kernels.triton_attention import fitted
 
 STRIP = 512
 """Queries whose levels exist at a time."""
@@ -152,43 +153,36 @@ def select(index, alpha, v_ref, doc_start, mode, temperature, k_base, k_min, k_m
     B, T, J, E = index.q.shape
     S, device = index.k.shape[1], index.q.device
     W = -(-S // 32)
-    begin = torch.zeros(B, T, dtype=torch.int32, device=device) if doc_start is None else doc_start.int()
+    begin = torch.zeros(B, T, dtype=torch.int32, device=device) if doc_start is None else doc_start.int().contiguous()
     n = torch.arange(S - T + 1, S + 1, device=device) - begin
     none = torch.empty(0, dtype=torch.float32, device=device)
-    if mode == "off" and k_min >= S:
+    everything = k_min >= S
+    if mode == "off" and everything:
         return torch.empty(B, T, 0, dtype=torch.int32, device=device), n.long(), none
     q, keys = index.q.contiguous(), index.k.contiguous()
     weight, bias = index.weight.float().sigmoid().contiguous(), index.bias.float().contiguous()
     alpha = alpha.float()
-    bits = torch.empty(B, T, W, dtype=torch.int32, device=device)
+    bits = torch.empty(B, T, 0 if everything else W, dtype=torch.int32, device=device)
     kept = torch.empty(B, T, dtype=torch.int64, device=device)
     statistic = none if mode == "off" else torch.empty(B, T, dtype=torch.float32, device=device)
     levels = torch.empty(B * min(STRIP, T) * S, dtype=torch.uint16, device=device)
-    block = block_of(S)
+    block, tile = block_of(S), fitted(SCORE, E, q.element_size())
     for q0 in range(0, T, STRIP):
         C = min(STRIP, T - q0)
         rows = slice(q0, q0 + C)
-        grid = (triton.cdiv(S, SCORE["BN"]), triton.cdiv(C, SCORE["BM"]), B)
-        level_strip[grid](q, keys, weight, bias, levels, q0, C, T, S, 1 / math.sqrt(E), LEVELS / J, J=J, E=E, **SCORE)
+        grid = (triton.cdiv(S, tile["BN"]), triton.cdiv(C, tile["BM"]), B)
+        level_strip[grid](q, keys, weight, bias, levels, q0, C, T, S, 1 / math.sqrt(E), LEVELS / J, J=J, E=E, **tile)
         found = None
         if mode != "off":
             found = torch.empty(B, C, dtype=torch.float32, device=device)
             row_statistic[(C, B)](
-                levels,
-                begin,
-                alpha,
-                found,
-                q0,
-                C,
-                T,
-                S,
-                J / LEVELS,
-                ENTROPY=mode == "entropy",
-                BLOCK=block,
+                levels, begin, alpha, found, q0, C, T, S, J / LEVELS, ENTROPY=mode == "entropy", BLOCK=block,
                 num_warps=8,
-            )
+            )  # fmt: skip
             statistic[:, rows] = found
         kept[:, rows] = keys_per_query(n[:, rows], found, v_ref, mode, temperature, k_base, k_min, k_max)
+        if everything:
+            continue
         wanted = kept[:, rows].int().contiguous()
         select_rows[(C, B)](levels, begin, wanted, bits, q0, C, T, S, W, BLOCK=block, num_warps=8)
     return bits, kept, statistic

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gsa import GSAForCausalLM, ModelConfig
+from gsa.weights import save_weights
 from training import generate as module
 from training.generate import Sampling, generate, stream_text
 
@@ -51,6 +54,23 @@ def test_top_k_and_top_p_keep_the_likeliest():
     assert Sampling(**plain, top_p=0.01).probabilities(logits).tolist() == [1, 0, 0, 0]
     sharper = Sampling(temperature=0.5, top_k=0).probabilities(logits)
     torch.testing.assert_close(sharper, torch.tensor([16, 9, 4, 1]) / 30)
+
+
+def test_top_k_keeps_k_candidates_though_many_tie():
+    logits = torch.tensor([1.0, 3.0, 1.0, 1.0, 1.0])
+    kept = Sampling(temperature=1.0, top_k=3).probabilities(logits)
+    assert (kept > 0).sum() == 3 and kept[1] > 0
+    torch.testing.assert_close(kept.sum(), torch.tensor(1.0))
+
+
+def test_on_a_device_it_takes_the_fastest_backend_and_says_why_not_a_faster_one(tmp_path, monkeypatch, capsys, model):
+    """On a CPU there is no choice; elsewhere it is that of `backend: auto`."""
+    save_weights(model.state_dict(), {"model": asdict(CONFIG)}, tmp_path)
+    assert module.load_model(tmp_path).layers[0].attention.backend == "chunked" and not capsys.readouterr().err
+    for answer, warned in ((("triton", None), ""), (("chunked", "its q is off"), "not on Triton's: its q is off")):
+        monkeypatch.setattr(module, "resolve", lambda wanted, shape, device, answer=answer: answer)
+        assert module.load_model(tmp_path).layers[0].attention.backend == answer[0]
+        assert warned in capsys.readouterr().err
 
 
 def test_text_longer_than_the_model_sees_goes_on_from_its_newest_part(model):

@@ -7,9 +7,18 @@ import shutil
 
 import pytest
 import torch
+from backend_checks import one_thread  # noqa: F401
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from gsa import GSAForCausalLM, ModelConfig
 from training import selected_sets
-from training.selected_sets import occupied, spread
+from training.data import Batch
+from training.selected_sets import BLOCK, NEIGHBOURS, TILES, Spread, measure_coverage, measure_spread, occupied
+from training.selected_sets import spread as spread_of_blocks
+
+
+def spread(mask: torch.Tensor, seen: torch.Tensor) -> Spread:
+    return spread_of_blocks(zip(mask.split(BLOCK), seen.split(BLOCK), strict=True))
 
 
 def test_union_and_empty_tiles_by_hand():
@@ -31,6 +40,50 @@ def test_tiles_are_counted_where_something_is_visible(monkeypatch):
     seen = torch.ones(128, 128, dtype=torch.bool).tril()
     assert spread(seen, seen).empty == {(16, 64): 0, (64, 64): 0, (128, 128): 0}
     assert spread(torch.eye(128, dtype=torch.bool), seen).empty[64, 64] == pytest.approx(1 / 3)
+
+
+def test_blocks_add_up_to_the_whole(monkeypatch):
+    assert all(BLOCK % n == 0 for n in NEIGHBOURS) and all(BLOCK % rows == 0 for rows, _ in TILES)
+    seen = torch.ones(300, 300, dtype=torch.bool).tril()
+    mask = seen & (torch.rand(300, 300, generator=torch.Generator().manual_seed(0)) < 0.1)
+    in_blocks, whole = spread(mask, seen), spread_of_blocks(iter([(mask, seen)]))
+    assert in_blocks == whole and list(whole.union) == list(NEIGHBOURS)
+
+
+def long_model(length: int) -> tuple[GSAForCausalLM, Batch]:
+    torch.manual_seed(0)
+    model = GSAForCausalLM(ModelConfig(
+        d_model=16, n_layers=1, n_heads=1, n_kv_heads=1, d_head=8, d_ffn=16, vocab_size=16, d_indexer=8,
+        n_indexer_heads=1, k_base=16, k_min=16, k_max=16, adaptive_k="off", max_position_embeddings=length,
+    ))  # fmt: skip
+    start = torch.where(torch.arange(length) < 100, 0, 100)[None]
+    return model, Batch(torch.randint(0, 16, (1, length)), torch.full((1, length), -100), start)
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size in bytes of the largest tensor that any operation made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for x in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(x, torch.Tensor) and 0 not in x.stride():  # an expanded view takes no memory
+                self.bytes = max(self.bytes, x.numel() * x.element_size())
+        return made
+
+
+def test_no_tensor_grows_with_the_square_of_the_length():
+    """Twice the length, about twice the largest tensor: of float32, (T, T) would be four times as large."""
+    largest = []
+    for length in (512, 1024):
+        model, batch = long_model(length)
+        with Largest() as seen:
+            measure_coverage(model, [batch])
+            selected, by_chance = measure_spread(model, [batch])
+        largest.append(seen.bytes)
+        assert selected[0].k == by_chance[0].k and 15 < selected[0].k < 16
+    assert largest[1] <= 2.2 * largest[0]
 
 
 def test_random_sets_spread_as_chance_says():
@@ -72,11 +125,13 @@ def test_a_checkpoint_is_measured(a_run, capsys):
     "argv, code, says",
     [
         (["--windows", "0"], 2, "--windows 0 must be at least 1"),
+        (["--device", "cuda"], 2, "--device cuda: torch sees no GPU here"),
         (["--max_seq_len", "4096"], 3, "--max_seq_len 4096 is more than the model's max_position_embeddings=32"),
         (["--data", "nowhere"], 3, "nowhere"),
     ],
 )
-def test_wrong_input_is_refused(a_run, capsys, argv, code, says):
+def test_wrong_input_is_refused(a_run, capsys, monkeypatch, argv, code, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert selected_sets.main([str(a_run), *argv]) == code
     assert says in capsys.readouterr().err
 

@@ -6,14 +6,19 @@ import dataclasses
 import enum
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from gsa import weights
+from gsa.checkpoint import manifest
 from gsa.checkpoint.manifest import CheckpointError
-from gsa.checkpoint.state import CLIENT_KEY, RunState, read_config_json
+from gsa.checkpoint.state import CLIENT_KEY, VERSION, RunState, read_config_json
+
+ROOT = Path(__file__).resolve().parents[3]
 
 STATE = RunState(
     step=300,
@@ -55,7 +60,7 @@ def test_a_state_survives_the_file_it_is_saved_in():
 
 
 def test_this_version_is_read_by_every_later_one():
-    """Both versions as they lie in files: a later reader must go on reading these very dicts."""
+    """Every version as it lies in files: a later reader must go on reading these very dicts."""
     first = {
         "version": 1, "step": 300, "epoch": 1.25, "samples_consumed": 4800, "tokens_seen": 1200000,
         "config": STATE.config, "data_fingerprint": "f" * 64, "tracking_id": None, "stage": "sparse",
@@ -63,8 +68,20 @@ def test_this_version_is_read_by_every_later_one():
         "zero_stage": 3, "created": "2026-01-31T12:00:00+00:00",
     }  # fmt: skip
     second = {**first, "version": 2, "epoch_offset": 0.0, "indexer_start": 0, "decided": {}}
-    assert STATE.to_dict() == second
-    assert RunState.from_dict(first) == RunState.from_dict(second) == STATE
+    third = {**second, "version": 3, "skipped": []}
+    assert STATE.to_dict() == third
+    assert RunState.from_dict(first) == RunState.from_dict(second) == RunState.from_dict(third) == STATE
+
+
+@pytest.mark.parametrize("where", ["gsa/checkpoint/__init__.py", "docs/checkpoints.md"])
+def test_the_table_of_formats_names_every_version_as_it_is(where):
+    text = (ROOT / where).read_text().replace("`", "")
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    now = {cells[1].split(",")[0].strip(): cells[3].strip() for cells in rows if len(cells) == 6}
+    assert now["run state"] == str(VERSION)
+    assert now["manifest.json"] == str(manifest.FORMAT) and now["config.json with model.safetensors"] == str(weights.FORMAT)
+    deepspeed = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("deepspeed"))
+    assert now["*_states.pt"] in deepspeed
 
 
 def test_the_saved_dict_does_not_change_with_the_configuration():
@@ -110,11 +127,11 @@ def test_a_key_that_is_not_text_and_a_field_of_another_type_are_refused_when_sav
 
 
 def test_a_newer_state_says_which_project_reads_it():
-    newer = {"version": 3, "versions": {"project": "0.7.0"}, "position": {}}
-    with pytest.raises(CheckpointError, match="version 3, this project reads up to 2: update the project to 0.7.0"):
+    newer = {"version": VERSION + 1, "versions": {"project": "0.7.0"}, "position": {}}
+    with pytest.raises(CheckpointError, match=rf"version {VERSION + 1}, this project reads up to {VERSION}: .* 0.7.0"):
         RunState.from_dict(newer)
     with pytest.raises(CheckpointError, match="update the project to the version that wrote it"):
-        RunState.from_dict({"version": 3, "versions": "?"})
+        RunState.from_dict({"version": VERSION + 1, "versions": "?"})
 
 
 @pytest.mark.parametrize("data", [None, [], {}, {"step": 1}, {"version": 0}, {"version": "1"}, {"version": True}])
@@ -126,8 +143,8 @@ def test_what_is_no_run_state_is_refused(data):
 @pytest.mark.parametrize("name", [field.name for field in dataclasses.fields(RunState)])
 def test_every_missing_or_mistyped_field_is_named(name):
     data = STATE.to_dict()
-    with pytest.raises(CheckpointError, match=rf"has {name}=\[\], which is not "):
-        RunState.from_dict({**data, name: []})
+    with pytest.raises(CheckpointError, match=rf"has {name}=b'', which is not "):
+        RunState.from_dict({**data, name: b""})
     del data[name]
     with pytest.raises(CheckpointError, match=rf"lacks, or does not know, {name}"):
         RunState.from_dict(data)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backend_checks import one_thread  # noqa: F401
 
-from gsa.kernels import choice, chunked
-from gsa.kernels.choice import Shape, fault_of, resolve, why_not_triton
+from gsa.kernels import choice, chunked, reference
+from gsa.kernels.choice import TRIALS, Shape, deviations, fault_of, resolve, why_not_triton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SHAPE = Shape(n_heads=8, n_kv_heads=2, d_head=16, n_indexer_heads=2, d_indexer=16, dtype=torch.float32)
@@ -17,6 +18,13 @@ def test_a_right_backend_has_no_fault(dtype):
     assert fault_of("chunked", SHAPE._replace(dtype=dtype), CPU) is None
 
 
+def test_the_trials_meet_both_kinds_of_length_and_more_than_one_strip():
+    """Triton compiles other code for a length that 16 divides; its strips are of 512 queries."""
+    assert {trial.length % 16 == 0 for trial in TRIALS} == {True, False}
+    assert {trial.all_keys for trial in TRIALS} == {True, False} and {t.mode for t in TRIALS} == {"off", "variance"}
+    assert max(trial.length for trial in TRIALS) * 3 // 4 > 512  # the rows of the loss, too
+
+
 @pytest.mark.parametrize(
     "name, wrong, fault",
     [
@@ -25,12 +33,37 @@ def test_a_right_backend_has_no_fault(dtype):
         ("_probabilities", lambda honest: lambda *x: honest(*x).roll(1, -1), "its loss is off by"),
         ("_pack", lambda honest: lambda mask: honest(mask.roll(1, -1)), "a hidden key"),
         ("_gates", lambda honest: lambda q, k, bias: honest(q, k.roll(1, 1), bias), "leaves out a better key"),
+        ("_variance", lambda honest: lambda *x: honest(*x) * 1.01, "the variance of the scores is wrong"),
         ("_unpack", lambda honest: lambda *x: 1 / 0, "ZeroDivisionError: division by zero"),
     ],
 )
 def test_a_wrong_backend_is_found_out(monkeypatch, name, wrong, fault):
     monkeypatch.setattr(chunked, name, wrong(getattr(chunked, name)))
     assert fault in fault_of("chunked", SHAPE, CPU)
+
+
+def test_a_fault_of_long_or_even_lengths_or_without_bits_is_found_out(monkeypatch):
+    honest = chunked._flash
+    for wrong_when in (lambda q, mask: mask.shape[-1] > 512, lambda q, mask: mask.shape[-1] % 16 == 0):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                chunked, "_flash", lambda q, k, v, mask, w=wrong_when: honest(q, k, v * (1 + 0.01 * w(q, mask)), mask)
+            )
+            assert "its output is off by" in fault_of("chunked", SHAPE, CPU)
+    attend = chunked.attend
+    monkeypatch.setattr(chunked, "attend", lambda q, k, v, bits, s: attend(q, k * (1 + 0.01 * (bits is None)), v, bits, s))
+    assert "is off by" in fault_of("chunked", SHAPE, CPU)
+
+
+def test_a_wrong_loss_head_is_found_out(monkeypatch):
+    honest = reference.logits_gradient
+    monkeypatch.setattr(reference, "logits_gradient", lambda *x: honest(*x) * 1.01)
+    assert "its loss head's gradient is off by" in fault_of("chunked", SHAPE, CPU)
+
+
+def test_deviations_are_those_of_rounding():
+    found = deviations("chunked", SHAPE, CPU, TRIALS[0])
+    assert set(found) >= {"output", "loss", "q", "k", "v", "index k", "alpha"} and max(found.values()) < 5e-6
 
 
 def test_auto_takes_triton_where_it_passes_and_says_why_where_not(monkeypatch):
@@ -51,3 +84,14 @@ def test_an_explicit_wish_is_met_or_refused():
     with pytest.raises(ValueError, match="model.d_indexer=24 is not a power of two"):
         resolve("triton", SHAPE._replace(d_indexer=24), GPU)
     assert "3 query heads share" in why_not_triton(SHAPE._replace(n_heads=6), GPU)
+
+
+@pytest.mark.parametrize("dtype, widest", [(torch.bfloat16, 128), (torch.float32, 64)])
+def test_wider_heads_than_were_compiled_ahead_are_refused(dtype, widest):
+    """tests/triton_ahead.py compiles the widest of either dtype."""
+    fits = SHAPE._replace(d_head=widest, d_indexer=widest, dtype=dtype)
+    assert why_not_triton(fits, GPU) is None
+    for name in ("d_head", "d_indexer"):
+        assert f"model.{name}={2 * widest} is not a power of two from 16 to {widest}" in why_not_triton(
+            fits._replace(**{name: 2 * widest}), GPU
+        )

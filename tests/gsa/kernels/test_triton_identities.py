@@ -1,0 +1,58 @@
+"""The identities of docs/gsa.md, 9, of models on the Triton backend, and wrong layers that each is shown to catch.
+
+On a GPU or under Triton's interpreter: see test_triton.py. tests/gsa/test_identities.py has the other backends.
+"""
+
+from __future__ import annotations
+
+import triton_here  # isort: skip  before anything imports triton
+
+import backend_checks as checks
+import pytest
+import torch
+from backend_checks import KINDS, WRONG, Way, at_random_sizes, check_is_caught, one_thread  # noqa: F401
+
+from gsa.kernels import triton_backend
+
+# in the interpreter a forward pass of one layer takes a third of a second, nearly all of it for selection
+WAY = Way("triton", triton_backend, torch.float32, triton_here.DEVICE, bound=1e-4, n_layers=1, examples=2)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles_and_garbage(monkeypatch):
+    triton_here.small_tiles(monkeypatch, rows=64)
+    triton_here.garbage(monkeypatch)
+
+
+@pytest.mark.parametrize("mode, group, tied", KINDS)
+@pytest.mark.parametrize(
+    "check, examples",
+    [
+        (checks.check_no_future, 2),
+        (checks.check_rows_are_alone, 1),
+        (checks.check_documents_are_alone, 2),
+        (checks.check_open_gates, 1),
+        (checks.check_decoding, 1),
+    ],
+)
+def test_identity(check, examples, mode, group, tied):
+    at_random_sizes(check, WAY, mode, group, tied, examples=examples)
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        checks.check_all_keys_are_dense_attention,
+        checks.check_who_learns_from_what,
+        checks.check_as_the_reference,
+        checks.check_recomputing,
+    ],
+)
+@pytest.mark.parametrize("kind, stage", [*((kind, "sparse") for kind in KINDS), (KINDS[1], "dense")])
+def test_identity_in_either_stage(check, kind, stage):
+    at_random_sizes(lambda way, size: check(way, size, stage), WAY, *kind, examples=1)
+
+
+@pytest.mark.parametrize("fault", WRONG)
+def test_a_wrong_layer_is_caught(fault):
+    check_is_caught(fault, WAY)
