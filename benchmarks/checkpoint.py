@@ -126,7 +126,8 @@ def report(args, cfg: RunConfig, reports: dict, slowed: list[float], calm: list[
     return f"""# Cost of a save
 
 `python -m benchmarks.checkpoint --gib {args.gib} --saves {args.saves}`, commit {commit()},
-{datetime.now(UTC):%Y-%m-%d}, {", ".join(env["devices"])}, {env["cpus"]} CPUs (shared), torch {env["torch"]}, deepspeed {DEEPSPEED_VERSION},
+{datetime.now(UTC):%Y-%m-%d}, {", ".join(env["devices"])}, {env["cpus"]} CPUs (shared),
+torch {env["torch"]}, deepspeed {DEEPSPEED_VERSION},
 {PROJECT} {version(PROJECT)}. {count_params(cfg.model)["total"]:,} parameters,
 {reports[True][0].bytes / 2**30:.2f} GiB a checkpoint,
 one rank, ZeRO 2, bf16, {torch.get_num_threads()} thread(s). Medians, in brackets smallest and largest of {args.saves}.

@@ -1,0 +1,202 @@
+"""A training step three ways: by Trainer, by a bare loop over the engine, and by torch's data-parallel training."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from benchmarks.comparing import BF16_TOLERANCE, TOLERANCE
+from gsa import GSAForCausalLM
+from gsa.kernels.choice import Shape, resolve
+from training.config import BatchPlan, RunConfig, plan_batch, to_yaml
+from training.data import PackedTokens, step_samples
+from training.ds_config import resolve_ds_config
+from training.optimizer import build_optimizer, build_schedule, parameter_groups
+from training.run_folder import RunFolder
+from training.watchdog import Watchdog
+from training.world import World
+
+if TYPE_CHECKING:
+    from training.engine import Engine
+    from training.trainer import Trainer
+
+DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
+
+
+@dataclass(frozen=True)
+class Micro:
+    """One micro-batch of this rank, on its device, with what Trainer hands to the model beside it."""
+
+    tokens: Tensor
+    targets: Tensor
+    doc_start: Tensor
+    rows: Tensor
+    share: float
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration on these ranks, and the text it reads."""
+
+    cfg: RunConfig
+    plan: BatchPlan
+    data: PackedTokens
+    world: World
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.cfg.training.precision == "bf16" else torch.float32
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.plan.global_batch_size * self.cfg.training.max_seq_len
+
+    @property
+    def tolerance(self) -> float:
+        """Of a loss, where the same arithmetic may have been rounded otherwise: see benchmarks/comparing.py."""
+        return BF16_TOLERANCE if self.dtype == torch.bfloat16 else TOLERANCE
+
+    @property
+    def shape(self) -> str:
+        plan = self.plan
+        return f"{plan.micro_batch_size} x {self.cfg.training.max_seq_len}, accumulation {plan.accumulation_steps}"
+
+    def ds_config(self, stage: int) -> dict:
+        return resolve_ds_config(DS_CONFIGS / f"zero{stage}.json", self.cfg, self.plan, Path(__file__))
+
+    def micros(self, steps: int) -> list[list[Micro]]:
+        """What the first `steps` steps of a Trainer are fed on this rank."""
+        return [self._of_step(step) for step in range(steps)]
+
+    def _of_step(self, step: int) -> list[Micro]:
+        from training.trainer import indexer_rows
+
+        cfg, plan, device = self.cfg.training, self.plan, self.world.device
+        first = step * plan.global_batch_size
+        share = self.data.n_targets(first, plan.global_batch_size) / (plan.accumulation_steps * plan.world_size)
+        rows = indexer_rows(cfg.seed, step, cfg.max_seq_len, cfg.indexer_loss_rows).to(device)
+        batches = [self.data.batch(samples).to(device) for samples in step_samples(first, plan, self.world.rank)]
+        return [Micro(b.tokens, b.targets, b.doc_start, rows, share) for b in batches]
+
+    def model(self) -> GSAForCausalLM:
+        """As Trainer makes it: alike on every rank, on the CPU in float32."""
+        c = self.cfg.model
+        torch.manual_seed(self.cfg.training.seed)
+        model = GSAForCausalLM(c)
+        shape = Shape(c.n_heads, c.n_kv_heads, c.d_head, c.n_indexer_heads, c.d_indexer, self.dtype)
+        model.set_backend(resolve(self.cfg.training.backend, shape, self.world.device)[0])
+        model.set_activation_checkpointing(self.cfg.training.recomputed)
+        return model
+
+
+def case_of(cfg: RunConfig, world: World) -> Case:
+    sources = {cfg.data.data_dir: 1.0}
+    data = PackedTokens(sources, split="train", max_seq_len=cfg.training.max_seq_len, seed=cfg.training.seed)
+    return Case(cfg, plan_batch(cfg.training, world.size), data, world)
+
+
+class Bare:
+    """`engine(batch); engine.backward(loss); engine.step()` at a ZeRO stage, and nothing else."""
+
+    def __init__(self, case: Case, stage: int) -> None:
+        from training.engine import Engine
+
+        model = case.model()
+        optimizer = build_optimizer(model, case.cfg.training)
+        schedule = build_schedule(optimizer, case.cfg.training)
+        self.engine: Engine = Engine(model, optimizer, schedule, case.ds_config(stage))
+        self.engine.train()
+        self._weight = case.cfg.training.indexer_loss_weight
+
+    def step(self, micros: Sequence[Micro]) -> list[Tensor]:
+        """Returns the token loss of each micro-batch, on the device."""
+        losses = []
+        for m in micros:
+            out = self.engine.forward(m.tokens, m.targets, m.doc_start, indexer_rows=m.rows, n_targets=m.share)
+            self.engine.backward(out.loss + self._weight * out.indexer_loss)
+            self.engine.step()
+            losses.append(out.loss.detach())
+        return losses
+
+    def close(self) -> None:
+        self.engine.destroy()
+
+
+class Plain:
+    """The same step by DistributedDataParallel and torch's AdamW: every rank has all of the state."""
+
+    def __init__(self, case: Case) -> None:
+        cfg, device = case.cfg.training, case.world.device
+        model = case.model().to(device, case.dtype)
+        self._weights = list(model.parameters())
+        groups = parameter_groups(model, cfg)
+        self._masters = self._weights
+        if case.dtype != torch.float32:
+            master_of = {p: p.detach().float() for p in self._weights}
+            self._masters = list(master_of.values())
+            for group in groups:
+                group["params"] = [(name, master_of[p]) for name, p in group["params"]]
+        self._optimizer = torch.optim.AdamW(groups)
+        self._schedule = build_schedule(self._optimizer, cfg)
+        on = [device] if device.type == "cuda" else None
+        with warnings.catch_warnings():
+            # torch 2.13 has another name for broadcast_buffers, which 2.11 does not know
+            warnings.simplefilter("ignore", FutureWarning)
+            self._ddp = torch.nn.parallel.DistributedDataParallel(
+                model, device_ids=on, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+        self._cfg = cfg
+
+    def step(self, micros: Sequence[Micro]) -> list[Tensor]:
+        losses = []
+        for m in micros:
+            with self._communicating(m is micros[-1]):
+                out = self._ddp(m.tokens, m.targets, m.doc_start, indexer_rows=m.rows, n_targets=m.share)
+                ((out.loss + self._cfg.indexer_loss_weight * out.indexer_loss) / len(micros)).backward()
+            losses.append(out.loss.detach())
+        if self._masters is not self._weights:
+            for master, weight in zip(self._masters, self._weights, strict=True):
+                master.grad = weight.grad.float()
+        torch.nn.utils.clip_grad_norm_(self._masters, self._cfg.grad_clip)
+        self._optimizer.step()
+        self._schedule.step()
+        if self._masters is not self._weights:
+            with torch.no_grad():
+                torch._foreach_copy_(self._weights, self._masters)
+            self._optimizer.zero_grad()
+        self._ddp.zero_grad()
+        return losses
+
+    def _communicating(self, last: bool) -> AbstractContextManager:
+        return nullcontext() if last else self._ddp.no_sync()
+
+    def close(self) -> None:
+        """Nothing to do: its memory goes with it."""
+
+
+@contextmanager
+def trainer_of(case: Case, stage: int, folder: Path) -> Iterator[Trainer]:
+    """A trainer as training/train.py makes it, in a new folder."""
+    from training.trainer import Trainer
+
+    ds_config = case.ds_config(stage)
+    run = RunFolder(folder)
+    if case.world.is_main:
+        run.write_inputs(config_yaml=to_yaml(case.cfg), ds_config=ds_config)
+    case.world.barrier()
+    with Watchdog(folder, rank=case.world.rank, size=case.world.size, timeout_s=600, launch="one") as watchdog:
+        trainer = Trainer(
+            case.cfg, ds_config=ds_config, plan=case.plan, world=case.world, folder=run, data=case.data,
+            held_out=case.data, start=None, watchdog=watchdog,
+        )  # fmt: skip
+        try:
+            yield trainer
+        finally:
+            trainer.close()
