@@ -1,10 +1,13 @@
-"""Is a checkpoint fit to resume from? `python3 tests/test_resume.py [CHECKPOINT]`; without one, the newest in outputs/.
+"""Is a checkpoint fit to resume from? `python3 tests/test_resume.py [CHECKPOINT] [--config YAML]`
 
-The same as `python -m training.verify`. Under pytest, the script is run on good and bad checkpoints.
+Without a checkpoint, the newest under outputs/. --config: the run's yaml, which a checkpoint of the predecessor's may
+need. The same as `python -m training.verify`. Under pytest, the script is run on good and bad checkpoints.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,19 +19,23 @@ from training.verify import newest_under, verify_and_tell  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
-    checkpoint = Path(argv[0]) if argv else newest_under(Path("outputs"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, nargs="?")
+    parser.add_argument("--config", type=Path)
+    args = parser.parse_args(argv)
+    checkpoint = args.checkpoint or newest_under(Path("outputs"))
     if checkpoint is None:
         print("✗ no checkpoint under outputs/: give one, e.g. python3 tests/test_resume.py outputs/mine/step_300")
         return 1
     print(checkpoint)
-    return 0 if verify_and_tell(checkpoint) else 1
+    return 0 if verify_and_tell(checkpoint, config=args.config) else 1
 
 
-def script(*argv: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(Path(__file__)), *argv], capture_output=True, text=True, cwd=cwd)
+def script(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(Path(__file__)), *argv], capture_output=True, text=True, cwd=ROOT)
 
 
-def test_the_script_passes_a_good_checkpoint_and_finds_the_newest(a_run, tmp_path):
+def test_the_script_passes_a_good_checkpoint_and_finds_the_newest(a_run, tmp_path, monkeypatch, capsys):
     done = script(str(a_run / "step_3"))
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
@@ -36,15 +43,37 @@ def test_the_script_passes_a_good_checkpoint_and_finds_the_newest(a_run, tmp_pat
     assert lines[-1] == "✓ All checkpoint resume tests passed!"
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs" / "run").symlink_to(a_run)
-    done = script(cwd=tmp_path)
-    assert done.returncode == 0 and done.stdout.splitlines()[0].endswith("step_6")
+    torn = tmp_path / "outputs" / "later" / "step_9"  # newer, and no checkpoint
+    torn.mkdir(parents=True)
+    (torn / "config.json").touch()
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 0 and capsys.readouterr().out.splitlines()[0].endswith("step_6")
 
 
-def test_the_script_says_what_is_wrong(tmp_path):
+def test_the_script_says_what_is_wrong(tmp_path, monkeypatch, capsys):
     done = script(str(tmp_path / "step_3"))
     assert done.returncode == 1 and done.stdout.splitlines()[-1].startswith("✗") and "Traceback" not in done.stderr
-    done = script(cwd=tmp_path)
-    assert done.returncode == 1 and "no checkpoint under outputs/" in done.stdout
+    monkeypatch.chdir(tmp_path)
+    assert main([]) == 1 and "no checkpoint under outputs/" in capsys.readouterr().out
+
+
+def test_the_newest_may_be_the_predecessors_and_what_is_torn_is_none(tmp_path):
+    assert newest_under(tmp_path) is None
+    ours, theirs = tmp_path / "a" / "step_3", tmp_path / "b" / "final"
+    for number, (folder, name) in enumerate([(ours, "manifest.json"), (theirs, "checkpoint_5.pt")]):
+        folder.mkdir(parents=True)
+        (folder / name).touch()
+        os.utime(folder, (number, number)), os.utime(folder / name, (number, number))
+    (tmp_path / "a" / "step_4").mkdir()
+    assert newest_under(tmp_path) == theirs
+    os.utime(ours / "manifest.json", (9, 9))
+    assert newest_under(tmp_path) == ours
+
+
+def test_the_script_takes_the_yaml_of_an_old_checkpoint(tmp_path):
+    (tmp_path / "step_5").mkdir()
+    (tmp_path / "step_5" / "checkpoint_5.pt").write_bytes(b"?")
+    assert main([str(tmp_path / "step_5"), "--config", "run.yaml"]) == 1  # understood, and refused as damaged
 
 
 if __name__ == "__main__":

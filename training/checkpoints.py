@@ -2,7 +2,7 @@
 
     list   RUN                          what there is: step, epoch, tokens, size, layout, whole or torn, pinned
     verify RUN                          training.verify for all of them
-    prune  RUN --keep_last N [--keep_every M] [--yes]    shows what would go, and with --yes deletes it
+    prune  RUN --keep_last N [--keep_every M] [--yes [--force]]   shows what would go, and with --yes deletes it
     pin    STEP_DIR      unpin STEP_DIR a pinned checkpoint is never deleted
     diff   STEP_DIR STEP_DIR            configuration, position, and how far weights and moments have moved
 
@@ -23,6 +23,7 @@ from gsa.checkpoint.full_state import read_full_state, read_run_state
 from gsa.checkpoint.manifest import CheckpointError
 from training import verify
 from training.config import config_changes
+from training.run_folder import RunFolder
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,6 +38,7 @@ def main(argv: Sequence[str]) -> int:
     prune.add_argument("--keep_last", type=int, required=True, help="newest checkpoints that stay, at least 1")
     prune.add_argument("--keep_every", type=int, help="steps that are multiples of this stay")
     prune.add_argument("--yes", action="store_true", help="delete; without it, only show")
+    prune.add_argument("--force", action="store_true", help="also where run.json says that the run goes on")
     for name in ("pin", "unpin"):
         commands.add_parser(name).add_argument("checkpoint", type=Path)
     diff = commands.add_parser("diff")
@@ -50,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
             case "verify":
                 return verify.main([str(args.run), "--all"])
             case "prune":
-                return _prune(args.run, args.keep_last, args.keep_every, delete=args.yes)
+                return _prune(args.run, args.keep_last, args.keep_every, delete=args.yes, force=args.force)
             case "pin" | "unpin":
                 return _pin(args.checkpoint, pinned=args.command == "pin")
             case _:
@@ -83,15 +85,20 @@ def _list(run: Path) -> int:
     return 0
 
 
-def _prune(run: Path, keep_last: int, keep_every: int | None, *, delete: bool) -> int:
+def _prune(run: Path, keep_last: int, keep_every: int | None, *, delete: bool, force: bool) -> int:
+    if delete and not force and RunFolder(run).read_run().get("status") == "running":
+        raise ValueError(
+            f"{run / 'run.json'} says that the run goes on, and only one process may delete there: it prunes by "
+            f"training.keep_last itself. If it was killed, add --force"
+        )
     removed = manifest.retain(run, keep_last, keep_every, dry_run=not delete)
     for one in removed:
-        print(f"{'removed' if delete else 'would remove'} {one.tag}: {one.reason}")
+        print(one if delete else f"would remove {one.tag}: {one.reason}")
     if not removed:
         print("nothing to remove")
     elif not delete:
         print("nothing was deleted; add --yes")
-    return 0
+    return 1 if any(one.error is not None for one in removed) else 0
 
 
 def _pin(checkpoint: Path, *, pinned: bool) -> int:

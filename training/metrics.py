@@ -114,7 +114,8 @@ EVENTS: dict[str, str] = {
     "measured_seconds of rank 0; on a CPU memory beyond what the process held before the model",
     "receipt": "the steps that a resume trained again are over: compared, identical, first_difference (step, field, "
     "before, now)",
-    "spike": "a loss beyond training.spike_sigmas: spike_loss, score, samples (first, last), action (log, skip, rollback)",
+    "spike": "a loss beyond training.spike_sigmas: spike_loss, score, samples (first, last), action (log, skip, "
+    "rollback)",
     "sample": "a fixed prompt continued by the model, greedily: prompt, text",
     "stop": "the run ended in order: reason",
     "error": "the run ended out of order: reason",

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from gsa.checkpoint import legacy, manifest
-from gsa.checkpoint.full_state import read_layout, read_run_state
+from gsa.checkpoint.full_state import read_ds_config, read_layout, read_run_state, require_own_name
 from gsa.checkpoint.state import RunState
 from training import config as run_config
 from training.config import BatchPlan, Change, ConfigError, RunConfig, config_changes
 from training.data import DataError, PackedTokens
+from training.optimizer import schedule_factor
 from training.run_folder import FolderError, RunFolder
 
 
@@ -71,7 +72,7 @@ def decided_by(checkpoint: Path, cfg: RunConfig) -> RunConfig:
 
 
 def start_from(
-    checkpoint: Path, cfg: RunConfig, plan: BatchPlan, zero_stage: int, data: PackedTokens, allow_change: bool
+    checkpoint: Path, cfg: RunConfig, plan: BatchPlan, ds_config: dict[str, Any], data: PackedTokens, allow_change: bool
 ) -> Start:
     """Compares the checkpoint's configuration, text and layout with this run's, and prints every difference.
 
@@ -81,13 +82,16 @@ def start_from(
     if legacy.is_legacy(checkpoint):
         return _start_from_legacy(checkpoint, cfg, plan, data, allow_change)
     state = read_run_state(checkpoint)
+    require_own_name(checkpoint, state)
     changes = config_changes(state.config, run_config.to_plain(cfg))
     before = run_config.global_batch_size(state.config, state.world_size)
-    if before != plan.global_batch_size:
-        changes = [c for c in changes if c.key != "training.global_batch_size"]
-        changes.append(Change("training.global_batch_size", before, plan.global_batch_size, "curve"))
+    changes = _batch_judged(changes, before, plan.global_batch_size)
+    same_text = state.data_fingerprint == data.fingerprint
+    if same_text:  # wherever it lies
+        changes = [replace(c, effect="harmless") if c.key in _WHERE_TEXT_LIES else c for c in changes]
+    changes += _ds_changes(read_ds_config(checkpoint), ds_config)
     _refuse_or_print(checkpoint, changes, allow_change)
-    if state.data_fingerprint != data.fingerprint:
+    if not same_text:
         said = (
             f"{checkpoint.name} was trained on other text: the data's fingerprint is {data.fingerprint[:16]}, "
             f"the checkpoint's {state.data_fingerprint[:16]}"
@@ -95,7 +99,7 @@ def start_from(
         if not allow_change:
             raise DataError(f"{said}; restore the dataset, or accept with --allow_config_change")
         print(said, flush=True)
-    layout = read_layout(checkpoint)
+    layout, zero_stage = read_layout(checkpoint), ds_config["zero_optimization"]["stage"]
     if (state.world_size, state.zero_stage) != (plan.world_size, zero_stage):
         print(
             f"{checkpoint.name} was saved by {state.world_size} rank(s) at ZeRO {state.zero_stage} ({layout}); "
@@ -109,26 +113,25 @@ def start_from(
 def _start_from_legacy(
     checkpoint: Path, cfg: RunConfig, plan: BatchPlan, data: PackedTokens, allow_change: bool
 ) -> Start:
+    legacy.require_whole(checkpoint)
     old = legacy.read_legacy_run(checkpoint)
     said = run_config.to_plain(cfg)
-    changes = [
-        Change(key, value, said[section][name], _legacy_effect(key, said))
-        for section, values in (("training", old.training), ("model", old.model or {}))
-        for name, value in values.items()
-        if name in said[section] and said[section][name] != value
-        for key in [f"{section}.{name}"]
-    ]  # fmt: skip
-    total = old.training.get("global_batch_size") or run_config.global_batch_size(
-        {"training": old.training}, plan.world_size
-    )
-    changes = [c for c in changes if c.key != "training.global_batch_size"]
-    if total != plan.global_batch_size:
-        changes.append(Change("training.global_batch_size", total, plan.global_batch_size, "curve"))
+    theirs = {**said, "training": {**said["training"], **old.training}, "model": {**said["model"], **(old.model or {})}}
+    total = run_config.global_batch_size({"training": old.training}, plan.world_size)
+    changes = _batch_judged(config_changes(theirs, said), total, plan.global_batch_size)
+    changes = [replace(c, effect="harmless") if c.key in legacy.ANNOUNCED else c for c in changes]
     print(f"{checkpoint} is a checkpoint of the predecessor's: step {old.step}, epoch {old.epoch}", flush=True)
     _refuse_or_print(checkpoint, changes, allow_change)
     if cfg.model.adaptive_k != "off":
         print(f"warning: {legacy.ADAPTIVE_WARNING}", flush=True)
-    length = old.training.get("max_seq_len", cfg.training.max_seq_len)
+    if old.next_learning_rate is not None:
+        ours = cfg.training.learning_rate * schedule_factor(cfg.training)(old.step)
+        print(
+            f"the learning rate of step {old.step + 1} is {ours:.6e} here, {old.next_learning_rate:.6e} there: the "
+            f"schedule stands at the same step, and rounds its ends otherwise (docs/checkpoints.md)",
+            flush=True,
+        )
+    length = old.training.get("max_seq_len") or cfg.training.max_seq_len
     samples = _carried(old.step * total, length, cfg)
     state = RunState(
         step=old.step, epoch=float(old.epoch), samples_consumed=samples, tokens_seen=old.step * total * length,
@@ -140,8 +143,53 @@ def _start_from_legacy(
     return Start(checkpoint, state, True)
 
 
-def _legacy_effect(key: str, said: dict[str, Any]) -> run_config.Effect:
-    return "harmless" if key in legacy.ANNOUNCED else run_config.RESUME_EFFECT[key]
+# -- what has changed --------------------------------------------------------------------------------------
+
+_WHERE_TEXT_LIES = ("data.data_dir", "data.mixture")
+"""Keys that the data's fingerprint judges."""
+
+_DS_CURVE = (
+    "communication_data_type", "seq_parallel_communication_data_type", "data_types", "prescale_gradients",
+    "gradient_predivide_factor", "sparse_gradients", "zero_optimization.zero_quantized_weights",
+    "zero_optimization.zero_quantized_nontrainable_weights", "zero_optimization.zero_quantized_gradients",
+)  # fmt: skip
+"""What in a ds_configs/*.json changes the numbers: how gradients are kept, scaled and sent. The rest is layout."""
+
+_DS_OWNED = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
+    "zero_optimization.stage",
+)  # fmt: skip
+"""What follows from the run's yaml, or is announced with the layout."""
+
+
+def _batch_judged(changes: list[Change], before: int, now: int) -> list[Change]:
+    """`changes` with global_batch_size judged by the windows per step, which other keys may make up alike."""
+    key = "training.global_batch_size"
+    said = [replace(c, effect="harmless") for c in changes if c.key == key]
+    others = [c for c in changes if c.key != key]
+    return others + (said if before == now else [Change(key, before, now, "curve")])
+
+
+def _ds_changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
+    """Differences between two resolved DeepSpeed configurations; none where the checkpoint does not tell its own."""
+    before, after = _leaves(old), _leaves(new)
+    keys = sorted(before.keys() | after.keys()) if old else []
+    changed = [key for key in keys if before.get(key) != after.get(key) and not _under(key, _DS_OWNED)]
+    return [
+        Change(f"deepspeed_config.{k}", before.get(k), after.get(k), "curve" if _under(k, _DS_CURVE) else "harmless")
+        for k in changed
+    ]
+
+
+def _leaves(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in section.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _under(key: str, names: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def _refuse_or_print(checkpoint: Path, changes: list[Change], allow_change: bool) -> None:

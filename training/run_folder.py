@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 
 from gsa.checkpoint import manifest
+from gsa.checkpoint.manifest import CheckpointError
+from gsa.checkpoint.state import read_json_object
+from training.world import environment_rank
 
 PROJECT = "gsa-trainer"
 
@@ -28,6 +31,7 @@ class RunFolder:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.run_json = path / "run.json"
+        self._told_damage = False
 
     def holds_a_run(self) -> bool:
         return self.run_json.exists() or any(self.path.glob("step_*"))
@@ -43,18 +47,30 @@ class RunFolder:
             )
 
     def write_inputs(self, *, config_yaml: str, ds_config: dict) -> None:
-        """The resolved configuration and the environment, before step 0."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """The resolved configuration and the environment, before step 0. CheckpointError when the disk refuses."""
+        with manifest.writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         _write(self.path / "config.yaml", config_yaml)
         _write(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
         _write(self.path / "env.json", json.dumps(environment(), indent=2) + "\n")
 
     def read_run(self) -> dict:
-        """run.json, or an empty dict for a new folder."""
-        return json.loads(self.run_json.read_text(encoding="utf-8")) if self.run_json.exists() else {}
+        """run.json; an empty dict for a new folder, or when it is damaged, which rank 0 says once."""
+        if not self.run_json.exists():
+            return {}
+        try:
+            return read_json_object(self.run_json)
+        except CheckpointError as err:
+            if not self._told_damage and environment_rank() == 0:
+                print(f"warning: {err}; going on without what it said of the run", flush=True)
+            self._told_damage = True
+            return {}
 
     def update_run(self, **fields: object) -> None:
-        """Sets fields of run.json: status ("running"|"finished"|"stopped"|"failed"), reason, step, tracking_id, ..."""
+        """Sets fields of run.json: status ("running"|"finished"|"stopped"|"failed"), reason, step, tracking_id, ...
+
+        Raises CheckpointError when the disk refuses.
+        """
         _write(self.run_json, json.dumps({**self.read_run(), **fields, "updated": time.time()}, indent=2) + "\n")
 
     def set_aside(self, after_step: int) -> list[str]:
@@ -67,7 +83,7 @@ class RunFolder:
             number = found.name.removeprefix("step_")
             if not number.isdigit() or int(number) <= after_step:
                 continue
-            if manifest.is_torn(found):
+            if found.is_dir() and manifest.is_torn(found):
                 manifest.clear_torn(found)
                 moved.append(f"{found.name} lies after the step resumed from, and its save was interrupted: removed")
                 continue
@@ -102,6 +118,4 @@ def version(package: str) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    manifest.write_durably(path, text.encode())

@@ -35,9 +35,16 @@ class Retention:
     keep_every: int | None
 
 
+BEAT_S = 5.0
+"""How often a rank that waits for a save gives a sign of life: a disk may take longer than a watchdog's patience."""
+
+
 @dataclass(frozen=True)
 class SaveReport:
-    """stall_s: the loop stood still. background_s: from then to publication. background_cpu_s: of rank 0's writer."""
+    """stall_s: the loop stood still. background_s: from then to publication. background_cpu_s: of rank 0's writer.
+
+    removed: older checkpoints, some perhaps with the error that kept them.
+    """
 
     tag: str
     step: int
@@ -69,6 +76,7 @@ class _InFlight:
     state: RunState
     job: _Job
     sealing: bool = False
+    published: bool = False
     stall_s: float = 0.0
     cpu_s: float = 0.0
     since: float = field(default_factory=time.perf_counter)
@@ -78,7 +86,7 @@ class Saver:
     """All methods are called by every rank at the same step; none but `start` and `finish` waits for anything.
 
     background: False writes before `start` returns. bytes_needed: what the first save is expected to take.
-    published: told of every checkpoint that has come to exist, on rank 0.
+    published: told of every checkpoint that has come to exist, on rank 0. beat: called now and then while waiting.
     """
 
     def __init__(
@@ -91,10 +99,11 @@ class Saver:
         retention: Retention,
         bytes_needed: int,
         published: Callable[[SaveReport], None],
+        beat: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._world, self._dir = engine, world, output_dir
         self._buffers = HostBuffers(pin=world.device.type == "cuda") if background else None
-        self._retention, self._bytes_needed, self._published = retention, bytes_needed, published
+        self._retention, self._bytes_needed, self._published, self._beat = retention, bytes_needed, published, beat
         self._flight: _InFlight | None = None
 
     def start(self, state: RunState) -> None:
@@ -139,24 +148,40 @@ class Saver:
         try:
             manifest.clear_torn(step_dir)
             manifest.require_space(self._dir, self._bytes_needed)
-        except CheckpointError as err:
+        except (CheckpointError, OSError) as err:  # the other ranks wait for the answer
             return str(err)
         return None
 
+    def _settled(self, flight: _InFlight) -> list[tuple[dict | None, str | None, bool]]:
+        """Waits until every rank's job is done; (files written, what went wrong, whether it is published) of each.
+
+        In rounds, with a sign of life in each: no rank sits in one collective for as long as another's disk takes.
+        """
+        while True:
+            job = flight.job
+            job.join(timeout=BEAT_S)
+            self._beat()
+            done = not job.is_alive()
+            written = job.result if done and not flight.sealing else None
+            shared = self._world.gather((written, _words(job.error), flight.published) if done else None)
+            if None not in shared:
+                return shared
+
     def _next_phase(self, stall_since: float | None = None) -> None:
         flight = self._flight
-        flight.job.join()
+        shared = self._settled(flight)
         flight.cpu_s += flight.job.cpu_s
-        error, tag = flight.job.error, f"step_{flight.state.step}"
-        shared = self._world.gather((None if flight.sealing else flight.job.result, _words(error)))
-        failed = [f"rank {rank}: {words}" for rank, (_, words) in enumerate(shared) if words is not None]
+        tag = f"step_{flight.state.step}"
+        failed = [f"rank {rank}: {words}" for rank, (_, words, _) in enumerate(shared) if words is not None]
         if failed:
             self._flight = None
-            raise CheckpointError(f"{tag} was not saved:\n  " + "\n  ".join(failed)) from error
+            exists = any(published for *_, published in shared)
+            what = "was saved, and older ones stay, since reading it back failed" if exists else "was not saved"
+            raise CheckpointError(f"{tag} {what}:\n  " + "\n  ".join(failed)) from flight.job.error
         if not flight.sealing:
-            hashes = {name: entry for part, _ in shared for name, entry in part.items()}
+            hashes = {name: entry for part, *_ in shared for name, entry in part.items()}
             flight.sealing = True
-            flight.job = _Job(lambda: self._seal(tag, hashes) if self._world.is_main else None)
+            flight.job = _Job(lambda: self._seal(flight, hashes) if self._world.is_main else None)
             return
         self._flight = None
         if self._world.is_main:
@@ -169,9 +194,11 @@ class Saver:
                 SaveReport(tag, flight.state.step, size, stall_s, background_s, flight.cpu_s, removed)
             )  # fmt: skip
 
-    def _seal(self, tag: str, hashes: dict[str, tuple[int, str]]) -> tuple[int, list[Removed]]:
+    def _seal(self, flight: _InFlight, hashes: dict[str, tuple[int, str]]) -> tuple[int, list[Removed]]:
+        tag = f"step_{flight.state.step}"
         sealed = manifest.seal(self._dir / tag, hashes=hashes)
         manifest.publish(self._dir, tag)
+        flight.published = True
         removed: list[Removed] = []
         if self._retention.keep_last is not None:
             # one thread: what is read back here must not take the loop's cores

@@ -8,7 +8,6 @@ Prints what it finds; exit code 1 when anything is wrong. --all takes a run's fo
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 
 from gsa import GSAForCausalLM, ModelConfig
 from gsa.checkpoint import legacy, manifest
-from gsa.checkpoint.full_state import FullState, read_full_state, read_layout
+from gsa.checkpoint.full_state import FullState, read_full_state, read_layout, require_own_name
 from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import read_config_json
 from gsa.weights import load_weights
@@ -73,8 +72,7 @@ def _check(step_dir: Path, config: Path | None, say: Say) -> None:
     say(f"  {len(files)} files, {sum(f.bytes for f in files.values()) / 2**20:,.1f} MiB, every sha256 as sealed")
     state = read_full_state(step_dir)
     layout, run = read_layout(step_dir), state.run
-    if step_dir.name != f"step_{run.step}":
-        raise CheckpointError(f"{step_dir} holds step {run.step}: it was renamed; give it its name back")
+    require_own_name(step_dir, run)
     say("✓ Checkpoint loaded successfully")
     say(f"  step {run.step:,}, epoch {run.epoch:.3f}, {run.samples_consumed:,} samples, {run.tokens_seen:,} tokens")
     say(f"  saved by {run.world_size} rank(s) at ZeRO {run.zero_stage} ({layout})")
@@ -96,9 +94,10 @@ def _check(step_dir: Path, config: Path | None, say: Say) -> None:
 
 
 def _check_legacy(step_dir: Path, config: Path | None, say: Say) -> None:
+    legacy.require_whole(step_dir)
     run = legacy.read_legacy_run(step_dir)
     say("✓ Checkpoint loaded successfully")
-    say(f"  of the predecessor's, without hashes: step {run.step:,}, epoch {run.epoch}")
+    say(f"  of the predecessor's, every checksum of its file right: step {run.step:,}, epoch {run.epoch}")
     say(f"  config type {type(run.training).__name__}, {'with' if run.model else 'without'} the architecture")
     model = legacy.load_legacy_model(step_dir, config)
     state = legacy.read_legacy(step_dir, model.config, None)
@@ -169,9 +168,15 @@ def _forward(step_dir: Path, model: GSAForCausalLM) -> None:
 
 
 def newest_under(outputs: Path) -> Path | None:
-    """The checkpoint that was written last in any run folder under `outputs`."""
-    found = [c.path for run in sorted(outputs.glob("*")) if run.is_dir() for c in manifest.list_checkpoints(run)]
-    return max(found, key=lambda path: os.stat(path).st_mtime, default=None)
+    """The checkpoint that was finished last in any run folder under `outputs`, the predecessor's among them."""
+    finished = {}
+    for path in outputs.glob("*/*"):
+        proof = path / manifest.MANIFEST
+        if path.name.startswith("step_") and proof.exists():
+            finished[path] = proof.stat().st_mtime
+        elif legacy.is_legacy(path):
+            finished[path] = path.stat().st_mtime
+    return max(finished, key=finished.get, default=None)
 
 
 if __name__ == "__main__":

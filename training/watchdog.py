@@ -38,6 +38,7 @@ class Watchdog:
         self._host = socket.gethostname()
         self._count, self._phase, self._since = 0, "start", time.monotonic()
         self._stop = threading.Event()
+        self._told_disk = False
 
     def __enter__(self) -> Watchdog:
         self._dir.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,7 @@ class Watchdog:
         self._stop.set()
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
-        self._publish("finished" if exc[0] is None else "failed")
+        self._try_publish("finished" if exc[0] is None else "failed")
         if exc[0] is not None and exc[0] is not SystemExit:
             # a peer's death reaches this rank as a broken connection: say whose it was
             time.sleep(POLL_S)
@@ -76,6 +77,17 @@ class Watchdog:
         temporary.write_text(json.dumps(own))
         os.replace(temporary, self._file(self._rank))
 
+    def _try_publish(self, state: str) -> bool:
+        """Whether the disk took it. A full one must not end the watch, nor hide the error that the run ends with."""
+        try:
+            self._publish(state)
+        except OSError as err:
+            if not self._told_disk:
+                print(f"watchdog: rank {self._rank} cannot write its sign of life: {err}", file=sys.stderr, flush=True)
+            self._told_disk = True
+            return False
+        return True
+
     def _peers(self) -> dict[int, dict]:
         """Last words of the other ranks of this launch, as far as they can be read."""
         peers = {}
@@ -93,7 +105,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(POLL_S):
-            self._publish("running")
+            disk_is_fine = self._try_publish("running")
             # the backstop for a thread that holds the interpreter lock: this one cannot run then
             faulthandler.dump_traceback_later(self._patience(self._phase) + 10, exit=True, file=sys.stderr)
             silent = time.monotonic() - self._since
@@ -101,7 +113,7 @@ class Watchdog:
             dead = self._dead(peers)
             frozen = [
                 r for r, p in peers.items()
-                if p["state"] == "running" and time.time() - p["time"] > self._timeout
+                if disk_is_fine and p["state"] == "running" and time.time() - p["time"] > self._timeout
             ]  # fmt: skip
             if dead:
                 time.sleep(POLL_S)  # its own last words may still be on their way
@@ -129,10 +141,13 @@ class Watchdog:
         if self._stop.is_set():
             return
         print(f"watchdog: {message}", file=sys.stderr, flush=True)
-        with open(self._dir / f"stacks_rank_{self._rank}.txt", "w", encoding="utf-8") as file:
-            file.write(message + "\n")
-            file.flush()
-            faulthandler.dump_traceback(file=file, all_threads=True)
+        try:
+            with open(self._dir / f"stacks_rank_{self._rank}.txt", "w", encoding="utf-8") as file:
+                file.write(message + "\n")
+                file.flush()
+                faulthandler.dump_traceback(file=file, all_threads=True)
+        except OSError as err:  # the run ends all the same
+            print(f"watchdog: no stacks in a file: {err}", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()
         time.sleep(POLL_S * 2)  # let the other ranks notice and dump theirs before a launcher ends them

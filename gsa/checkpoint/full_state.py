@@ -139,6 +139,18 @@ def read_run_state(step_dir: Path) -> RunState:
     return _run_state(step_dir, _load(_model_file(step_dir)))
 
 
+def read_ds_config(step_dir: Path) -> dict[str, Any]:
+    """What DeepSpeed was told when it saved, as it writes it beside the weights; empty where it did not."""
+    held = _load(_model_file(step_dir)).get("ds_config")
+    return held if isinstance(held, dict) else {}
+
+
+def require_own_name(step_dir: Path, run: RunState) -> None:
+    """Raises CheckpointError when a folder is not called after the step it holds: DeepSpeed goes by the name."""
+    if step_dir.name != f"step_{run.step}":
+        raise CheckpointError(f"{step_dir} holds step {run.step}: it was renamed; give it its name back")
+
+
 def read_full_state(step_dir: Path) -> FullState:
     """The whole state; the files must have been verified, and must stay while it is used.
 
@@ -170,7 +182,7 @@ def read_full_state(step_dir: Path) -> FullState:
                 state = shard["optimizer_state_dict"]
                 count = state["partition_count"]
                 if (count if isinstance(count, int) else max(count)) != layout.ranks:
-                    raise CheckpointError(f"{path}: of {count} ranks, and {layout.ranks} are here; restore the rest")
+                    raise CheckpointError(f"of {count} ranks, and {layout.ranks} are here; restore the rest")
                 if layout.family == 2:
                     groups = _take_flat_partition(state, parameters)
                 else:
@@ -194,7 +206,7 @@ def _take_whole(model: dict, parameters: dict[str, ParameterState]) -> dict[str,
     state, groups = model["optimizer"]["state"], model["optimizer"]["param_groups"]
     for group in groups:
         for name, number in zip(group["param_names"], group["params"], strict=True):
-            _add(parameters[name], model["module"][name].flatten(), state.get(number), slice(None))
+            _add(name, parameters[name], model["module"][name].flatten(), state.get(number), slice(None))
     return _hyperparameters(groups)
 
 
@@ -205,7 +217,7 @@ def _take_flat_partition(state: dict, parameters: dict[str, ParameterState]) -> 
     for number, (flat, mapping) in enumerate(zip(flats, mappings, strict=True)):
         for name, at in mapping.items():
             here = slice(at.start, at.start + at.numel)
-            _add(parameters[name], flat[here], base["state"].get(number), here)
+            _add(name, parameters[name], flat[here], base["state"].get(number), here)
     return _hyperparameters(base["param_groups"])
 
 
@@ -221,17 +233,23 @@ def _take_cut_parameters(
             width = -(-whole // ranks)
             mine = max(0, min(width, whole - rank * width))
             here = slice(offset, offset + mine)
-            _add(parameters[name], flat[here], base["state"].get(number), here)
+            _add(name, parameters[name], flat[here], base["state"].get(number), here)
             offset += width
         if offset != flat.numel():
             raise CheckpointError(f"sub-group {number} has {flat.numel()} numbers, its parameters {offset}")
     return _hyperparameters(base["param_groups"])
 
 
-def _add(parameter: ParameterState, master: torch.Tensor, adam: Mapping | None, here: slice) -> None:
+def _add(name: str, parameter: ParameterState, master: torch.Tensor, adam: Mapping | None, here: slice) -> None:
     parameter.pieces["master"].append(master.detach())
     if adam:
-        parameter.step = float(adam["step"])
+        step = float(adam["step"])
+        if parameter.pieces["exp_avg"] and step != parameter.step:
+            raise CheckpointError(
+                f"Adam has taken {step:.0f} updates of {name} here, {parameter.step:.0f} in the shards before it: they "
+                f"are of different saves; restore them from a copy, or take another checkpoint"
+            )
+        parameter.step = step
         for moment in ("exp_avg", "exp_avg_sq"):
             parameter.pieces[moment].append(adam[moment].detach().flatten()[here])
 
@@ -279,12 +297,12 @@ def _load(path: Path) -> dict:
 
 @contextmanager
 def _understanding(path: Path) -> Iterator[None]:
-    """Turns what a strange but safe file makes this reader stumble over into a CheckpointError."""
+    """Turns what a strange but safe file makes this reader stumble over into a CheckpointError that names the file."""
     try:
         yield
+    except CheckpointError as err:
+        raise CheckpointError(f"{path}: {err}") from err
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as err:
-        if isinstance(err, CheckpointError):
-            raise
         raise CheckpointError(
             f"{path}: {_NOT_OURS} ({type(err).__name__}: {err}); resume it once with the ranks and the ZeRO stage "
             f"that made it, or take another checkpoint"

@@ -11,6 +11,7 @@ import collections
 import math
 import re
 import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -41,13 +42,17 @@ ANNOUNCED = frozenset({
 
 @dataclass(frozen=True)
 class LegacyRun:
-    """step and epoch of the import. training, model: its keys by our names; model None where the file has none."""
+    """step and epoch of the import. training, model: its keys by our names; model None where the file has none.
+
+    next_learning_rate: of the step that would have followed; None where the schedule does not say.
+    """
 
     file: Path
     step: int
     epoch: int
     training: dict[str, Any]
     model: dict[str, Any] | None
+    next_learning_rate: float | None
 
 
 # -- recognising -------------------------------------------------------------------------------------------
@@ -116,12 +121,13 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _section(config: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """One section of a configuration in either layout, by our names."""
-    return {
-        key.partition(".")[2]: value
-        for key, value in translate(_flat(config)).items() if key.startswith(f"{section}.")
-    }  # fmt: skip
+def _model_section(config: Mapping[str, Any], whose: str) -> dict[str, Any]:
+    """The model's section of a configuration in either layout, by our names."""
+    try:
+        ours = translate(_flat(config))
+    except ValueError as err:
+        raise CheckpointError(f"{whose}: {err}") from err
+    return {key.partition(".")[2]: value for key, value in ours.items() if key.startswith("model.")}
 
 
 # -- reading without running -------------------------------------------------------------------------------
@@ -175,6 +181,23 @@ def _load(step_dir: Path) -> tuple[Path, dict[str, Any]]:
     return file, data
 
 
+def require_whole(step_dir: Path) -> None:
+    """Reads every byte of the predecessor's file against the checksums that its zip carries.
+
+    It has no manifest, and a flipped bit in a tensor loads in silence. Raises CheckpointError when one is wrong.
+    """
+    file = _file_of(step_dir)
+    if file is None:
+        raise CheckpointError(f"{step_dir}: holds no checkpoint_N.pt of the predecessor's")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            bad = archive.testzip()
+    except Exception as err:  # a stranger's bytes: what they can make the reader raise has no bound
+        raise CheckpointError(f"{file}: damaged: {err or type(err).__name__}; restore it from a copy") from err
+    if bad is not None:
+        raise CheckpointError(f"{file}: damaged: {bad} in it does not have its checksum; restore it from a copy")
+
+
 def read_legacy_run(step_dir: Path) -> LegacyRun:
     """What the checkpoint says of its run. Raises CheckpointError when it is damaged, unsafe or incomplete."""
     file, data = _load(step_dir)
@@ -183,13 +206,37 @@ def read_legacy_run(step_dir: Path) -> LegacyRun:
         whole = _plain(vars(config).get("_parent"))  # a node keeps the configuration it was cut from
         config = _plain(config)
         if isinstance(whole, dict) and "model" in whole:
-            model = _section(whole, "model")
+            model = _model_section(whole, f"{file}: its configuration")
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: its config is {type(config).__name__}, not a mapping")
+    optimizer = config.get("optimizer", "adamw")
+    if str(optimizer).lower() != "adamw":
+        raise CheckpointError(f"{file}: made with training.optimizer={optimizer}; only adamw can be taken up")
+    training = {key: value for key, value in config.items() if key != "optimizer"}
+    _require_counts(file, training)
     extra = data.get("extra_state")
     epoch = extra.get("epoch", 0) if isinstance(extra, dict) else 0
-    training = {key: value for key, value in config.items() if key != "optimizer"}
-    return LegacyRun(file, data["step"], int(epoch), training, model)
+    if type(epoch) is not int:
+        raise CheckpointError(f"{file}: its extra_state.epoch is {epoch!r}, not a number of passes; restore it")
+    rates = data["scheduler_state_dict"].get("_last_lr")
+    rate = rates[0] if isinstance(rates, list) and rates and type(rates[0]) is float else None
+    return LegacyRun(file, data["step"], epoch, training, model, rate)
+
+
+_COUNTS = ("micro_batch_size", "gradient_accumulation_steps", "global_batch_size", "max_seq_len", "max_steps")
+
+
+def _require_counts(file: Path, training: Mapping[str, Any]) -> None:
+    """The position in the data and the end of the schedule follow from these."""
+    for key in _COUNTS:
+        value = training.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise CheckpointError(f"{file}: its training.{key} is {value!r}, not a number of at least 1; restore it")
+    if training.get("global_batch_size") is None and training.get("micro_batch_size") is None:
+        raise CheckpointError(
+            f"{file}: its config has neither global_batch_size nor micro_batch_size, from which its position in the "
+            f"data follows; restore it"
+        )
 
 
 # -- weights and optimizer ---------------------------------------------------------------------------------
@@ -242,14 +289,17 @@ def read_legacy(step_dir: Path, config: ModelConfig, state: RunState | None) -> 
         )
     for name, adam in _moments(file, data).items():
         if name in parameters:
-            parameters[name].step = float(adam["step"])
+            parameters[name].step = adam["step"]
             for moment in ("exp_avg", "exp_avg_sq"):
                 parameters[name].pieces[moment].append(adam[moment].flatten())
     return FullState(parameters, {}, {}, None, state)
 
 
 def _moments(file: Path, data: dict) -> dict[str, dict]:
-    """Adam's state by our names. Its numbers run through the groups, and in a group in the model's order."""
+    """Adam's step, a float, and moments, by our names.
+
+    Its numbers run through the groups, and in a group in the model's order.
+    """
     names = sorted(data["model_state_dict"], key=_group)  # stable: the model's order stays within a group
     try:
         numbers = [number for group in data["optimizer_state_dict"]["param_groups"] for number in group["params"]]
@@ -263,10 +313,12 @@ def _moments(file: Path, data: dict) -> dict[str, dict]:
             for moment in ("exp_avg", "exp_avg_sq"):
                 if state[number][moment].shape != data["model_state_dict"][name].shape:
                     raise ValueError(f"{moment} of {name} has shape {tuple(state[number][moment].shape)}")
-            moments[our_name(name)] = state[number]
+            moments[our_name(name)] = {**state[number], "step": float(state[number]["step"])}
         return moments
-    except (KeyError, TypeError, ValueError, AttributeError) as err:
-        raise CheckpointError(f"{file}: its optimizer state does not fit its weights ({err})") from err
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as err:
+        raise CheckpointError(
+            f"{file}: its optimizer state does not fit its weights ({type(err).__name__}: {err}); restore it"
+        ) from err
 
 
 def _group(name: str) -> int:
@@ -290,8 +342,10 @@ def _require_shapes(file: Path, saved: Mapping[str, torch.Tensor], config: Model
     wanted = {name: tuple(p.shape) for name, p in _fresh_parameters(config).items() if not name.endswith(_NEW)}
     found, wrong = {}, []
     for name, tensor in saved.items():
-        ours = our_name(name)
-        if ours is None:
+        ours = our_name(str(name))
+        if not isinstance(tensor, torch.Tensor):
+            wrong.append(f"{name}: {type(tensor).__name__}, not a tensor")
+        elif ours is None:
             wrong.append(f"{name}: not a parameter of this model")
         else:
             found[ours] = tensor.detach().to(torch.float32)
@@ -349,10 +403,11 @@ def load_legacy_model(step_dir: Path | str, config: Path | str | Mapping[str, An
 def legacy_model_config(step_dir: Path, config: Mapping[str, Any] | None) -> ModelConfig:
     """The architecture, from the checkpoint where it has one, else from `config`, sections in either layout."""
     run = read_legacy_run(step_dir)
-    given = None if config is None else _section(config, "model")
+    given = None if config is None else _model_section(config, "the given configuration")
     if run.model is None and given is None:
         raise CheckpointError(
-            f"{run.file} holds weights and no architecture (head counts, k_base, ...): give the yaml of its run"
+            f"{run.file} holds weights and no architecture (head counts, k_base, ...): give the yaml of its run "
+            f"(on a command line, --config)"
         )
     known = {f.name for f in fields(ModelConfig)}
     decided = {key.partition(".")[2]: value for key, value in DECIDED.items()}

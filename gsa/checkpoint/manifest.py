@@ -13,10 +13,10 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -84,8 +84,16 @@ class Found:
 
 @dataclass(frozen=True)
 class Removed:
+    """error: what the disk said against deleting it; None when it is gone, or would go."""
+
     tag: str
     reason: str
+    error: str | None = None
+
+    def __str__(self) -> str:
+        if self.error is None:
+            return f"removed {self.tag}: {self.reason}"
+        return f"warning: {self.tag} could not be removed: {self.error}; delete it by hand"
 
 
 # -- writing -----------------------------------------------------------------------------------------------
@@ -184,8 +192,8 @@ def clear_torn(step_dir: Path) -> None:
     if (step_dir / MANIFEST).exists():
         raise CheckpointError(f"{step_dir} holds a checkpoint already and is not overwritten; move it away")
     if step_dir.exists():
-        if not is_torn(step_dir):
-            raise CheckpointError(f"{step_dir} holds files that are not of this project; move it away")
+        if not step_dir.is_dir() or not is_torn(step_dir):
+            raise CheckpointError(f"{step_dir} is or holds what is not of this project; move it away")
         shutil.rmtree(step_dir)  # half removed, it is still torn
 
 
@@ -204,17 +212,16 @@ def retain(
     `pinned` or holding a file `pinned`, the one `latest` names, linked folders, and damaged ones, which are
     for a person to look at. What interrupted saves of this project left, older than the newest checkpoint, is
     deleted too; a folder with anything else in it is not ours to judge. threads: that read the newest back.
-    dry_run: only says what would go.
+    dry_run: only says what would go. What the disk refuses to delete is among the results, with its error.
     Raises CheckpointError, with no checkpoint deleted, when the newest is not good.
     """
     if keep_last < 1 or (keep_every is not None and keep_every < 1):
         raise ValueError(f"keep_last={keep_last} and keep_every={keep_every} must be at least 1")
-    for trash in () if dry_run else output_dir.glob(f"{_TRASH}*"):  # a deletion was interrupted
-        shutil.rmtree(trash)
+    stuck = [] if dry_run else _finish_deletions(output_dir)
     found = list_checkpoints(output_dir)
     complete = [f for f in found if f.complete]
     if not complete:
-        return []
+        return stuck
     newest = complete[-1]
     kept = {*pinned, latest_tag(output_dir), *(f.tag for f in complete[-keep_last:])}
     condemned = []
@@ -227,8 +234,20 @@ def retain(
             condemned.append(Removed(f.tag, f"older than the {keep_last} newest; {newest.tag} is good"))
     if condemned:
         verify(newest.path, threads=threads)
-    for removed in () if dry_run else condemned:
-        _discard(output_dir / removed.tag)
+    return stuck + (condemned if dry_run else [_deleted(output_dir, one, _discard) for one in condemned])
+
+
+def _finish_deletions(output_dir: Path) -> list[Removed]:
+    """Deletes what interrupted deletions have left, and returns what the disk refuses to let go."""
+    left = [Removed(path.name, "its deletion was interrupted") for path in output_dir.glob(f"{_TRASH}*")]
+    return [done for one in left if (done := _deleted(output_dir, one, shutil.rmtree)).error is not None]
+
+
+def _deleted(output_dir: Path, condemned: Removed, delete: Callable[[Path], None]) -> Removed:
+    try:
+        delete(output_dir / condemned.tag)
+    except OSError as err:
+        return replace(condemned, error=str(err))
     return condemned
 
 

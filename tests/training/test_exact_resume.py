@@ -16,7 +16,7 @@ from helpers_dataset import write_dataset
 from launching import ROOT, Case, run_cases
 
 from gsa.checkpoint import manifest
-from gsa.checkpoint.full_state import read_full_state
+from gsa.checkpoint.full_state import read_full_state, read_layout
 from training.metrics import TIME_METRICS, read_rows
 
 CELLS = [("zero0", "fp32")] + [(f"zero{z}", p) for z in (1, 2, 3) for p in ("bf16", "fp32")]
@@ -24,6 +24,8 @@ RESUME = ("path", "step_2", "latest", "auto")
 RANKS = (4, 2, 1)
 LAYERS = {4: 1, 2: 2, 1: 2}  # a ZeRO 3 step of four ranks on two cores is seconds of Python
 # (stage on 4 ranks, on 2, on 1, on 4 again): each link of a chain trains one step
+SAME_RANKS = {"down": (3, 2), "up": (2, 3)}
+"""bf16 on two ranks, from one stage to another, without a step."""
 CHAINS = {"same": (2, 2, 2, 2), "up": (1, 2, 3, 3), "down": (3, 3, 1, 1), "across": (2, 3, 0, 2)}
 
 
@@ -57,6 +59,11 @@ def lives(tmp_path_factory):
                     how = RESUME[number % len(RESUME)]
                     given = str(base / str(ranks) / f"{name}_halves" / "step_2") if how == "path" else how
                     cases += [case(ranks, name, stage, *kind, "--resume_from", given, into=f"{name}_halves")]
+            if (life, ranks) == ("second", 2):
+                for name, (before, now) in SAME_RANKS.items():
+                    saved = base / "2" / f"zero{before}_bf16_halves" / "step_2"
+                    still = ("training.precision=bf16", "training.stop_at_step=2", "--resume_from", str(saved))
+                    cases.append(case(2, f"bf16_{name}", f"zero{now}", *still))
             for chain, stages in CHAINS.items():
                 link = {("first", 4): 0, ("first", 2): 1, ("first", 1): 2, ("second", 4): 3}.get((life, ranks))
                 if link is None:
@@ -115,6 +122,16 @@ def test_a_resumed_run_is_the_straight_run_in_every_row_and_byte(lives, ranks, s
 def test_another_number_of_ranks_and_another_stage_take_up_every_bit(lives, chain, link):
     before, after = lives / "chain" / chain / str(link - 1), lives / "chain" / chain / f"{link}_same"
     assert_same_state(before / f"step_{1 + link}", after / f"step_{1 + link}")
+
+
+@pytest.mark.parametrize("name", SAME_RANKS)
+def test_another_stage_alone_takes_up_every_bit_in_bf16(lives, name):
+    before, now = SAME_RANKS[name]
+    saved, again = lives / "2" / f"zero{before}_bf16_halves" / "step_2", lives / "2" / f"bf16_{name}" / "step_2"
+    assert_same_state(saved, again)
+    assert read_layout(again).family == now and read_layout(again).precision == "bf16"
+    weights = [manifest.read(folder).files["model.safetensors"] for folder in (saved, again)]
+    assert weights[0] == weights[1]
 
 
 @pytest.mark.parametrize("chain", CHAINS)

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import launching
@@ -19,7 +20,7 @@ from helpers_dataset import write_dataset
 from launching import ROOT, Case, free_port, rank_environment, run_cases, start_training, train_alone
 
 from gsa.checkpoint import manifest
-from training import train
+from training import launch, train
 from training.metrics import read_rows
 
 WAIT_S = 60
@@ -269,35 +270,56 @@ def test_wandb_offline_without_a_key_and_never_fatal(tmp_path, tiny_yaml, monkey
     assert "training goes on, metrics.jsonl has every row" in output
 
 
-EVENTS = ("SIGTERM", "SIGUSR1", "its child dies")
+EVENTS = {"SIGTERM": 1, "SIGUSR1 to rank 1": 2, "its child dies": 1, "SIGHUP, then SIGTERM": 1, "before there is a rank": 1}
+"""What meets a launch under the wrapper, and with how many ranks."""
 
 
 @pytest.fixture(scope="module")
 def wrapped(tmp_path_factory, tiny_yaml) -> dict[str, tuple[Path, int, str]]:
-    """Three launches at once under the wrapper, met by its event: folder, exit code, output."""
+    """Launches at once under the wrapper, met by their events: folder, exit code, output."""
     folders = {event: tmp_path_factory.mktemp("wrapped") / "run" for event in EVENTS}
+    long_steps = {"SIGHUP, then SIGTERM": ["training.global_batch_size=8000"]}  # so that no boundary comes in between
+
+    def hang_up(ignored: bool) -> None:  # nohup ignores it
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+
     processes = {
         event: subprocess.Popen(
-            [sys.executable, "-m", "training.launch", "--num_gpus", "1" if event == "SIGUSR1" else "2", "--master_port", str(free_port()),
+            [sys.executable, "-m", "training.launch", "--num_gpus", str(EVENTS[event]), "--master_port", str(free_port()),
              "training/train.py", "--config", str(tiny_yaml), "--output_dir", str(folder), "training.max_steps=100000",
-             "training.eval_interval=0"],
+             "training.eval_interval=0", *long_steps.get(event, [])],
             cwd=ROOT, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=partial(hang_up, event == "before there is a rank"),
         ) for event, folder in folders.items()
     }  # fmt: skip
+
+    def until(true, event: str) -> None:
+        deadline = time.monotonic() + 120
+        while not true():
+            assert processes[event].poll() is None, processes[event].stdout.read()
+            assert time.monotonic() < deadline, event
+            time.sleep(0.05)
+
     ended = {}
     try:
-        for event, process in processes.items():
-            folder = folders[event]
-            deadline = time.monotonic() + 120
-            while not (folder.exists() and len(steps_of(folder)) > 3) and time.monotonic() < deadline:
-                assert process.poll() is None, process.stdout.read()
-                time.sleep(0.1)
-            if event == "its child dies":
-                children = psutil.Process(process.pid).children(recursive=True)
-                next(c for c in children if "deepspeed.launcher.launch" in " ".join(c.cmdline())).kill()
-            else:
-                process.send_signal(signal.Signals[event])
+        early = processes["before there is a rank"]
+        until(lambda: psutil.Process(early.pid).children(), "before there is a rank")
+        early.send_signal(signal.SIGHUP)  # ignored
+        time.sleep(0.3)
+        early.send_signal(signal.SIGTERM)
+        for event in ("SIGTERM", "SIGUSR1 to rank 1", "its child dies"):
+            until(lambda folder=folders[event]: folder.exists() and len(steps_of(folder)) > 3, event)
+        processes["SIGTERM"].send_signal(signal.SIGTERM)
+        os.kill(watched(folders["SIGUSR1 to rank 1"], 1)["pid"], signal.SIGUSR1)
+        children = psutil.Process(processes["its child dies"].pid).children(recursive=True)
+        next(c for c in children if "deepspeed.launcher.launch" in " ".join(c.cmdline())).kill()
+        twice, folder = processes["SIGHUP, then SIGTERM"], folders["SIGHUP, then SIGTERM"]
+        until(lambda: (folder / ".ranks" / "rank_0.json").exists() and watched(folder, 0)["count"] > 50, "SIGHUP, then SIGTERM")
+        twice.send_signal(signal.SIGHUP)
+        time.sleep(1.0)
+        still = watched(folder, 0)["count"]
+        until(lambda: watched(folder, 0)["count"] > still, "SIGHUP, then SIGTERM")  # it goes on to its boundary
+        twice.send_signal(signal.SIGTERM)
         for event, process in processes.items():
             output = process.communicate(timeout=60)[0]
             ended[event] = (folders[event], process.returncode, output)
@@ -308,17 +330,56 @@ def wrapped(tmp_path_factory, tiny_yaml) -> dict[str, tuple[Path, int, str]]:
     return ended
 
 
+def watched(folder: Path, rank: int) -> dict:
+    """A rank's last sign of life."""
+    return json.loads((folder / ".ranks" / f"rank_{rank}.json").read_text())
+
+
 @pytest.mark.parametrize("event", EVENTS)
-def test_the_wrapper_ends_the_ranks_in_order_and_tells_the_true_exit_code(wrapped, event):
-    """A signal sent to `python -m training.launch` alone: the ranks agree, save and exit 0. The process that watches
-    them killed, for which the launcher says 0: not 0. In every case no rank is left behind."""
+def test_the_wrapper_leaves_no_process_behind(wrapped, event):
+    folder = wrapped[event][0]
+    assert not [p.pid for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
+
+
+@pytest.mark.parametrize(("event", "reason"), [("SIGTERM", "SIGTERM"), ("SIGUSR1 to rank 1", "SIGUSR1")])
+def test_ranks_agree_on_a_signal_save_and_exit_in_order(wrapped, event, reason):
+    """Sent to the wrapper alone, and to one of two ranks alone."""
     folder, code, output = wrapped[event]
-    left = [p.pid for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
-    assert not left
-    if event == "its child dies":
-        assert code != 0, output[-3000:]
-        return
     assert code == 0, output[-3000:]
     run = json.loads((folder / "run.json").read_text())
-    assert (run["status"], run["reason"]) == ("stopped", event)
+    assert (run["status"], run["reason"]) == ("stopped", reason)
     manifest.verify(folder / f"step_{steps_of(folder)[-1]}")
+
+
+def test_a_launcher_that_says_0_for_its_killed_child_is_not_believed(wrapped):
+    _, code, output = wrapped["its child dies"]
+    assert code != 0, output[-3000:]
+
+
+def test_a_lost_terminal_is_a_signal_and_the_second_one_ends_the_ranks_at_once(wrapped):
+    folder, code, output = wrapped["SIGHUP, then SIGTERM"]
+    assert code == 128 + signal.SIGTERM, output[-3000:]
+    assert steps_of(folder) == [] and not list(folder.glob("step_*"))
+
+
+def test_a_closed_terminal_does_not_end_a_run_that_still_speaks():
+    ours, theirs = os.openpty()
+    with os.fdopen(theirs, "w") as stream:
+        terminal = train._Terminal(stream)
+        print("heard", file=terminal, flush=True)
+        assert terminal.isatty() and os.read(ours, 100) == b"heard\r\n"
+        os.close(ours)
+        for _ in range(3):
+            print("into the void", file=terminal, flush=True)
+
+
+def test_a_signal_before_there_is_a_rank_ends_the_launch(wrapped):
+    folder, code, output = wrapped["before there is a rank"]
+    assert code == 128 + signal.SIGTERM, output[-3000:]
+    assert not folder.exists()
+
+
+def test_a_run_json_that_cannot_be_read_is_no_run_that_ended_in_order(tmp_path):
+    (tmp_path / "run.json").write_bytes(b"")
+    assert launch.true_code(0, 0, tmp_path) == 1 and launch.true_code(0, 0, tmp_path / "none") == 0
+    assert launch.true_code(241, 0, tmp_path) == launch.true_code(-15, 0, tmp_path) == 143

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,15 @@ import torch
 import yaml
 from conftest import documents
 from helpers_dataset import write_dataset
-from launching import ROOT, Case, run_cases, start_training, train_alone
-from omegaconf import OmegaConf
+from launching import ROOT, Case, run_cases, start_training
+from omegaconf import DictConfig, OmegaConf
 
 from gsa import GSAForCausalLM
 from gsa.checkpoint import legacy, manifest
 from gsa.checkpoint.full_state import read_full_state
 from gsa.checkpoint.manifest import CheckpointError
+from training import train, verify
+from training.config import ConfigError
 from training.metrics import read_rows
 
 FIXTURES = ROOT.parent / "shared" / "fixtures"
@@ -53,6 +56,8 @@ training:
 data: {data_dir: DATA, dataset: some/corpus, tokenizer: some/tokenizer, num_workers: 0, use_packing: true}
 logging: {project: gsa-pretrain, log_interval: 10, eval_interval: 1000, save_interval: 5000}
 """
+SHAPE = 0.5 * (1 + math.cos(math.pi * 3000 / 98000))
+"""Of the cosine at step 5000."""
 TUNED = ("training.max_seq_len=32", "training.micro_batch_size=2", "training.gradient_accumulation_steps=1",
          "training.stop_at_step=5003", "training.eval_windows=4")  # fmt: skip
 
@@ -65,8 +70,13 @@ def their_name(name: str) -> str:
     return f"model.layers.{parts[1]}.{back[parts[2]]}" if parts[0] == "layers" else back[name]
 
 
-def write_legacy(step_dir: Path, config: dict, *, omegaconf: bool, step: int = 5000, epoch: int = 51) -> dict:
-    """A checkpoint of the predecessor's layout with random weights and moments; returns what is in it."""
+def write_legacy(
+    step_dir: Path, config: dict, *, omegaconf: bool, training: DictConfig | None = None, step: int = 5000, epoch: int = 51
+) -> dict:
+    """A checkpoint of the predecessor's layout with random weights and moments; returns what is in it.
+
+    training: what the older variant says of its run, if it is not what `config` does.
+    """
     torch.manual_seed(3)
     model = {
         k.partition(".")[2]: v for k, v in legacy.translate(legacy._flat(config)).items() if k.startswith("model.")
@@ -85,14 +95,15 @@ def write_legacy(step_dir: Path, config: dict, *, omegaconf: bool, step: int = 5
         for number, name in enumerate(order) if "indexer" not in name
     }  # fmt: skip
     numbers = iter(range(len(order)))
-    training = config["training"]
+    if training is None:
+        training = OmegaConf.create(config).training if omegaconf else config["training"]
     data = {
         "step": step, "model_state_dict": weights,
         "optimizer_state_dict": {"state": state, "param_groups": [
             {"lr": 3e-4, "params": [next(numbers) for _ in group]} for group in groups if group
         ]},
-        "scheduler_state_dict": {"last_epoch": step}, "extra_state": {"epoch": epoch},
-        "config": OmegaConf.create(config).training if omegaconf else training,
+        "scheduler_state_dict": {"last_epoch": step, "_last_lr": [3e-4 * SHAPE]}, "extra_state": {"epoch": epoch},
+        "config": training,
     }  # fmt: skip
     step_dir.mkdir(parents=True)
     torch.save(data, step_dir / f"checkpoint_{step}.pt")
@@ -101,9 +112,13 @@ def write_legacy(step_dir: Path, config: dict, *, omegaconf: bool, step: int = 5
     return {"weights": weights, "moments": {order[n]: s for n, s in state.items()}}
 
 
+UNTOUCHED = {"zero0": "fp32", "zero1": "fp32", "zero2": "bf16", "zero3": "fp32", "zero3_bf16": "bf16"}
+"""Taken up and saved again without a step: what is read there must be what was written here."""
+
+
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """Both variants, and what became of them: ZeRO 2 on two ranks under torchrun, ZeRO 3 on two, ZeRO 0 on one."""
+    """Both variants, and what became of them on two ranks: ZeRO 1 and 3 for three steps, every stage without a step."""
     base = tmp_path_factory.mktemp("legacy")
     write_dataset(base / "text", documents(200, seed=1), vocab_size=64, held_out=documents(20, seed=2))
     (base / "run.yaml").write_text(YAML.replace("DATA", str(base / "text")))
@@ -111,15 +126,31 @@ def imported(tmp_path_factory):
     written = {}
     for variant in ("dict", "omegaconf"):
         written[variant] = write_legacy(base / variant / "step_5000", config, omegaconf=variant == "omegaconf")
-    cases = []
-    for stage, variant in ((1, "dict"), (3, "omegaconf")):
-        cases.append(Case(f"zero{stage}", (
-            "--config", str(base / "run.yaml"), "--output_dir", str(base / f"zero{stage}"), "--resume_from",
-            str(base / variant / "step_5000"), "--deepspeed_config", str(ROOT / "ds_configs" / f"zero{stage}.json"), *TUNED,
-        )))  # fmt: skip
-    cases.append(Case("untouched", (
-        *cases[0].argv[:3], str(base / "untouched"), *cases[0].argv[4:], "training.stop_at_step=5000",
-    )))  # fmt: skip
+
+    def case(name: str, checkpoint: Path | str, stage: str, *extra: str, yaml: Path = base / "run.yaml") -> Case:
+        return Case(name, (
+            "--config", str(yaml), "--output_dir", str(base / name), "--resume_from", str(checkpoint),
+            "--deepspeed_config", str(ROOT / "ds_configs" / f"{stage}.json"), *TUNED, *extra,
+        ))  # fmt: skip
+
+    cases = [case("zero1", base / "dict" / "step_5000", "zero1"), case("zero3", base / "omegaconf" / "step_5000", "zero3")]
+    for name, precision in UNTOUCHED.items():
+        still = (f"training.precision={precision}", "training.stop_at_step=5000", "--allow_config_change")
+        cases.append(case(f"untouched_{name}", base / "dict" / "step_5000", name.split("_")[0], *still))
+    # the import decided the head and the indexer's positions; our own layout of the yaml need not say so
+    ours = {**config, "model": {**legacy._model_section(config, ""), "tie_embeddings": True, "indexer_rope": True}}
+    ours["training"] = {k: v for k, v in config["training"].items() if k != "optimizer"}
+    ours["data"], ours["logging"] = {"data_dir": str(base / "text")}, {}
+    (base / "ours.yaml").write_text(yaml.safe_dump(ours))
+    cases.append(case("on", base / "zero1" / "step_5003", "zero1", "training.stop_at_step=5004", yaml=base / "ours.yaml"))
+    shutil.copytree(base / "dict", base / "beside", symlinks=True)
+    cases.append(case("beside", "auto", "zero1", "training.stop_at_step=5001", "training.keep_last=1"))
+    if FIXTURES.exists():
+        for variant in ("legacy_dict", "legacy_dictconfig"):
+            run = (f"data.data_dir={base / 'text'}", "training.stop_at_step=5001")
+            cases.append(
+                case(f"real_{variant}", FIXTURES / variant / "step_5000", "zero2", *run, yaml=FIXTURES / "pretrain_tiny.yaml")
+            )
     output = run_cases(2, cases, base / "launch")
     return base, config, written, output
 
@@ -142,15 +173,15 @@ def test_a_resumed_predecessor_goes_on_at_its_step_epoch_and_tokens(imported, st
     assert rows[0]["samples"] == 5000 * 8 * 16 // 32 + 8 and rows[0]["tokens"] == 5000 * 8 * 16 + 8 * 32
     assert 51 < rows[0]["epoch"] < 51.1
     assert [row["stage"] for row in rows] == ["dense", "dense", "sparse"]  # its warm-up counts from the import
-    factor = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 3000 / 98000))
-    assert rows[0]["lr"] == pytest.approx(3e-4 * factor)
+    assert rows[0]["lr"] == pytest.approx(3e-4 * (0.1 + 0.9 * SHAPE))
     assert (base / f"zero{stage}" / "latest").read_text().strip() == "step_5003"
     manifest.verify(base / f"zero{stage}" / "step_5003")
 
 
-def test_weights_moments_and_step_arrive_bitwise_and_the_indexer_starts_untrained(imported):
+@pytest.mark.parametrize("name", UNTOUCHED)
+def test_weights_moments_and_step_arrive_bitwise_and_the_indexer_starts_untrained(imported, name):
     base, _, written, output = imported
-    state = read_full_state(base / "untouched" / "step_5000")
+    state = read_full_state(base / f"untouched_{name}" / "step_5000")
     for name, tensor in written["dict"]["weights"].items():
         held = state.parameters[legacy.our_name(name)]
         assert torch.equal(held.full("master"), tensor), name
@@ -159,21 +190,20 @@ def test_weights_moments_and_step_arrive_bitwise_and_the_indexer_starts_untraine
         for moment in ("exp_avg", "exp_avg_sq"):
             assert torch.equal(held.full(moment), saved[moment] if saved else torch.zeros_like(tensor)), name
     assert state.schedule["last_epoch"] == 5000
+
+
+def test_an_import_says_what_has_changed_and_both_learning_rates(imported):
+    """The schedule stands where it stood, and ours rounds its floor otherwise: docs/checkpoints.md."""
+    output = imported[3]
     assert "training.max_seq_len: 16 -> 32 (harmless)" in output and "step 5000, epoch 51" in output
+    rates = f"the learning rate of step 5001 is {3e-4 * (0.1 + 0.9 * SHAPE):.6e} here, {3e-4 * SHAPE:.6e} there"
+    assert rates in output and rates.split(" is ")[1] == "2.993762e-04 here, 2.993069e-04 there"
 
 
-def test_the_new_checkpoint_resumes_with_the_yaml_that_ties_its_head(imported, tmp_path):
-    """The import decided the head and the indexer's positions; our own layout of the yaml need not say so."""
-    base, config, *_ = imported
-    ours = yaml.safe_load((base / "zero1" / "config.yaml").read_text())
-    ours["model"].update(tie_embeddings=True, indexer_rope=True)
-    (tmp_path / "ours.yaml").write_text(yaml.safe_dump(ours))
-    argv = ("--config", str(tmp_path / "ours.yaml"), "--output_dir", str(tmp_path / "on"), "training.stop_at_step=5004",
-            "--resume_from", str(base / "zero1" / "step_5003"))  # fmt: skip
-    done = train_alone(argv)
-    assert done.returncode == 0, done.stderr
-    assert "step_5003 decides model.tie_embeddings: False, not True" in done.stdout
-    assert [r["step"] for r in read_rows(tmp_path / "on" / "metrics.jsonl") if "loss" in r] == [5004]
+def test_the_new_checkpoint_resumes_with_the_yaml_that_ties_its_head(imported):
+    base, output = imported[0], imported[3]
+    assert "step_5003 decides model.tie_embeddings: False, not True" in output
+    assert [r["step"] for r in read_rows(base / "on" / "metrics.jsonl") if "loss" in r] == [5004]
 
 
 def test_torchrun_resumes_it(imported, tmp_path):
@@ -186,13 +216,111 @@ def test_torchrun_resumes_it(imported, tmp_path):
     assert "continuing at step 5001 of 5001" in output
 
 
-def test_auto_does_not_start_afresh_beside_an_old_checkpoint(imported, tmp_path):
+def test_auto_does_not_start_afresh_beside_an_old_checkpoint(imported):
+    base, output = imported[0], imported[3]
+    assert f"no checkpoint of this project under {base / 'beside'}, but one of its predecessor's" in output
+    assert [r["step"] for r in read_rows(base / "beside" / "metrics.jsonl") if "loss" in r] == [5001]
+    assert (base / "beside" / "step_5000" / "checkpoint_5000.pt").exists()  # retention is for our own
+
+
+@pytest.mark.skipif(not FIXTURES.exists(), reason="the predecessor's real checkpoints are not beside this clone")
+@pytest.mark.parametrize("variant", ["legacy_dict", "legacy_dictconfig"])
+def test_the_real_ones_resume(imported, variant):
+    base, output = imported[0], imported[3]
+    assert output.count("2.993762e-04 here, 2.993069e-04 there") >= 2
+    rows = [row for row in read_rows(base / f"real_{variant}" / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == [5001] and 51 < rows[0]["epoch"] < 51.1
+    manifest.verify(base / f"real_{variant}" / "step_5001")
+
+
+# -- refused before a launch ----------------------------------------------------------------------------------
+
+
+def resume(base: Path, folder: Path, *extra: str):
+    """The new variant in `folder`/step_5000, in its own folder, on one rank."""
+    argv = ["--config", str(base / "run.yaml"), "--output_dir", str(folder), "--resume_from", "step_5000", *TUNED, *extra]
+    return train.prepare(train.parse(argv)).start
+
+
+def refused(base: Path, folder: Path, words: str) -> None:
+    """By verify and at the import, in the same words, and without a traceback."""
+    said: list[str] = []
+    assert not verify.verify_and_tell(folder / "step_5000", config=base / "run.yaml", say=said.append)
+    assert said[-1].startswith("✗") and words in said[-1], said
+    with pytest.raises(CheckpointError) as err:
+        resume(base, folder)
+    assert words in str(err.value)
+
+
+@pytest.fixture
+def old(imported, tmp_path) -> Path:
+    shutil.copytree(imported[0] / "dict", tmp_path / "old", symlinks=True)
+    return tmp_path / "old"
+
+
+def test_a_good_one_is_verified_and_a_flipped_bit_anywhere_in_its_numbers_is_found(imported, old):
+    base = imported[0]
+    said: list[str] = []
+    assert verify.verify_and_tell(old / "step_5000", config=base / "run.yaml", say=said.append), said
+    assert resume(base, old).state.step == 5000
+    file = old / "step_5000" / "checkpoint_5000.pt"
+    data = file.read_bytes()
+    tensor = imported[2]["dict"]["weights"]["model.layers.1.mlp.up_proj.weight"]
+    for at in (data.index(tensor.numpy().tobytes()) + 1, len(data) // 3, len(data) * 2 // 3):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :])
+        refused(base, old, "checkpoint_5000.pt: damaged")
+    file.write_bytes(data[:-40])
+    refused(base, old, "checkpoint_5000.pt: damaged")
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda data: data["optimizer_state_dict"]["state"][0].pop("step"), "its optimizer state does not fit its weights (KeyError: 'step')"),
+    (lambda data: data["optimizer_state_dict"]["state"][0].update(step=None), "does not fit its weights (TypeError"),
+    (lambda data: data["optimizer_state_dict"]["state"][0].update(exp_avg=torch.ones(2)), "exp_avg of model.embed_tokens.weight has shape (2,)"),
+    (lambda data: data["model_state_dict"].update({"model.norm.weight": 1.0}), "model.norm.weight: float, not a tensor"),
+    (lambda data: data["model_state_dict"].pop("model.norm.weight"), "norm.weight: missing from the checkpoint"),
+    (lambda data: data["extra_state"].update(epoch=None), "its extra_state.epoch is None"),
+    (lambda data: data["config"].update(optimizer="lion"), "made with training.optimizer=lion; only adamw"),
+    (lambda data: data["config"].update(global_batch_size="8"), "its training.global_batch_size is '8', not a number"),
+    (lambda data: [data["config"].pop(key) for key in ("global_batch_size", "micro_batch_size")], "neither global_batch_size nor micro_batch_size"),
+    (lambda data: data.pop("scheduler_state_dict"), "lacks scheduler_state_dict"),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_what_is_wrong_inside_is_said_in_our_words(imported, old, change, words):
+    file = old / "step_5000" / "checkpoint_5000.pt"
+    data = torch.load(file, weights_only=True)
+    change(data)
+    torch.save(data, file)
+    refused(imported[0], old, words)
+
+
+def test_an_old_variant_with_another_optimizer_is_refused(imported, tmp_path):
     base, config, *_ = imported
-    write_legacy(tmp_path / "run" / "step_5000", config, omegaconf=False)
-    done = train_alone(["--config", str(base / "run.yaml"), "--output_dir", str(tmp_path / "run"), "--resume_from", "auto",
-                        *TUNED, "training.stop_at_step=5001", "training.keep_last=1"])  # fmt: skip
-    assert done.returncode == 0 and "continuing at step 5001" in done.stdout, done.stderr
-    assert (tmp_path / "run" / "step_5000" / "checkpoint_5000.pt").exists()
+    lion = {**config, "training": {**config["training"], "optimizer": "lion"}}
+    write_legacy(tmp_path / "old" / "step_5000", config, omegaconf=True, training=OmegaConf.create(lion).training)
+    refused(base, tmp_path / "old", "training.optimizer=lion: only adamw is supported")
+
+
+def test_a_shorter_schedule_than_the_imported_one_bends_the_curve(imported, old):
+    with pytest.raises(ConfigError, match=r"training.max_steps \(100000 there, 50000 here\)"):
+        resume(imported[0], old, "training.max_steps=50000")
+    assert resume(imported[0], old, "training.max_steps=200000").state.step == 5000
+
+
+def test_an_old_run_at_its_end_has_nothing_to_train_in_its_own_folder(imported, old):
+    with pytest.raises(ConfigError, match="nothing to train: .*step_5000 is at step 5000, and this run ends at 5000"):
+        resume(imported[0], old, "training.stop_at_step=5000")
+
+
+def test_the_old_adaptive_k_is_mapped_with_a_warning(imported, tmp_path, capsys):
+    base, config, *_ = imported
+    adaptive = {**config, "model": {**config["model"], "gsa": {**config["model"]["gsa"], "use_adaptive_k": True}}}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(adaptive))
+    write_legacy(tmp_path / "old" / "step_5000", adaptive, omegaconf=True)
+    with pytest.warns(UserWarning, match="normalised the score variance over the batch and over later positions"):
+        model = legacy.load_legacy_model(tmp_path / "old" / "step_5000")
+    assert model.config.adaptive_k == "variance"
+    resume(tmp_path, tmp_path / "old")
+    assert "warning: the predecessor's use_adaptive_k normalised the score variance" in capsys.readouterr().out
 
 
 def test_a_configuration_that_does_not_fit_is_refused_with_the_key(imported):

@@ -9,18 +9,25 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from launching import ROOT, Case, rank_environment, run_cases, start_training
 
 from gsa.checkpoint import manifest
-from training import train
+from gsa.checkpoint.manifest import CheckpointError
+from gsa.checkpoint.state import RunState
+from training import saving, train
+from training.engine import _SafeFiles
 from training.metrics import read_rows
+from training.run_folder import RunFolder
 from training.saving import Retention, Saver
-from training.snapshot import HostBuffers, host_tree
+from training.snapshot import HostBuffers, Snapshot, host_tree
 from training.trainer import STOP_SIGNALS, Trainer
 from training.world import World
 
@@ -31,7 +38,7 @@ def events(folder: Path, kind: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def kills(tmp_path_factory, a_run, tiny_yaml):
-    """[(folder, what stood after the kill)], the last one not killed."""
+    """[(folder, what stood after the kill)], the last one not killed; and a life that nobody disturbed."""
     base = tmp_path_factory.mktemp("kills")
     shutil.copytree(a_run, base / "source")
     shutil.rmtree(base / "source" / "step_6")
@@ -44,12 +51,12 @@ def kills(tmp_path_factory, a_run, tiny_yaml):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     numbers = sorted(int(path.stem) for path in base.glob("*.json"))
-    return [(base / str(n), json.loads((base / f"{n}.json").read_text())) for n in numbers]
+    return [(base / str(n), json.loads((base / f"{n}.json").read_text())) for n in numbers], base / "calm"
 
 
 def test_a_kill_at_any_moment_of_a_save_leaves_a_good_checkpoint(kills):
-    *killed, (_, calm) = kills
-    assert calm["ended"] == [0] and calm["latest"] == calm["found"] == "step_4"
+    *killed, (_, whole) = kills[0]
+    assert whole["ended"] == [0] and whole["latest"] == whole["found"] == "step_4"
     for _, facts in killed:
         assert set(facts["ended"]) == {-signal.SIGKILL}
         if facts["torn"]:
@@ -61,17 +68,22 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_good_checkpoint(kills):
     assert {(f["torn"], f["found"], f["latest"]) for _, f in killed} == {
         (False, "step_3", "step_3"), (True, "step_3", "step_3"), (False, "step_4", "step_3"),
     }  # fmt: skip
-    assert len(killed) >= 12 and any(len(f["ended"]) == 2 for _, f in killed)
+    moments = [facts["moment"] for _, facts in killed]
+    names = [name for name in manifest.read(kills[1] / "step_4").files] + ["manifest.json", "latest"]
+    assert len(names) == 6
+    for name in names:
+        assert f"inside {name}" in moments and f"before os.rename of {name}.tmp" in moments
+    assert sum(len(facts["ended"]) == 2 for _, facts in killed) >= 12  # and again while saving over what is torn
 
 
 def test_after_any_kill_auto_ends_with_the_same_bytes(kills):
-    calm = manifest.read(kills[-1][0] / "step_4").files
+    calm = manifest.read(kills[1] / "step_4").files
     same = ["model.safetensors", *(name for name in calm if name.endswith("_optim_states.pt"))]
     assert len(same) == 2
-    resumed = [(folder, facts) for folder, facts in kills if facts["resumed"] is not None]
-    assert len(resumed) >= 6
-    for folder, facts in resumed:
-        assert facts["resumed"] == 0
+    resumed = [(folder, facts) for folder, facts in kills[0] if facts["resumed"] is not None]
+    assert {facts["torn"] for _, facts in resumed} == {True, False} and len(resumed) >= 5
+    for folder, facts in [*resumed, kills[0][-1]]:
+        assert not facts["resumed"]
         manifest.verify(folder / "step_4")
         files = manifest.read(folder / "step_4").files
         assert all(files[name] == calm[name] for name in same), folder
@@ -109,9 +121,10 @@ def killed_launches(tmp_path_factory, tiny_yaml):
         return ["--config", str(tiny_yaml), "--output_dir", str(base / name), "--resume_from", "auto", "model.vocab_size=20000",
                 "training.save_interval=1", "training.max_steps=8", "training.eval_interval=0"]  # fmt: skip
 
-    processes = {
-        victim: start_training(2, argv(victim)) for victim in ("rank_0", "rank_1", "all")
-    }  # at once: they mostly start
+    launchers = {"rank_0": "torchrun", "rank_1": "deepspeed", "all": "deepspeed"}
+    processes = {  # at once: they mostly start
+        victim: start_training(2, argv(victim), launcher=launcher) for victim, launcher in launchers.items()
+    }
     seen, deadline = {}, time.monotonic() + 180
     while len(seen) < len(processes) and time.monotonic() < deadline:
         time.sleep(0.0005)
@@ -219,3 +232,237 @@ def test_after_one_signal_the_next_ends_the_process_at_once():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# -- the writer's own promises: ranks as threads, no engine -------------------------------------------------------
+
+
+class Slow:
+    """Is pickled once its event has come."""
+
+    def __init__(self, event: threading.Event) -> None:
+        self.event = event
+
+    def __reduce__(self):
+        self.event.wait(timeout=20)
+        return dict, ()
+
+
+class Ranks:
+    """So many savers, each to be used by a thread of its own; what they published, and how often each gave a sign."""
+
+    def __init__(self, folder: Path, files: list[dict[str, object]], keep_last: int | None = None) -> None:
+        self.size, self.reports, self.beats = len(files), [], [0] * len(files)
+        self._meeting, self._values = threading.Barrier(len(files), timeout=20), [None] * len(files)
+        self.savers = [
+            Saver(
+                SimpleNamespace(snapshot=lambda *_, buffers, rank=rank: self._snapshot(folder, rank, files[rank])),
+                SimpleNamespace(size=self.size, rank=rank, is_main=rank == 0, device=torch.device("cpu"),
+                                gather=lambda value, rank=rank: self.gather(rank, value),
+                                broadcast=lambda value, rank=rank: self.gather(rank, value)[0]),
+                folder, background=True, retention=Retention(keep_last, None), bytes_needed=0,
+                published=self.reports.append, beat=lambda rank=rank: self._beat(rank),
+            ) for rank in range(self.size)
+        ]  # fmt: skip
+        self._step = 0
+
+    def _snapshot(self, folder: Path, rank: int, files: dict[str, object]) -> Snapshot:
+        step_dir = folder / f"step_{self._step}"
+        step_dir.mkdir(parents=True, exist_ok=True)
+        named = {step_dir / name.format(rank=rank): content for name, content in files.items()}
+        return Snapshot(named, {"w": torch.ones(3)} if rank == 0 else None)
+
+    def gather(self, rank: int, value: object) -> list:
+        self._values[rank] = value
+        self._meeting.wait()
+        values = list(self._values)
+        self._meeting.wait()
+        return values
+
+    def _beat(self, rank: int) -> None:
+        self.beats[rank] += 1
+
+    def start(self, step: int) -> None:
+        self._step = step
+        state = RunState(
+            step=step, epoch=0.0, samples_consumed=0, tokens_seen=0, config={"model": {}}, data_fingerprint="f",
+            tracking_id=None, stage="sparse", versions={}, world_size=self.size, zero_stage=2, created="now",
+        )  # fmt: skip
+        self.each(lambda saver: saver.start(state))
+
+    def each(self, call) -> list:
+        """What `call(saver)` returns or raises, of every rank."""
+
+        def outcome(saver: Saver) -> object:
+            try:
+                return call(saver)
+            except CheckpointError as err:
+                return err
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(outcome, self.savers))
+
+    def one_step(self) -> list:
+        """What the trainer's loop does: the flags of all ranks, summed, to each."""
+        settled, failed = (sum(column) for column in zip(*self.each(Saver.flags), strict=True))
+        return self.each(lambda saver: saver.advance(settled, failed))
+
+
+SHARD = {"rank_{rank}_optim_states.pt": {"a": torch.ones(4)}}
+
+
+def until(true, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert true()
+
+
+def test_a_save_is_published_at_a_later_step_once_every_rank_has_written(tmp_path):
+    written = threading.Event()
+    ranks = Ranks(tmp_path, [SHARD, {"rank_{rank}_optim_states.pt": Slow(written)}])
+    ranks.start(3)
+    until(lambda: ranks.savers[0].flags() == (1.0, 0.0))
+    for _ in range(3):  # rank 1 still writes: nobody waits for it
+        assert ranks.one_step() == [None, None]
+    assert manifest.latest_tag(tmp_path) is None and not (tmp_path / "step_3" / "manifest.json").exists()
+    written.set()
+    until(lambda: ranks.one_step() == [None, None] and ranks.reports)
+    assert [report.tag for report in ranks.reports] == ["step_3"] and manifest.latest_tag(tmp_path) == "step_3"
+    assert len(manifest.read(tmp_path / "step_3").files) == 4
+    manifest.verify(tmp_path / "step_3")
+    assert ranks.one_step() == [None, None] and len(ranks.reports) == 1
+
+
+def test_a_writer_that_fails_on_one_rank_is_an_error_on_all_at_the_next_step(tmp_path):
+    ranks = Ranks(tmp_path, [SHARD, {"nowhere/rank_{rank}_optim_states.pt": {}}])
+    ranks.start(3)
+    until(lambda: ranks.savers[1].flags() == (1.0, 1.0) and ranks.savers[0].flags()[0])
+    errors = ranks.one_step()
+    for err in errors:
+        assert isinstance(err, CheckpointError) and str(err).startswith("step_3 was not saved:\n  rank 1: ")
+        assert "rank_1_optim_states.pt could not be written: No such file or directory" in str(err)
+    assert manifest.newest_good(tmp_path)[0] is None and ranks.reports == []
+
+
+def test_a_rank_that_waits_for_another_ranks_disk_gives_signs_of_life(tmp_path, monkeypatch):
+    """Rank 1 has written and waits: in one collective it would look hung to a watchdog."""
+    monkeypatch.setattr(saving, "BEAT_S", 0.02)
+    written = threading.Event()
+    ranks = Ranks(tmp_path, [{"rank_{rank}_optim_states.pt": Slow(written)}, SHARD])
+    ranks.start(3)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(ranks.each, Saver.finish)
+        until(lambda: min(ranks.beats) > 5)
+        assert not waiting.done()
+        written.set()
+        assert waiting.result() == [None, None]
+    assert manifest.latest_tag(tmp_path) == "step_3"
+
+
+def test_what_cannot_be_deleted_is_reported_and_the_save_stands(tmp_path, monkeypatch):
+    ranks = Ranks(tmp_path, [SHARD], keep_last=1)
+    ranks.start(1)
+    ranks.each(Saver.finish)
+    real = manifest.shutil.rmtree
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(manifest.shutil, "rmtree", refused)
+    for step in (2, 3):
+        ranks.start(step)
+        assert ranks.each(Saver.finish) == [None]
+    assert [str(one) for one in ranks.reports[-1].removed] == [
+        f"warning: {tag} could not be removed: [Errno 13] Permission denied: '{tmp_path / trash}'; delete it by hand"
+        for tag, trash in ((".trash-step_1", ".trash-step_1"), ("step_2", ".trash-step_2"))
+    ]
+    monkeypatch.setattr(manifest.shutil, "rmtree", real)
+    ranks.start(4)
+    ranks.each(Saver.finish)
+    assert [str(one) for one in ranks.reports[-1].removed] == ["removed step_3: older than the 1 newest; step_4 is good"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_4"]
+
+
+def test_a_checkpoint_that_cannot_be_read_back_is_not_said_to_be_unsaved_and_old_ones_stay(tmp_path, monkeypatch):
+    ranks = Ranks(tmp_path, [SHARD], keep_last=1)
+    ranks.start(1)
+    ranks.each(Saver.finish)
+    seal = manifest.seal
+
+    def seal_on_a_bad_disk(step_dir, **how):
+        sealed = seal(step_dir, **how)
+        (step_dir / "rank_0_optim_states.pt").open("r+b").write(b"0000")
+        return sealed
+
+    monkeypatch.setattr(manifest, "seal", seal_on_a_bad_disk)
+    ranks.start(2)
+    (err,) = ranks.each(Saver.finish)
+    assert str(err).startswith("step_2 was saved, and older ones stay, since reading it back failed:")
+    assert "rank_0_optim_states.pt: its sha256 is not that of the manifest" in str(err)
+    assert manifest.newest_good(tmp_path)[0] == tmp_path / "step_1"
+
+
+def test_an_error_of_the_disk_before_a_save_reaches_every_rank(tmp_path, monkeypatch):
+    ranks = Ranks(tmp_path, [SHARD, SHARD])
+
+    def dead(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(manifest, "free_bytes", dead)
+    ranks._step = 1
+    state = RunState(step=1, epoch=0.0, samples_consumed=0, tokens_seen=0, config={}, data_fingerprint="f", tracking_id=None,
+                     stage="sparse", versions={}, world_size=2, zero_stage=2, created="now")  # fmt: skip
+    assert [str(err) for err in ranks.each(lambda saver: saver.start(state))] == ["[Errno 5] Input/output error"] * 2
+
+
+def test_the_engines_own_loader_runs_nothing_in_a_file(tmp_path):
+    """The seam itself: what DeepSpeed calls, whatever was checked before it."""
+
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"module": Evil()}, tmp_path / "mp_rank_00_model_states.pt")
+    with pytest.raises(CheckpointError, match="nothing in it was run"):
+        _SafeFiles().load(str(tmp_path / "mp_rank_00_model_states.pt"), map_location="cpu")
+    assert not (tmp_path / "ran").exists()
+
+
+# -- the run's folder ---------------------------------------------------------------------------------------------
+
+
+def test_run_json_is_on_disk_before_it_has_its_name_and_a_damaged_one_is_said_once(tmp_path, monkeypatch, capsys):
+    folder, synced = RunFolder(tmp_path), []
+    fsync = manifest._fsync
+    monkeypatch.setattr(manifest, "_fsync", lambda path: (synced.append(path.name), fsync(path)))
+    folder.update_run(status="running", step=3)
+    assert synced == ["run.json.tmp", tmp_path.name] and folder.read_run()["step"] == 3
+    folder.run_json.write_bytes(b"")  # a power cut, on a disk that lies
+    assert folder.read_run() == {} == folder.read_run() and folder.holds_a_run()
+    said = capsys.readouterr().out
+    assert said.count("run.json: not JSON") == 1 and "going on without" in said
+    folder.update_run(step=4)
+    assert folder.read_run()["step"] == 4
+
+
+def test_a_disk_that_refuses_run_json_as_well_does_not_change_the_exit_code(tmp_path, capsys):
+    folder = RunFolder(tmp_path)
+    (folder.run_json / "in_the_way").mkdir(parents=True)
+    train._record_failure(folder, "step_4 was not saved")
+    assert "run.json could not be written" in capsys.readouterr().err
+
+
+def test_what_lies_after_the_step_resumed_from_is_set_aside_whatever_it_is(tmp_path):
+    (tmp_path / "step_9").write_text("a file of somebody's")
+    (tmp_path / "step_8").mkdir()
+    (tmp_path / "step_8" / "manifest.json").touch()
+    (tmp_path / "step_7").mkdir()
+    (tmp_path / "step_7" / "config.json.tmp").touch()
+    said = RunFolder(tmp_path).set_aside(6)
+    assert [line.split(":")[1].strip() for line in said] == ["removed", "moved to segments/step_8.0", "moved to segments/step_9.0"]
+    assert (tmp_path / "segments" / "step_9.0").read_text() == "a file of somebody's"
+    assert not list(tmp_path.glob("step_*"))
+    (tmp_path / "step_7").touch()
+    with pytest.raises(CheckpointError, match="step_7 is or holds what is not of this project"):
+        manifest.clear_torn(tmp_path / "step_7")

@@ -1,72 +1,89 @@
-"""Every corruption is named, by verify and by resume; nothing in a file is run; the predecessor's files resume."""
+"""Every corruption is named, by verify and by resume; nothing in a file is run; what a run is told anew is said and done.
+
+One launch makes checkpoints of ZeRO 1, 2 and 3 on two ranks, a second one resumes what the tests have made of them.
+"""
 
 from __future__ import annotations
 
+import json
+import mmap
 import os
+import pickle
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, Case, run_cases, train_alone
+from launching import ROOT, Case, run_cases
 
-from gsa.checkpoint import manifest
-from gsa.checkpoint.full_state import read_full_state
+from gsa.checkpoint import full_state, manifest, safe_load
+from gsa.checkpoint.full_state import read_full_state, read_run_state
+from gsa.checkpoint.manifest import CheckpointError
+from gsa.checkpoint.state import CLIENT_KEY, VERSION
+from gsa.weights import load_weights, save_weights
 from training import checkpoints, train, verify
+from training.config import ConfigError
 from training.metrics import read_rows
 
-FILES = (
-    "zero_pp_rank_0_mp_rank_00_optim_states.pt", "zero_pp_rank_1_mp_rank_00_optim_states.pt",
-    "mp_rank_00_model_states.pt", "model.safetensors", "config.json", "manifest.json",
-)  # fmt: skip
+MODEL = "mp_rank_00_model_states.pt"
+OPTIMIZER = tuple(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1))
+FILES = {
+    2: (*OPTIMIZER, MODEL, "model.safetensors", "config.json", "manifest.json"),
+    3: (*(f"bf16_{name}" for name in OPTIMIZER), *(f"zero_pp_rank_{rank}_{MODEL}" for rank in (0, 1)),
+        "model.safetensors", "config.json", "manifest.json"),
+}  # fmt: skip
+RATES = ("training.learning_rate=1e-3", "training.weight_decay=0.3", "training.grad_clip=0.5", "training.max_steps=12",
+         "training.lr_scheduler=linear")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def argv(tiny_yaml) -> Callable[..., tuple[str, ...]]:
+    """Arguments of a run: its ZeRO stage, its folder, and more."""
+
+    def arguments(stage: int, folder: Path, *extra: str) -> tuple[str, ...]:
+        precision = "bf16" if stage == 3 else "fp32"
+        return ("--config", str(tiny_yaml), "--output_dir", str(folder), "model.n_layers=1", "training.eval_interval=0",
+                "training.eval_windows=1", "--deepspeed_config", str(ROOT / "ds_configs" / f"zero{stage}.json"),
+                f"training.precision={precision}", *extra)  # fmt: skip
+
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory, argv) -> dict[int, Path]:
+    """By ZeRO stage: a run of two ranks with step_1 and step_2; ZeRO 3 in bf16. Copy before you change one."""
+    base = tmp_path_factory.mktemp("good")
+    folders = {stage: base / str(stage) for stage in (1, 2, 3)}
+    two_saves = ("training.stop_at_step=2", "training.save_interval=1")
+    run_cases(2, [Case(str(stage), argv(stage, folder, *two_saves)) for stage, folder in folders.items()], base)
+    return folders
 
 
 @pytest.fixture
-def copy(a_run, tmp_path) -> Path:
-    shutil.copytree(a_run, tmp_path / "run")
-    return tmp_path / "run"
+def copy(good, tmp_path) -> Callable[[int], Path]:
+    def copied(stage: int) -> Path:
+        shutil.copytree(good[stage], tmp_path / str(stage), dirs_exist_ok=True)
+        return tmp_path / str(stage)
+
+    return copied
 
 
-def refused(step_dir: Path, capsys, named: str) -> None:
-    capsys.readouterr()
-    assert verify.main([str(step_dir)]) == 1
-    out = capsys.readouterr()
-    assert "✗" in out.out and named in out.out and "Traceback" not in out.out + out.err
-    with pytest.raises(manifest.CheckpointError, match=named.replace(".", r"\.")):
-        manifest.verify(step_dir)
+def forge(step_dir: Path, change: Callable[[dict], None]) -> None:
+    """Changes the model's file, which holds plain values and tensors, and seals the checkpoint again."""
+    data = torch.load(step_dir / MODEL, weights_only=True)
+    change(data)
+    torch.save(data, step_dir / MODEL)
+    manifest.seal(step_dir)
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["bit", "truncated", "deleted"])
-def test_damage_to_any_file_is_refused_by_name(copy, capsys, name, damage):
-    path = copy / "step_6" / name
-    data = bytearray(path.read_bytes())
-    if damage == "bit":
-        data[random.Random(name).randrange(len(data))] ^= 1 << random.Random(name).randrange(8)
-    path.write_bytes(data[: len(data) // 2] if damage == "truncated" else data)
-    if damage == "deleted":
-        path.unlink()
-    refused(copy / "step_6", capsys, name)
-
-
-def test_shards_swapped_between_ranks_are_refused(copy, capsys):
-    a, b = (copy / "step_6" / name for name in FILES[:2])
-    a.rename(copy / "x"), b.rename(a), (copy / "x").rename(b)
-    for name in FILES[:2]:
-        refused(copy / "step_6", capsys, name)
-
-
-def test_auto_passes_a_damaged_checkpoint_over(copy, tiny_yaml):
-    path = copy / "step_6" / FILES[0]
-    path.write_bytes(path.read_bytes()[:-1])
-    argv = ("--config", str(tiny_yaml), "--output_dir", str(copy), "training.stop_at_step=4", "--resume_from")
-    done = train_alone([*argv, "step_6"])
-    assert done.returncode == 3 and FILES[0] in done.stderr and "Traceback" not in done.stderr
-    done = train_alone([*argv, "auto"])
-    assert done.returncode == 0, done.stderr
-    assert f"passed over: step_6: {FILES[0]}" in done.stdout and "continuing at step 4 of 4" in done.stdout
-    assert "taking it up on 1 at ZeRO 2" in done.stdout
+def forge_shard(step_dir: Path, rank: int, change: Callable[[dict], None]) -> None:
+    """Changes tensors of an optimizer shard where they lie in the file, and seals the checkpoint again."""
+    with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
+        shard = safe_load.load(step_dir / OPTIMIZER[rank], extra_allowed=full_state._STAND_INS, mmap=True)
+        change(shard["optimizer_state_dict"])
+    manifest.seal(step_dir)
 
 
 class Evil:
@@ -77,84 +94,326 @@ class Evil:
         return os.system, (f"touch {self.marker}",)
 
 
-def test_a_malicious_pickle_in_any_file_is_refused_and_not_run(tmp_path, tiny_yaml):
-    """ZeRO 1, 2, 3, each file in turn, resealed: verify, the checks before a launch, and the engine's own loaders."""
+# -- damage: verify, and resume before a launch ---------------------------------------------------------------
 
-    def argv(stage: int, folder: Path, *extra: str) -> tuple[str, ...]:
-        return ("--config", str(tiny_yaml), "--output_dir", str(folder), "model.n_layers=1", "training.eval_interval=0",
-                "--deepspeed_config", str(ROOT / "ds_configs" / f"zero{stage}.json"), *extra)  # fmt: skip
 
-    stages = (1, 2, 3)
-    good = {stage: tmp_path / f"good_{stage}" for stage in stages}
-    run_cases(2, [Case(f"{s}", argv(s, good[s], "training.stop_at_step=1")) for s in stages], tmp_path)
-    marker, cases, refused_before = tmp_path / "ran", [], []
-    for stage in stages:
-        names = sorted(path.name for path in (good[stage] / "step_1").glob("*.pt"))
-        assert len(names) == {1: 3, 2: 3, 3: 4}[stage]
-        for name in names:
-            folder = tmp_path / f"bad_{stage}_{name}"
-            shutil.copytree(good[stage], folder)
-            torch.save({"module": Evil(marker), "optimizer_state_dict": Evil(marker)}, folder / "step_1" / name)
-            manifest.seal(folder / "step_1")
-            said: list[str] = []
-            assert not verify.verify_and_tell(folder / "step_1", say=said.append)
-            assert name in said[-1] and "nothing in it was run" in said[-1]
-            resume = argv(stage, folder, "--resume_from", "step_1")
-            if name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
-                with pytest.raises(manifest.CheckpointError, match="nothing in it was run"):
-                    train.prepare(train.parse(list(resume)))
-                refused_before.append(name)
-            else:
-                cases.append(Case(f"{stage} {name}", resume, 3))
-    assert len(refused_before) == 3 and len(cases) == 7
-    output = run_cases(2, cases, tmp_path)
-    assert output.count("nothing in it was run") == 7 * 2  # on both ranks, none of which waits for the other
+def refused(step_dir: Path, capsys, argv, stage: int, *names: str) -> None:
+    """By verify, with all of the names in what it prints, and by resume, by path."""
+    capsys.readouterr()
+    assert verify.main([str(step_dir)]) == 1
+    out = capsys.readouterr()
+    assert "✗" in out.out and "Traceback" not in out.out + out.err
+    with pytest.raises(CheckpointError) as by_resume:
+        train.prepare(train.parse([*argv(stage, step_dir.parent, "--resume_from", step_dir.name)]))
+    for name in names:
+        assert name in out.out and name in str(by_resume.value)
+
+
+@pytest.mark.parametrize("damage", ["bit", "truncated", "deleted"])
+@pytest.mark.parametrize(("stage", "name"), [(stage, name) for stage, names in FILES.items() for name in names])
+def test_damage_to_any_file_is_refused_by_name(copy, capsys, argv, stage, name, damage):
+    step_dir = copy(stage) / "step_2"
+    assert {path.name for path in step_dir.iterdir()} == set(FILES[stage])
+    path, dice = step_dir / name, random.Random(f"{stage} {name}")
+    data = path.read_bytes()
+    if damage == "bit":
+        for at in sorted({0, len(data) - 1, *(dice.randrange(len(data)) for _ in range(4))}):
+            flipped = bytearray(data)
+            flipped[at] ^= 1 << dice.randrange(8)
+            path.write_bytes(flipped)
+            refused(step_dir, capsys, argv, stage, name)
+        return
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(data[: dice.randrange(len(data))])
+    refused(step_dir, capsys, argv, stage, name)
+
+
+@pytest.mark.parametrize(("stage", "kind"), [(2, "optim_states"), (3, "optim_states"), (3, "model_states")])
+def test_files_swapped_between_ranks_are_refused(copy, capsys, argv, stage, kind):
+    step_dir = copy(stage) / "step_2"
+    a, b = (step_dir / name for name in FILES[stage] if "_pp_rank_" in name and kind in name)
+    one, other = a.read_bytes(), b.read_bytes()
+    a.write_bytes(other), b.write_bytes(one)
+    # model shards of ZeRO 3 are placeholders: where they are equal, nothing has been swapped
+    if one != other:
+        refused(step_dir, capsys, argv, stage, a.name, b.name)
+    assert one != other or kind == "model_states"
+
+
+def test_one_bad_checkpoint_among_all_is_an_exit_code(copy, capsys):
+    run = copy(2)
+    assert verify.main([str(run), "--all"]) == 0
+    (run / "step_1" / "config.json").write_text("{}")
+    assert verify.main([str(run), "--all"]) == 1
+    assert "1 of 2 checkpoints are good" in capsys.readouterr().out
+
+
+# -- whole by their hashes, and wrong: sealed again after the change -------------------------------------------
+
+
+def not_verified(step_dir: Path) -> str:
+    said: list[str] = []
+    assert not verify.verify_and_tell(step_dir, say=said.append)
+    assert said[-1].startswith("✗")
+    return said[-1]
+
+
+def test_a_configuration_beside_the_weights_that_is_not_the_shards_is_found(copy):
+    step_dir = copy(2) / "step_2"
+    config = json.loads((step_dir / "config.json").read_text())
+    config["training"]["seed"] = 8
+    (step_dir / "config.json").write_text(json.dumps(config))
+    manifest.seal(step_dir)
+    assert "config.json is not the configuration in the shards" in not_verified(step_dir)
+
+
+def test_shapes_are_compared_with_the_configuration(copy, argv):
+    step_dir = copy(2) / "step_2"
+    config = json.loads((step_dir / "config.json").read_text())
+    config["model"]["d_ffn"] = 32
+    (step_dir / "config.json").write_text(json.dumps(config))
+    forge(step_dir, lambda data: data[CLIENT_KEY]["config"]["model"].update(d_ffn=32))
+    said = not_verified(step_dir)
+    assert "ffn.down_proj.weight is (32, 64) in the shards and (32, 32) by the configuration" in said
+
+
+def test_weights_for_use_that_are_not_the_masters_are_found(copy):
+    step_dir = copy(2) / "step_2"
+    _, weights = load_weights(step_dir)
+    weights["norm.weight"] = weights["norm.weight"] + 1e-3
+    save_weights(weights, read_run_state(step_dir).config, step_dir)
+    manifest.seal(step_dir)
+    assert "norm.weight is not what the float32 masters in the shards round to" in not_verified(step_dir)
+    weights["norm.weight"] = torch.ones(3)
+    save_weights(weights, read_run_state(step_dir).config, step_dir)
+    manifest.seal(step_dir)
+    assert "model.safetensors: norm.weight is (3,), by the configuration (32,)" in not_verified(step_dir)
+
+
+@pytest.mark.parametrize("what", ["master", "exp_avg_sq"])
+def test_a_number_that_is_not_finite_is_found(copy, what):
+    step_dir = copy(2) / "step_2"
+
+    def spoil(state: dict) -> None:
+        adam = state["base_optimizer_state"]["state"][0]
+        tensor = state["single_partition_of_fp32_groups"][0] if what == "master" else adam[what]
+        with torch.no_grad():
+            tensor.view(-1)[5] = float("nan")
+
+    forge_shard(step_dir, 1, spoil)
+    assert f"{what} of " in (said := not_verified(step_dir)) and "is not finite" in said
+
+
+def test_ranks_that_have_taken_other_numbers_of_updates_are_found(copy, argv):
+    step_dir = copy(2) / "step_2"
+    forge_shard(step_dir, 1, lambda state: state["base_optimizer_state"]["state"][0]["step"].add_(1))
+    said = not_verified(step_dir)
+    assert OPTIMIZER[1] in said and "Adam has taken 3 updates of " in said and "here, 2 in the shards before it" in said
+
+
+def test_a_renamed_folder_is_refused_by_verify_and_by_resume(copy, argv, capsys):
+    run = copy(2)
+    (run / "step_2").rename(run / "step_20")
+    refused(run / "step_20", capsys, argv, 2, "step_20 holds step 2: it was renamed; give it its name back")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_pickle_under_the_name_of_a_file_that_is_none_is_refused_and_not_run(copy, tmp_path, name):
+    step_dir, marker = copy(2) / "step_2", tmp_path / "ran"
+    for content in (pickle.dumps(Evil(marker)), None):
+        if content is None:
+            torch.save(Evil(marker), step_dir / name)
+        else:
+            (step_dir / name).write_bytes(content)
+        manifest.seal(step_dir)
+        assert name in not_verified(step_dir)
+        with pytest.raises(CheckpointError, match=name):
+            load_weights(step_dir)
     assert not marker.exists()
 
 
-def test_list_prune_pin_and_diff(copy, capsys):
-    assert checkpoints.main(["list", str(copy)]) == 0
-    assert "step_6" in (out := capsys.readouterr().out) and "complete, latest" in out and "2 x ZeRO 2" in out
-    assert checkpoints.main(["pin", str(copy / "step_3")]) == 0
-    assert checkpoints.main(["prune", str(copy), "--keep_last", "1", "--yes"]) == 0
-    assert (copy / "step_3").exists()
-    assert checkpoints.main(["unpin", str(copy / "step_3")]) == 0
-    capsys.readouterr()
-    assert checkpoints.main(["diff", str(copy / "step_3"), str(copy / "step_6")]) == 0
-    assert "3 -> 6" in capsys.readouterr().out
-    assert checkpoints.main(["prune", str(copy), "--keep_last", "1"]) == 0
-    assert (copy / "step_3").exists() and "would remove step_3" in capsys.readouterr().out
-    assert checkpoints.main(["prune", str(copy), "--keep_last", "1", "--yes"]) == 0
-    assert not (copy / "step_3").exists()
-    assert checkpoints.main(["verify", str(copy)]) == 0
-    assert checkpoints.main(["list", str(copy / "nothing")]) == 1
+# -- the second launch ----------------------------------------------------------------------------------------
 
 
-# -- changed settings --------------------------------------------------------------------------------------
+def of_the_first_version(state: dict) -> dict:
+    newer = ("epoch_offset", "indexer_start", "decided", "skipped")
+    return {**{key: value for key, value in state.items() if key not in newer}, "version": 1}
 
 
-def test_changed_settings_are_refused_then_run(copy, tiny_yaml):
-    argv = ["--config", str(tiny_yaml), "--output_dir", str(copy), "--resume_from", "step_3", "training.stop_at_step=4",
-            "training.learning_rate=1e-3", "training.weight_decay=0.3", "training.grad_clip=0.5", "training.max_steps=12",
-            "training.lr_scheduler=linear"]  # fmt: skip
-    done = train_alone(argv)
-    assert done.returncode == 2 and "training.weight_decay (0.1 there, 0.3 here)" in done.stderr
-    done = train_alone([*argv, "--allow_config_change"])
-    assert done.returncode == 0, done.stderr
-    assert "training.learning_rate: 0.003 -> 0.001 (changes the curve)" in done.stdout
-    assert "training.max_steps: 6 -> 12 (harmless)" in done.stdout
-    row = [r for r in read_rows(copy / "metrics.jsonl") if "loss" in r][-1]
-    factor = 0.3 + 0.7 * (1 - 1 / 10)  # linear from step 2 to 12; the update after 3 steps
-    assert row["step"] == 4 and row["lr"] == pytest.approx(1e-3 * factor)
-    state = read_full_state(copy / "step_4")
+@pytest.fixture(scope="module")
+def lives(tmp_path_factory, good, argv):
+    """Folders of the resumed runs by name, beside what was printed, and where malicious files would have left a mark."""
+    base = tmp_path_factory.mktemp("lives")
+
+    def copied(stage: int, name: str) -> Path:
+        shutil.copytree(good[stage], base / name)
+        return base / name
+
+    cases = []
+    for stage in (2, 3):
+        resume = ("--resume_from", "step_1", "training.stop_at_step=2", *RATES, "--allow_config_change")
+        cases.append(Case(f"rates_{stage}", argv(stage, copied(stage, f"rates_{stage}"), *resume)))
+    first = copied(2, "first_version")
+    forge(first / "step_2", lambda data: data.update({CLIENT_KEY: of_the_first_version(data[CLIENT_KEY])}))
+    length = ("--resume_from", "step_2", "training.max_seq_len=16", "--allow_config_change", "training.stop_at_step=3")
+    damaged = copied(2, "damaged") / "step_2" / OPTIMIZER[0]
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    cases += [
+        Case("first_version", argv(2, first, "--resume_from", "step_2", "training.stop_at_step=3")),
+        Case("length", argv(2, copied(2, "length"), *length)),
+        Case("damaged", argv(2, base / "damaged", "--resume_from", "auto", "training.stop_at_step=2")),
+        Case("straight", argv(2, copied(2, "straight"), "--resume_from", "auto", "training.stop_at_step=3")),
+    ]
+    for stage in (1, 2, 3):
+        for name in sorted(path.name for path in (good[stage] / "step_2").glob("*.pt")):
+            folder = copied(stage, f"evil_{stage}_{name}")
+            content = {"module": Evil(base / "ran"), "optimizer_state_dict": Evil(base / "ran")}
+            torch.save(content, folder / "step_2" / name)
+            manifest.seal(folder / "step_2")
+            if name not in (MODEL, f"zero_pp_rank_0_{MODEL}"):  # these are refused before a launch
+                cases.append(Case(folder.name, argv(stage, folder, "--resume_from", "step_2"), 3))
+    return base, run_cases(2, cases, base)
+
+
+def test_a_malicious_pickle_in_any_file_is_refused_and_not_run(lives, argv):
+    """ZeRO 1, 2, 3, each file in turn, resealed: verify, the checks before a launch, and each rank before its load."""
+    base, output = lives
+    folders = sorted(base.glob("evil_*"))
+    assert len(folders) == 3 + 3 + 4
+    for folder in folders:
+        stage, name = int(folder.name.split("_")[1]), folder.name.split("_", 2)[2]
+        assert name in (said := not_verified(folder / "step_2")) and "nothing in it was run" in said
+        if name in (MODEL, f"zero_pp_rank_0_{MODEL}"):
+            with pytest.raises(CheckpointError, match="nothing in it was run"):
+                train.prepare(train.parse([*argv(stage, folder, "--resume_from", "step_2")]))
+        else:
+            # on both ranks, none of which waits for the other
+            assert output.count(f"{folder / 'step_2' / name}: refused, and nothing in it was run") == 2
+    assert not (base / "ran").exists()
+
+
+def test_auto_passes_a_damaged_checkpoint_over(lives):
+    base, output = lives
+    assert f"passed over: step_2: {OPTIMIZER[0]}" in output
+    assert (base / "damaged" / "latest").read_text().strip() == "step_2"  # trained and saved again
+    manifest.verify(base / "damaged" / "step_2")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_changed_rates_are_what_runs_although_deepspeed_brings_back_the_old(lives, stage):
+    """As many ranks and the same stage: DeepSpeed's own loader restores rate, decay and clipping."""
+    base, output = lives
+    assert "training.learning_rate: 0.003 -> 0.001 (changes the curve)" in output
+    assert "training.max_steps: 6 -> 12 (harmless)" in output
+    row = [r for r in read_rows(base / f"rates_{stage}" / "metrics.jsonl") if "loss" in r][-1]
+    assert row["step"] == 2 and row["lr"] == pytest.approx(1e-3)  # the last step of warm-up, to another peak
+    step_dir = base / f"rates_{stage}" / "step_2"
+    state = read_full_state(step_dir)
     assert state.groups["decay"]["weight_decay"] == 0.3 and state.groups["no_decay"]["weight_decay"] == 0.0
-    shard = torch.load(next((copy / "step_4").glob("*optim_states.pt")), weights_only=False)
-    assert shard["optimizer_state_dict"]["clip_grad"] == 0.5
+    # of the next step: the first on the line from step 2 to 12
+    assert state.groups["decay"]["lr"] == pytest.approx(1e-3) and state.schedule["base_lrs"][0] == 1e-3
+    if stage == 2:  # ZeRO 3 keeps no clipping in its files
+        shard = safe_load.load(step_dir / OPTIMIZER[0], extra_allowed=full_state._STAND_INS)
+        assert shard["optimizer_state_dict"]["clip_grad"] == 0.5
 
 
-def test_another_window_length_carries_the_position_over_in_tokens(copy, tiny_yaml):
-    done = train_alone(["--config", str(tiny_yaml), "--output_dir", str(copy), "--resume_from", "step_3",
-                        "training.stop_at_step=4", "training.max_seq_len=16", "--allow_config_change"])  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    row = [r for r in read_rows(copy / "metrics.jsonl") if "loss" in r][-1]
-    assert row["samples"] == 3 * 8 * 2 + 8 and row["tokens"] == 3 * 8 * 32 + 8 * 16
+def test_a_checkpoint_of_the_first_version_is_verified_and_goes_on_like_one_of_this(lives):
+    base, _ = lives
+    assert verify.verify_and_tell(base / "first_version" / "step_2", say=lambda line: None)
+    assert read_run_state(base / "first_version" / "step_2").indexer_start == 0
+    ours, theirs = (manifest.read(base / name / "step_3").files for name in ("first_version", "straight"))
+    same = ["model.safetensors", *OPTIMIZER]
+    assert all(ours[name] == theirs[name] for name in same)
+    state = torch.load(base / "first_version" / "step_3" / MODEL, weights_only=True)[CLIENT_KEY]
+    assert state["version"] == VERSION > 1 and state["decided"] == {}
+
+
+def test_another_window_length_carries_the_position_over_in_tokens(lives):
+    row = [r for r in read_rows(lives[0] / "length" / "metrics.jsonl") if "loss" in r][-1]
+    assert row["samples"] == 2 * 8 * 2 + 8 and row["tokens"] == 2 * 8 * 32 + 8 * 16
+
+
+# -- what has changed since: before a launch ------------------------------------------------------------------
+
+
+def start(argv, folder: Path, *extra: str):
+    """On one rank here: the checkpoint was made by two."""
+    return train.prepare(train.parse([*argv(2, folder, "--resume_from", "step_2", *extra)])).start
+
+
+def test_what_bends_the_curve_needs_a_word_and_what_is_impossible_has_none(copy, argv):
+    run = copy(2)
+    with pytest.raises(ConfigError, match=r"training.weight_decay \(0.1 there, 0.3 here\)"):
+        start(argv, run, *RATES)
+    assert start(argv, run, *RATES, "--allow_config_change").state.step == 2
+    for allowed in ((), ("--allow_config_change",)):
+        with pytest.raises(ConfigError, match="made with another model.d_ffn: its tensors do not fit"):
+            start(argv, run, "model.d_ffn=32", *allowed)
+
+
+def test_the_same_global_batch_made_up_otherwise_is_harmless(copy, argv, capsys):
+    run = copy(2)
+    unset = ("training.global_batch_size=null", "training.gradient_accumulation_steps=4")
+    assert start(argv, run, *unset).state.step == 2
+    assert "training.global_batch_size: 8 -> None (harmless)" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"training.global_batch_size \(8 there, 4 here\)"):
+        start(argv, run, unset[0], "training.gradient_accumulation_steps=2")
+
+
+def test_the_same_text_in_another_place_is_harmless(copy, argv, corpus, tmp_path, capsys):
+    shutil.copytree(corpus, tmp_path / "elsewhere")
+    assert start(argv, copy(2), f"data.data_dir={tmp_path / 'elsewhere'}").state.step == 2
+    said = capsys.readouterr().out
+    assert f"data.data_dir: '{corpus}' -> '{tmp_path / 'elsewhere'}' (harmless)" in said
+    half = f"data.mixture={{{corpus}: 0.5, {tmp_path / 'elsewhere'}: 0.5}}"
+    with pytest.raises(ConfigError, match="data.mixture"):  # the same documents in another order
+        start(argv, copy(2), half)
+
+
+def test_a_deepspeed_configuration_that_changes_the_numbers_needs_a_word(copy, argv, tmp_path, capsys):
+    json_file, run = tmp_path / "ds.json", copy(2)
+    ours = ("--deepspeed_config", str(json_file))
+    zero = {"stage": 2, "reduce_bucket_size": 1000}
+    json_file.write_text(json.dumps({"zero_optimization": zero}))
+    assert start(argv, run, *ours).state.step == 2
+    assert "deepspeed_config.zero_optimization.reduce_bucket_size: 50000000 -> 1000 (harmless)" in capsys.readouterr().out
+    numbers = {"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}}
+    json_file.write_text(json.dumps({"zero_optimization": zero, **numbers}))
+    with pytest.raises(ConfigError) as err:
+        start(argv, run, *ours)
+    for key in ("communication_data_type (None there, 'bf16' here)", "data_types.grad_accum_dtype (None there, 'bf16' here)"):
+        assert f"deepspeed_config.{key}" in str(err.value)
+    assert start(argv, run, *ours, "--allow_config_change").state.step == 2
+
+
+def test_infinity_is_refused_before_it_could_spoil_the_first_save(argv, tmp_path):
+    with pytest.raises(ConfigError, match="configuration.training.grad_clip is inf"):
+        train.prepare(train.parse([*argv(2, tmp_path / "run", "training.grad_clip=.inf")]))
+
+
+# -- tools ----------------------------------------------------------------------------------------------------
+
+
+def test_list_prune_pin_and_diff(copy, capsys):
+    run = copy(2)
+    one, two = run / "step_1", run / "step_2"
+    assert checkpoints.main(["list", str(run)]) == 0
+    assert "step_2" in (out := capsys.readouterr().out) and "complete, latest" in out and "2 x ZeRO 2" in out
+    assert checkpoints.main(["pin", str(one)]) == 0
+    assert checkpoints.main(["prune", str(run), "--keep_last", "1", "--yes"]) == 0
+    assert one.exists()
+    assert checkpoints.main(["unpin", str(one)]) == 0
+    capsys.readouterr()
+    assert checkpoints.main(["diff", str(one), str(two)]) == 0
+    assert "1 -> 2" in capsys.readouterr().out
+    assert checkpoints.main(["prune", str(run), "--keep_last", "1"]) == 0
+    assert one.exists() and "would remove step_1" in capsys.readouterr().out
+    (run / "run.json").write_text('{"status": "running"}')
+    assert checkpoints.main(["prune", str(run), "--keep_last", "1"]) == 0  # looking is free
+    assert checkpoints.main(["prune", str(run), "--keep_last", "1", "--yes"]) == 2
+    assert one.exists() and "says that the run goes on" in capsys.readouterr().err
+    assert checkpoints.main(["prune", str(run), "--keep_last", "1", "--yes", "--force"]) == 0
+    assert not one.exists()
+    assert checkpoints.main(["verify", str(run)]) == 0
+    assert checkpoints.main(["list", str(run / "nothing")]) == 1

@@ -13,7 +13,7 @@ import pytest
 from launching import ROOT, rank_environment
 
 RANK = textwrap.dedent("""
-    import sys, time
+    import shutil, sys, time
     from pathlib import Path
     from training.watchdog import Watchdog
 
@@ -32,6 +32,10 @@ RANK = textwrap.dedent("""
             time.sleep(0.02)
             if mode == "fine" and step == 20:
                 break
+            if mode == "disk" and step == 3:
+                shutil.rmtree(folder / ".ranks")  # from now on the disk refuses
+                time.sleep(2.5)
+                raise ValueError("what the run ends with")
             if mode == "patient" and step == 3:
                 dog.beat("save")
                 time.sleep(5)
@@ -96,6 +100,15 @@ def test_a_stopped_rank_is_named_by_the_living(tmp_path):
         pair[1].communicate()
     assert f"rank 1 (pid {pair[1].pid}" in text
     assert pair[0].returncode == 1
+
+
+def test_a_disk_that_refuses_is_said_once_and_does_not_hide_what_the_run_ends_with(tmp_path):
+    lone = subprocess.run(
+        [sys.executable, "-c", RANK, str(tmp_path), "0", "disk"], cwd=ROOT, env=rank_environment(),
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert lone.stderr.count("watchdog: rank 0 cannot write its sign of life: [Errno 2]") == 1
+    assert lone.returncode == 1 and lone.stderr.splitlines()[-1] == "ValueError: what the run ends with"
 
 
 def test_files_of_an_earlier_launch_say_nothing(tmp_path):
