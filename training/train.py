@@ -159,8 +159,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
     _require_plain(cfg)
     plan = plan_batch(cfg.training, environment_world_size())
     ds_config = resolve_ds_config(args.deepspeed_config, cfg, plan, args.config)
-    if cfg.training.backend == "triton" and not torch.cuda.is_available():
-        raise ConfigError("training.backend=triton needs a GPU, and torch sees none here; use auto or chunked")
+    require_backend(cfg)
     if cfg.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("logging.tensorboard=true needs a package that is not here: pip install tensorboard")
     folder = RunFolder(args.output_dir)
@@ -170,7 +169,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
         found = find_checkpoint(args.resume_from, folder) if args.resume_from else None
         if found is not None:
             cfg = decided_by(found, cfg)
-        data, _ = _open_data(cfg)  # builds the window tables, which the other ranks then find
+        data, _ = open_data(cfg)  # builds the window tables, which the other ranks then find
         if found is not None:
             start = start_from(found, cfg, plan, ds_config, data, args.allow_config_change)
             _require_work(start, cfg, folder)
@@ -192,7 +191,7 @@ def run(prepared: Prepared, world: World) -> int:
     # rank 0 alone has read the checkpoint, which may decide some keys
     cfg, start, launch = world.broadcast((prepared.cfg, prepared.start, time.time_ns()))
     try:
-        data, held_out = _open_data(cfg)
+        data, held_out = open_data(cfg)
         if world.is_main:
             folder.write_inputs(config_yaml=run_config.to_yaml(cfg), ds_config=prepared.ds_config)
         world.barrier()
@@ -255,6 +254,12 @@ def _require_work(start: Start, cfg: RunConfig, folder: RunFolder) -> None:
         )
 
 
+def require_backend(cfg: RunConfig) -> None:
+    """ConfigError when the kernels asked for need a device that is not here."""
+    if cfg.training.backend == "triton" and not torch.cuda.is_available():
+        raise ConfigError("training.backend=triton needs a GPU, and torch sees none here; use auto or chunked")
+
+
 def _require_same_shapes(checkpoint: Path, cfg: RunConfig) -> None:
     """The weights to start from must be there and fit the model."""
     saved = load_weights(checkpoint)[0]
@@ -264,7 +269,8 @@ def _require_same_shapes(checkpoint: Path, cfg: RunConfig) -> None:
         raise ConfigError(f"training.init_from={checkpoint}: its weights do not fit: {', '.join(wrong)}")
 
 
-def _open_data(cfg: RunConfig) -> tuple[PackedTokens, PackedTokens]:
+def open_data(cfg: RunConfig) -> tuple[PackedTokens, PackedTokens]:
+    """The training text and the held-out text of a run. DataError when they cannot serve its model."""
     sources = cfg.data.mixture or {cfg.data.data_dir: 1.0}
     length = cfg.training.max_seq_len
     data = PackedTokens(sources, split="train", max_seq_len=length, seed=cfg.training.seed)

@@ -25,19 +25,17 @@ from gsa.checkpoint.full_state import read_run_state
 from gsa.checkpoint.legacy import read_legacy
 from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import RunState
-from gsa.kernels.choice import Shape, resolve
-from gsa.weights import load_weights
 from training import config as run_config
 from training.banner import closing_summary, start_banner
+from training.building import build_engine
 from training.clock import StepClock
 from training.config import BatchPlan, RunConfig
 from training.console import Console, LogLevel
 from training.data import Loader, PackedTokens, past, permute
-from training.engine import DEEPSPEED_VERSION, Engine
+from training.engine import DEEPSPEED_VERSION
 from training.evaluate import evaluate, unigram_score
 from training.health import PARTS, UPDATED
 from training.metrics import MetricsLog, read_rows, rewind
-from training.optimizer import build_optimizer, build_schedule
 from training.receipt import Receipt, describe
 from training.resume import Start
 from training.run_folder import PROJECT, RunFolder, version
@@ -195,19 +193,11 @@ class Trainer:
         self._unigram_bpb: float | None = None
 
         self.telemetry = Telemetry(cfg, plan, ds_config, world)
-        # the CPU generator alone decides the weights: alike on every rank, stage and device
-        torch.manual_seed(cfg.training.seed)
-        model = GSAForCausalLM(cfg.model)
-        if start is None and cfg.training.init_from:
-            model.load_state_dict(load_weights(Path(cfg.training.init_from))[1])
-        backend, fault = self._backend()
-        model.set_backend(backend)
-        model.set_activation_checkpointing(cfg.training.recomputed)
-        if cfg.training.compile:
-            model.compile_parts()
+        built = build_engine(
+            cfg, ds_config, world, init_from=cfg.training.init_from if start is None else None
+        )
+        self.engine, fault = built.engine, built.fault
         self.n_layers = cfg.model.n_layers
-        optimizer = build_optimizer(model, cfg.training)
-        self.engine = Engine(model, optimizer, build_schedule(optimizer, cfg.training), ds_config)
         self.model: GSAForCausalLM = self.engine.module
 
         self.console = Console(world.is_main, self._end(), log_interval=cfg.training.log_interval, level=log_level)
@@ -250,14 +240,6 @@ class Trainer:
         )
 
     # -- before the first step -------------------------------------------------------------------------
-
-    def _backend(self) -> tuple[str, str | None]:
-        """One for all ranks, "auto" resolved; and what kept the first rank that found a fault from the fastest."""
-        c = self.cfg.model
-        dtype = torch.bfloat16 if self.cfg.training.precision == "bf16" else torch.float32
-        shape = Shape(c.n_heads, c.n_kv_heads, c.d_head, c.n_indexer_heads, c.d_indexer, dtype)
-        found = self.world.gather(resolve(self.cfg.training.backend, shape, self.world.device))
-        return next(((backend, fault) for backend, fault in found if fault), found[0])
 
     def _end(self) -> int:
         stop = self.cfg.training.stop_at_step

@@ -34,8 +34,7 @@ from training import ds_config
 from training.config import BatchPlan, ConfigError, RunConfig, global_batch_size, load_config, to_plain
 from training.data import DataError
 from training.run_folder import environment
-from training.train import FAILED, FINISHED, REFUSED_CONFIG, REFUSED_INPUT
-from training.train import _open_data as open_data
+from training.train import FAILED, FINISHED, REFUSED_CONFIG, REFUSED_INPUT, open_data, require_backend
 from training.trial import Outcome, says_out_of_memory
 
 NOISE = 0.02
@@ -400,8 +399,7 @@ def prepare(args: argparse.Namespace) -> Task:
     if args.memory_cap_gib is not None and not args.memory_cap_gib > 0:
         raise ConfigError(f"--memory_cap_gib {args.memory_cap_gib:g} must be above 0")
     cfg = load_config(args.config, args.overrides)
-    if cfg.training.backend == "triton" and not torch.cuda.is_available():
-        raise ConfigError("training.backend=triton needs a GPU, and torch sees none here; use auto or chunked")
+    require_backend(cfg)
     total = global_batch_size(to_plain(cfg), ranks)
     if total % ranks:
         raise ConfigError(
