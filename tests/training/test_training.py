@@ -262,8 +262,12 @@ def test_rows_carry_what_the_table_says(runs):
     for row in rows_of(runs / "2" / "zero2_sparse"):
         probed = set(PROBE_METRICS) if row["step"] % 3 == 0 else set()
         assert set(STEP_METRICS) | probed == set(row)
-        assert all(0 <= row[name] <= 1 for name in probed)
+        assert all(0 <= row[name] <= 1 for name in probed - {"layers"})
         if probed:
+            layers = row["layers"]
+            assert {len(values) for values in layers.values()} == {2}
+            assert row["indexer/coverage"] == pytest.approx(sum(layers["coverage"]) / 2)
+            assert row["indexer/coverage_worst"] == pytest.approx(min(layers["coverage"]))
             assert row["indexer/coverage_worst"] <= row["indexer/coverage"] <= row["indexer/oracle"]
         parts = sum(row[f"seconds_{part}"] for part in ("data", "forward", "backward", "step"))
         assert 0.5 * row["seconds"] < parts <= row["seconds"]
