@@ -142,7 +142,8 @@ def overhead(case: Case, folder: Path, pairs: int, steps: int) -> dict:
         turns = Interleaved(trainer, bare, micros, pairs, steps, case.tolerance)
         with patch.object(trainer, "_one_step", turns):
             try:
-                trainer.train()
+                reason = trainer.train()
+                raise RuntimeError(f"the trainer ended ({reason}) after {len(turns.ours)} of {pairs} pairs")
             except _Enough:
                 pass
         bare.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import inspect
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -44,40 +43,45 @@ if DEVICE == "cpu":
 
         interpreter.InterpreterBuilder.create_dot = create_dot
 
-        # What follows makes it two to four times as fast. Every integer sum is checked for overflow in 64 bits, as on
-        # no GPU; and every function that a kernel calls looks through all of triton.language again for what to replace.
+        # What follows makes it two to four times as fast. It checks every integer sum for overflow, in 64 bits, as no
+        # GPU does; and at every call within a kernel it puts its own in place of all of triton.language again.
         builder = interpreter.interpreter_builder
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-        builtins: dict[object, list[str]] = {}
+        replace_language, replaced = interpreter._patch_lang, set()
 
-        def patch_builtin(package, *rest):
-            if package not in builtins:
-                builtins[package] = [n for n, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
-            for name in builtins[package]:
-                member = getattr(package, name)
-                if tl.core.is_builtin(member):  # not yet replaced
-                    interpreter._patch_attr(package, name, member, *rest)
+        def replace_once(function):
+            if id(function.__globals__) not in replaced:
+                replaced.add(id(function.__globals__))
+                return replace_language(function)
 
-        interpreter._patch_builtin = patch_builtin
+        interpreter._patch_lang = replace_once
 
         # CPython keeps frames in chunks of 16 KB, and maps and unmaps one for every call made just at the end of
         # another. A frame of 9000 variables, 72 KB, gets 128 KB, and leaves the rest to all that a kernel calls.
         scope: dict = {}
         exec(f"def roomy(f, x, y):\n    return f(*x, **y)\n    {' = '.join(f'v{i}' for i in range(9000))} = 0", scope)
         launch = interpreter.GridExecutor.__call__
-        interpreter.GridExecutor.__call__ = lambda *args, **kwargs: scope["roomy"](launch, args, kwargs)
+
+        def launch_with_room(*args, **kwargs):
+            replaced.clear()  # the launch before has put triton.language back
+            return scope["roomy"](launch, args, kwargs)
+
+        interpreter.GridExecutor.__call__ = launch_with_room
     finally:
         del os.environ["TRITON_INTERPRET"]
 
 from gsa.kernels import triton_alignment, triton_attention, triton_select  # noqa: E402  in the mode set above
 
 
-def small_tiles(patch: pytest.MonkeyPatch, rows: int = 32) -> None:
-    """Tiles, blocks and strips so small that short sequences have several, and ragged ones."""
+def small_tiles(patch: pytest.MonkeyPatch, rows: int = 32, block: int = 32, strip: int = 5) -> None:
+    """Tiles, blocks and strips so small that short sequences have several, and ragged ones.
+
+    rows: of attention. block: keys that selection reads at a time. strip: sampled queries of the alignment loss.
+    """
     patch.setattr(triton_select, "STRIP", 16)
-    patch.setattr(triton_alignment, "STRIP", 5)
+    patch.setattr(triton_alignment, "STRIP", strip)
     patch.setattr(triton_select, "SCORE", triton_select.SCORE | {"BM": 16, "BN": 32})
-    patch.setattr(triton_select, "block_of", lambda S: 32)
+    patch.setattr(triton_select, "block_of", lambda S: block)
     for name in ("FORWARD", "BACKWARD_QUERIES", "BACKWARD_KEYS"):
         patch.setattr(triton_attention, name, getattr(triton_attention, name) | {"rows": rows, "BN": 32})
     for name in ("LOGITS", "QUERIES", "KEYS"):

@@ -296,8 +296,7 @@ def wrapped(tmp_path_factory, tiny_yaml) -> dict[str, tuple[Path, int, str]]:
     def until(true, event: str) -> None:
         deadline = time.monotonic() + 120
         while not true():
-            assert processes[event].poll() is None, processes[event].stdout.read()
-            assert time.monotonic() < deadline, event
+            assert processes[event].poll() is None and time.monotonic() < deadline, event
             time.sleep(0.05)
 
     ended = {}
@@ -323,11 +322,16 @@ def wrapped(tmp_path_factory, tiny_yaml) -> dict[str, tuple[Path, int, str]]:
         for event, process in processes.items():
             output = process.communicate(timeout=60)[0]
             ended[event] = (folders[event], process.returncode, output)
-    finally:
-        for process in processes.values():
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+    except BaseException:
+        for folder in folders.values():
+            for process in processes_of(folder):
+                process.kill()
+        raise
     return ended
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    return [p for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
 
 
 def watched(folder: Path, rank: int) -> dict:
@@ -337,8 +341,7 @@ def watched(folder: Path, rank: int) -> dict:
 
 @pytest.mark.parametrize("event", EVENTS)
 def test_the_wrapper_leaves_no_process_behind(wrapped, event):
-    folder = wrapped[event][0]
-    assert not [p.pid for p in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(p.info["cmdline"] or [])]
+    assert not processes_of(wrapped[event][0])
 
 
 @pytest.mark.parametrize(("event", "reason"), [("SIGTERM", "SIGTERM"), ("SIGUSR1 to rank 1", "SIGUSR1")])

@@ -20,7 +20,7 @@ WAY = Way("triton", triton_backend, torch.float32, triton_here.DEVICE, bound=1e-
 
 @pytest.fixture(autouse=True)
 def small_tiles_and_garbage(monkeypatch):
-    triton_here.small_tiles(monkeypatch, rows=64)
+    triton_here.small_tiles(monkeypatch, rows=64, block=64, strip=24)
     triton_here.garbage(monkeypatch)
 
 
