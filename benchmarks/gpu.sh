@@ -31,8 +31,8 @@ every=(kernels operations head step train_step ratio run contrasts variants)
 failed=0
 
 try() {
-    echo "== $*"
-    "$@" || { code=$?; echo "== failed ($code): $*"; [ "$failed" -ne 0 ] || failed=$code; }
+    echo "== $*" >&2
+    "$@" || { code=$?; echo "== failed ($code): $*" >&2; [ "$failed" -ne 0 ] || failed=$code; }
 }
 
 on_gpu() {

@@ -59,6 +59,8 @@ WAYS: dict[str, Callable] = {
     "row chunks": _RowChunks.apply,
     "blocks": lambda hidden, weight, targets: linear_cross_entropy(hidden, weight, targets, float(len(targets))),
 }
+if torch.cuda.is_available():
+    WAYS["blocks, triton"] = lambda h, w, t: linear_cross_entropy(h, w, t, float(len(t)), "triton")
 if hasattr(F, "linear_cross_entropy"):
     WAYS["torch's linear_cross_entropy"] = F.linear_cross_entropy
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -15,7 +16,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def commit() -> str:
-    """The short hash of the checkout, with "+" when files differ from it."""
+    """The short hash of the checkout, with "+" when files differ from it; $COMMIT where there is no checkout."""
+    if said := os.environ.get("COMMIT"):
+        return said
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=no", "--", "gsa", "training", "benchmarks/*.py"],

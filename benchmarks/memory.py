@@ -10,6 +10,7 @@ prediction is off by 10 % or more.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 import time
@@ -153,6 +154,9 @@ def curve(repeats: int = 7) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
+    argparse.ArgumentParser(
+        prog="benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(argv)
     lines, worst = calibration()
     text = f"""# Activations: predicted against counted
 

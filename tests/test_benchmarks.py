@@ -23,10 +23,8 @@ from training.world import World
 
 PARTS = {"comparing", "layers", "loops", "measuring", "synthetic"}
 """Of benchmarks/: what entries share. `layers` is an entry too, of training/train.py."""
-WITHOUT_OPTIONS = {"memory"}
-"""Its main takes none: --help would run it."""
 MODULES = sorted(path.stem for path in Path(comparing.__file__).parent.glob("*.py") if path.stem != "__init__")
-ENTRIES = [name for name in MODULES if name not in PARTS | WITHOUT_OPTIONS] + ["layers"]
+ENTRIES = [name for name in MODULES if name not in PARTS] + ["layers"]
 
 TINY = ModelConfig(
     d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=64, vocab_size=64, max_position_embeddings=64, d_indexer=8,
