@@ -190,5 +190,6 @@ class Mirror:
                 return
             self._over = True
         print(f"{self._sink.name} {what}; {self._sink.advice}", file=sys.stderr, flush=True)
-        self._cleaner = threading.Thread(target=self._sink.abandon, name=f"{self._sink.name} end", daemon=True)
-        self._cleaner.start()
+        cleaner = threading.Thread(target=self._sink.abandon, name=f"{self._sink.name} end", daemon=True)
+        cleaner.start()
+        self._cleaner = cleaner  # only now: `finish` may be waiting to join it
