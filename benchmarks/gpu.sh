@@ -39,7 +39,7 @@ on_gpu() {
     case "$1" in
     kernels)
         try "$PY" -m pytest -q -p no:cacheprovider tests/gsa/kernels/test_triton.py \
-            tests/gsa/kernels/test_triton_loss.py tests/gsa/kernels/test_choice.py ;;
+            tests/gsa/kernels/test_triton_identities.py tests/gsa/kernels/test_triton_loss.py tests/gsa/kernels/test_choice.py ;;
     operations)
         try "$PY" -m benchmarks.kernels --device cuda --backend triton --dtype bfloat16 --lengths 2048 8192 32768
         try "$PY" -m benchmarks.attention --device cuda --backend triton --dtype bfloat16 \
