@@ -237,6 +237,7 @@ class Trainer:
             bytes_needed=checkpoint_bytes(cfg, start and start.checkpoint),
             retention=Retention(cfg.training.keep_last, cfg.training.keep_every),
             published=self._published,
+            beat=lambda: self.watchdog.beat("save"),
         )
 
     # -- before the first step -------------------------------------------------------------------------
@@ -248,7 +249,10 @@ class Trainer:
     def _take_up(self, start: Start) -> None:
         self.watchdog.beat("load")
         if start.legacy:
-            self.engine.take_up(read_legacy(start.checkpoint, self.cfg.model, start.state))
+            # every rank reads the file: where one cannot, all must hear of it
+            self.engine.take_up(
+                self.engine.agreed(lambda: read_legacy(start.checkpoint, self.cfg.model, start.state))
+            )
         else:
             self.engine.load(start.checkpoint)
         # what the yaml says runs: DeepSpeed brings back the saved rates, decay, betas and clipping
@@ -701,4 +705,4 @@ class Trainer:
             f"written in {report.stall_s + report.background_s:.2f} s"
         )
         for removed in report.removed:
-            self.console.line(f"removed {removed.tag}: {removed.reason}")
+            self.console.line(str(removed))
