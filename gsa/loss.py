@@ -54,7 +54,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = _product(hidden, weight[block].t(), exact)
             kernels.fold_logits(backend, logits, targets, block.start, top, mass, label)
         log_z = top + mass.log()
-        divisor = torch.as_tensor(n_targets, dtype=exact, device=hidden.device)
+        # filled on the device: a tensor made of a Python number would be copied there, and wait for it
+        given = isinstance(n_targets, torch.Tensor)
+        divisor = n_targets.to(exact) if given else hidden.new_full((), float(n_targets), dtype=exact)
         divisor = torch.where(divisor == 0, 1, divisor)
         ctx.save_for_backward(hidden, weight, targets, log_z, divisor)
         ctx.backend = backend
