@@ -77,6 +77,7 @@ def test_chart_shows_the_fall():
 
 
 def test_the_bar_shows_steps_loss_and_eta_on_a_terminal_and_lines_elsewhere(monkeypatch, capsys):
+    monkeypatch.delenv("CI", raising=False)
     row = {
         "step": 41,
         "loss": 2.5,
@@ -101,5 +102,10 @@ def test_the_bar_shows_steps_loss_and_eta_on_a_terminal_and_lines_elsewhere(monk
     out = capsys.readouterr()
     assert "41/80" in out.err and "loss 2.5000" in out.err and "1,234 tok/s" in out.err
     assert "saved step_41" in out.out + out.err
+    monkeypatch.setenv("CI", "true")  # a log of CI is no terminal, even where it claims to be one
+    under_ci = Console(True, 80, log_interval=1)
+    under_ci.step(row, eta_s=1)
+    out = capsys.readouterr()
+    assert out.out.startswith("step 41/80") and not out.err
     Console(False, 80).step(row, eta_s=1)
     assert capsys.readouterr() == ("", "")
