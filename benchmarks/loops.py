@@ -20,6 +20,7 @@ from training.data import PackedTokens, step_samples
 from training.ds_config import resolve_ds_config
 from training.optimizer import build_optimizer, build_schedule, parameter_groups
 from training.run_folder import RunFolder
+from training.step import indexer_rows
 from training.watchdog import Watchdog
 from training.world import World
 
@@ -76,8 +77,6 @@ class Case:
         return [self._of_step(step) for step in range(steps)]
 
     def _of_step(self, step: int) -> list[Micro]:
-        from training.trainer import indexer_rows
-
         cfg, plan, device = self.cfg.training, self.plan, self.world.device
         first = step * plan.global_batch_size
         share = self.data.n_targets(first, plan.global_batch_size) / (plan.accumulation_steps * plan.world_size)

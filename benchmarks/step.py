@@ -27,7 +27,7 @@ from gsa.model import count_params
 from training.config import load_config
 from training.optimizer import build_optimizer
 from training.run_folder import environment
-from training.trainer import indexer_rows
+from training.step import indexer_rows
 
 DEFAULT = Path("training/configs/pretrain_512m_low_memory.yaml")
 

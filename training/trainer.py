@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -19,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from gsa import GSAForCausalLM
-from gsa.attention.probe import PROBES
 from gsa.checkpoint import manifest
 from gsa.checkpoint.full_state import read_run_state
 from gsa.checkpoint.legacy import read_legacy
@@ -31,10 +29,11 @@ from training.building import build_engine
 from training.clock import StepClock
 from training.config import BatchPlan, RunConfig
 from training.console import Console, LogLevel
-from training.data import Loader, PackedTokens, past, permute
+from training.data import Loader, PackedTokens, past
 from training.engine import DEEPSPEED_VERSION
 from training.evaluate import evaluate, unigram_score
-from training.health import PARTS, UPDATED
+from training.health import health_metrics, probe_metrics
+from training.lineage import tracked_as
 from training.metrics import MetricsLog, read_rows, rewind
 from training.receipt import Receipt, describe
 from training.resume import Start
@@ -43,14 +42,11 @@ from training.samples import continuations
 from training.saving import Retention, Saver, SaveReport
 from training.space import checkpoint_bytes
 from training.spikes import WINDOW, SpikeDetector
+from training.step import Passes, run_passes, summed
 from training.telemetry import SETTLED, Telemetry
-from training.tracking import Tracker, new_run_id
-from training.tracking_note import Parent
+from training.tracking import Tracker
 from training.watchdog import Watchdog
 from training.world import World
-
-PROBED_ROWS = 64
-"""Queries of one sequence that are measured every probe_interval steps: a four-hundredth of a step of 8 x 2048."""
 
 GARBAGE_INTERVAL = 50
 """Steps between collections of Python's garbage, alike on all ranks: one that pauses by itself keeps others waiting."""
@@ -67,84 +63,6 @@ T = TypeVar("T")
 
 class Diverged(RuntimeError):
     """The loss or the gradient is no longer a finite number."""
-
-
-def indexer_rows(seed: int, step: int, seq_len: int, share: float) -> torch.Tensor:
-    """(R,) int64 sorted row positions for the alignment loss of the step after `step` finished ones.
-
-    A pure function of its arguments, so the same for every sequence, rank and recomputation of a step.
-    """
-    count = max(1, round(seq_len * share))
-    drawn = permute(np.arange(count), seq_len, (seed, "indexer rows", step))
-    return torch.from_numpy(np.sort(drawn))
-
-
-def probe_metrics(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, object]:
-    """The row's PROBE_METRICS from sums over ranks, and how many ranks had each, (n_layers, len(PROBES)) twice.
-
-    A rank whose sequence has nothing to measure in a layer counts for nothing there; what no layer has is left out.
-    """
-    by_name = dict(zip(PROBES, (sums / counts).cpu().unbind(1), strict=True))
-    found = {
-        "indexer/coverage": by_name["coverage"].nanmean(),
-        "indexer/coverage_worst": by_name["coverage"].nan_to_num(torch.inf).min(),
-        "indexer/oracle": by_name["oracle"].nanmean(), "indexer/recall": by_name["recall"].nanmean(),
-        "gate/value_saturation": by_name["value_saturation"].nanmean(),
-        "gate/output_saturation": by_name["output_saturation"].nanmean(),
-        "attention/first_token": by_name["first_token"].nanmean(),
-    }  # fmt: skip
-    layers = {
-        name: [value if math.isfinite(value) else None for value in column.tolist()] for name, column in by_name.items()
-    }
-    return {name: value.item() for name, value in found.items() if value.isfinite()} | {"layers": layers}
-
-
-def health_metrics(squares: torch.Tensor | None, updates: torch.Tensor) -> dict[str, float]:
-    """HEALTH_METRICS from what training/health.py found, summed over ranks. squares: by part; updates: by group."""
-    row = {}
-    if squares is not None:
-        row |= {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, squares.tolist(), strict=True)}
-    for name, (change, weight) in zip(UPDATED, updates.tolist(), strict=True):
-        if weight > 0:
-            row[f"update_ratio/{name}"] = math.sqrt(change / weight)
-    return row
-
-
-def _tracked_as(cfg: RunConfig, folder: RunFolder, start: Start | None, continued: bool) -> tuple[str, Parent | None]:
-    """The id that W&B knows a run by, and what the run was forked from: both are kept from launch to launch.
-
-    A run that goes back and trains on with another curve is a fork of what it was: W&B takes no step twice, and would
-    go on showing the old curve.
-    """
-    run = folder.read_run()
-    kept = run.get("tracking_id") or (start.state.tracking_id if start is not None else None)
-    if not continued and (start is not None or not run):
-        return cfg.logging.run_id or new_run_id(), _parent(cfg, start)
-    # else it goes on, or begins again since it died before its first checkpoint
-    if start is not None and kept and cfg.logging.run_id is None and _bends(cfg, folder, start):
-        return new_run_id(), Parent(kept, start.state.step)
-    parent = run.get("parent")
-    return cfg.logging.run_id or kept or new_run_id(), Parent(**parent) if parent else None
-
-
-def _bends(cfg: RunConfig, folder: RunFolder, start: Start) -> bool:
-    """Whether the folder has rows of steps that are about to be trained again with another curve."""
-    newest = max((row["step"] for row in read_rows(folder.metrics) if "loss" in row), default=0)
-    changes = run_config.config_changes(start.state.config, run_config.to_plain(cfg))
-    return newest > start.state.step and any(change.effect == "curve" for change in changes)
-
-
-def _parent(cfg: RunConfig, start: Start | None) -> Parent | None:
-    """The run that a fork comes from: another folder's checkpoint, or the weights that training.init_from names."""
-    if start is not None:
-        return None if start.state.tracking_id is None else Parent(start.state.tracking_id, start.state.step)
-    if cfg.training.init_from is None:
-        return None
-    try:
-        state = read_run_state(Path(cfg.training.init_from))
-    except CheckpointError:  # weights alone, of whatever origin
-        return None
-    return None if state.tracking_id is None else Parent(state.tracking_id, state.step)
 
 
 def _latest(folder: RunFolder) -> str | None:
@@ -165,8 +83,7 @@ class Trainer:
     """Owns a run from its first step to its last checkpoint.
 
     start: the verified checkpoint to continue and where its state leads, or None. The folder has been claimed,
-    the configuration checked. Losses are normalised by the counts of the whole global batch: the engine divides by
-    accumulation and by ranks, so a micro-batch's sum is divided by count / (accumulation x ranks).
+    the configuration checked.
     """
 
     def __init__(
@@ -209,7 +126,7 @@ class Trainer:
             and start.state.step > 0
             and (start.checkpoint.parent.resolve() == folder.path.resolve())
         )
-        tracked = _tracked_as(cfg, folder, start, self._continued) if world.is_main else None
+        tracked = tracked_as(cfg, folder, start, self._continued) if world.is_main else None
         self.tracking_id, self._parent = world.broadcast(tracked)
         if start is not None:
             self._take_up(start)
@@ -442,57 +359,31 @@ class Trainer:
         cfg, plan = self.cfg.training, self.plan
         first = past(self.skipped, self.samples, plan.global_batch_size)
         self.model.set_stage("dense" if self.step - self.indexer_start < cfg.indexer_warmup_steps else "sparse")
-        n_targets = self.data.n_targets(first, plan.global_batch_size)
-        share = max(1, n_targets) / (plan.accumulation_steps * plan.world_size)
-        rows = indexer_rows(cfg.seed, self.step, cfg.max_seq_len, cfg.indexer_loss_rows).to(self.world.device)
         rates = self.engine.learning_rates()
         probing, examining = self._due(cfg.probe_interval), self._due(cfg.health_interval)
-        probe_rows = None
-        if probing:
-            share_probed = min(1.0, PROBED_ROWS / cfg.max_seq_len)
-            probe_rows = indexer_rows(cfg.seed, self.step, cfg.max_seq_len, share_probed).to(self.world.device)
-        probes = torch.zeros(self.n_layers, len(PROBES), dtype=torch.float64, device=self.world.device)
-        losses, indexer_losses, selected, seen = [], [], [], []
-        selection = torch.zeros(self.n_layers, 2, dtype=torch.float64, device=self.world.device)
-        squares = updates = None
-        for micro in range(plan.accumulation_steps):
-            self._phase(clock, "data")
-            batch = next(loader).to(self.world.device, non_blocking=True)
-            self._phase(clock, "forward")
-            out = self.engine.forward(
-                batch.tokens, batch.targets, batch.doc_start, indexer_rows=rows, probe_rows=probe_rows, n_targets=share
-            )
-            if probe_rows is not None:  # of the step's first micro-batch
-                probes, probe_rows = out.probe.double(), None
-            self._phase(clock, "backward")
-            self.engine.backward(out.loss + cfg.indexer_loss_weight * out.indexer_loss)
-            self._phase(clock, "step")
-            losses.append(out.loss.detach())
-            indexer_losses.append(out.indexer_loss.detach())
-            selected.append(out.n_selected.mean())
-            seen.append((cfg.max_seq_len + 1) / 2 - batch.doc_start.double().mean())
-            selection += out.selection_stats
-            last = micro == plan.accumulation_steps - 1
-            if examining and last:
-                squares, updates = self.engine.gradient_squares(), self.engine.update_sample()
-            self.engine.step(drop=last and cfg.on_spike == "skip" and self._spiking(losses))
+        n_targets = self.data.n_targets(first, plan.global_batch_size)
+        done = run_passes(
+            self.engine, loader, cfg, plan, step=self.step, n_targets=n_targets, probing=probing,
+            examining=examining, phase=lambda name: self._phase(clock, name),
+            drop=self._spiking if cfg.on_spike == "skip" else None,
+        )  # fmt: skip
         self.step += 1
         self.samples = first + plan.global_batch_size
         self.tokens += plan.global_batch_size * cfg.max_seq_len
 
         # one small collective and one wait for the device per step, whatever the accumulation
-        means = [torch.stack(part).double().mean() for part in (losses, indexer_losses, selected, seen)]
         # filled on the device: a tensor made of Python numbers would be copied there, and wait for it
-        flags = [means[0].new_full((), float(flag)) for flag in (self._stop_signal, *self.saver.flags())]
+        like = done.selection
+        flags = [like.new_full((), float(flag)) for flag in (self._stop_signal, *self.saver.flags())]
         shared = {
-            "means": torch.stack(means) / self.world.size, "flags": torch.stack(flags), "selection": selection,
-            "ranks": self.telemetry.shares(selection), "probes": probes.nan_to_num(0), "probed": ~probes.isnan(),
+            "means": done.means() / self.world.size, "flags": torch.stack(flags), "selection": done.selection,
+            "ranks": self.telemetry.shares(like), "probes": done.probes.nan_to_num(0), "probed": ~done.probes.isnan(),
         }  # fmt: skip
-        if examining:
-            shared["updates"] = updates.squares().to(selection)
-            if squares is not None:
-                shared["squares"] = squares
-        shared = self._summed(shared)
+        if done.updates is not None:
+            shared["updates"] = done.updates.squares().to(like)
+        if done.squares is not None:
+            shared["squares"] = done.squares
+        shared = summed(shared)
         self.model.update_v_ref(shared["selection"])
         loss, indexer_loss, n_selected, n_seen = shared["means"].tolist()
         signal_sum, settled, failed = shared["flags"].tolist()
@@ -505,7 +396,7 @@ class Trainer:
             "stage": self.model.stage, "selected_k": n_selected, "visible_k": n_seen,
         }  # fmt: skip
         if not all(math.isfinite(x) for x in (loss, indexer_loss, grad_norm)) and not self._may_roll_back():
-            self._diverged(losses, indexer_losses, first, loss, grad_norm)
+            self._diverged(done, first, loss, grad_norm)
         if probing:
             row |= probe_metrics(shared["probes"], shared["probed"])
         if examining:
@@ -519,18 +410,11 @@ class Trainer:
         """Whether the step that begins is one of every `interval`."""
         return bool(interval) and (self.step + 1) % interval == 0
 
-    def _summed(self, parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Each part summed over ranks, float64, in one collective."""
-        flat = torch.cat([part.flatten().double() for part in parts.values()])
-        dist.all_reduce(flat)
-        pieces = flat.split([part.numel() for part in parts.values()])
-        return {name: piece.view_as(part) for (name, part), piece in zip(parts.items(), pieces, strict=True)}
-
     # -- spikes ----------------------------------------------------------------------------------------
 
     def _spiking(self, losses: list[torch.Tensor]) -> bool:
         """Before the update: whether the step's loss is a spike, or no number. Waits for the device."""
-        loss = float(self._summed({"loss": torch.stack(losses).double().mean() / self.world.size})["loss"])
+        loss = float(summed({"loss": torch.stack(losses).double().mean() / self.world.size})["loss"])
         return not math.isfinite(loss) or self._spikes.score(loss) > self.cfg.training.spike_sigmas
 
     def _spike(self, row: dict, action: str) -> dict:
@@ -590,18 +474,11 @@ class Trainer:
     def _warm(self) -> bool:
         return self.step > self._first_step
 
-    def _diverged(
-        self,
-        losses: list[torch.Tensor],
-        indexer_losses: list[torch.Tensor],
-        first: int,
-        loss: float,
-        grad_norm: float,
-    ) -> None:
+    def _diverged(self, done: Passes, first: int, loss: float, grad_norm: float) -> None:
         """Every rank is here, since the sums are the same on all: find out whose micro-batches did it, and raise."""
         plan = self.plan
         bad = [
-            m for m, pair in enumerate(zip(losses, indexer_losses, strict=True))
+            m for m, pair in enumerate(zip(done.losses, done.indexer_losses, strict=True))
             if not all(math.isfinite(float(x)) for x in pair)
         ]  # fmt: skip
         found = []

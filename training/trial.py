@@ -19,21 +19,17 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as dist
 
-from gsa.attention.probe import PROBES
 from training.config import BatchPlan, RunConfig, load_config, plan_batch
 from training.data import Loader, PackedTokens
 from training.ds_config import resolve_ds_config
+from training.step import run_passes, summed
 from training.train import open_data
 from training.watchdog import Watchdog
 from training.world import World, environment_rank, environment_world_size, exit_process
-
-if TYPE_CHECKING:
-    pass
 
 GIB = 2**30
 
@@ -171,48 +167,30 @@ class Bench:
 
         first: of its stage. It may take long, for compilers; it probes and examines, where the run will.
         """
-        from training.trainer import PROBED_ROWS, indexer_rows
-
-        cfg, plan, device = self.cfg.training, self.plan, self.world.device
-        model, n_layers = self.engine.module, self.cfg.model.n_layers
+        cfg, plan = self.cfg.training, self.plan
+        model = self.engine.module
         model.set_stage(stage)
-        n_targets = self.data.n_targets(self.done * plan.global_batch_size, plan.global_batch_size)
-        share = max(1, n_targets) / (plan.accumulation_steps * plan.world_size)
-        rows = indexer_rows(cfg.seed, self.done, cfg.max_seq_len, cfg.indexer_loss_rows).to(device)
-        probe_rows = None
-        if first and cfg.probe_interval:
-            probe_rows = indexer_rows(cfg.seed, self.done, cfg.max_seq_len, min(1.0, PROBED_ROWS / cfg.max_seq_len))
-            probe_rows = probe_rows.to(device)
-        losses = torch.zeros(2, dtype=torch.float64, device=device)
-        selection = torch.zeros(n_layers, 2, dtype=torch.float64, device=device)
-        probes = torch.zeros(n_layers, len(PROBES), dtype=torch.float64, device=device)
-        examined = None
-        for micro in range(plan.accumulation_steps):
-            self.watchdog.beat("first step" if first else "micro-batch")
-            batch = next(self.loader).to(device, non_blocking=True)
-            out = self.engine.forward(
-                batch.tokens, batch.targets, batch.doc_start, indexer_rows=rows, probe_rows=probe_rows, n_targets=share
-            )
-            if probe_rows is not None:
-                probes, probe_rows = out.probe.double(), None
-            self.engine.backward(out.loss + cfg.indexer_loss_weight * out.indexer_loss)
-            losses += torch.stack([out.loss.detach(), out.indexer_loss.detach()])
-            selection += out.selection_stats
-            last = micro == plan.accumulation_steps - 1
-            if last and first and cfg.health_interval:
-                examined = self.engine.gradient_squares(), self.engine.update_sample()
-            if last and cfg.on_spike == "skip":  # such a run waits here, to know the loss before the update
-                dist.all_reduce(losses.sum()[None])
-                losses.tolist()
-            self.engine.step()
-        if examined is not None:
-            examined[1].squares()
-        shared = torch.cat([losses, selection.flatten(), probes.flatten()])
-        dist.all_reduce(shared)
-        model.update_v_ref(shared[2 : 2 + 2 * n_layers].view(n_layers, 2))
-        shared.tolist()
+        done = run_passes(
+            self.engine, self.loader, cfg, plan, step=self.done, probing=first and bool(cfg.probe_interval),
+            n_targets=self.data.n_targets(self.done * plan.global_batch_size, plan.global_batch_size),
+            examining=first and bool(cfg.health_interval),
+            phase=lambda name: self.watchdog.beat("first step" if first else name),
+            drop=self._waits if cfg.on_spike == "skip" else None,
+        )  # fmt: skip
+        shared = {"means": done.means(), "selection": done.selection, "probes": done.probes}
+        if done.updates is not None:
+            shared["updates"] = done.updates.squares().to(done.selection)
+        shared = summed(shared)
+        model.update_v_ref(shared["selection"])
+        shared["means"].tolist()
         self.engine.grad_norm()
         self.done += 1
+
+    @staticmethod
+    def _waits(losses: list[torch.Tensor]) -> bool:
+        """A run that may drop an update waits for the step's loss before it."""
+        summed({"loss": torch.stack(losses)})["loss"].tolist()
+        return False
 
     def close(self) -> None:
         gc.enable()
