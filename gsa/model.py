@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from gsa import kernels
 from gsa.attention.cache import Cache, LayerCache
 from gsa.attention.gated_sparse import (
     AttentionOutput,
@@ -60,12 +61,16 @@ class SwiGLU(nn.Module):
 
     def __init__(self, d_model: int, d_ffn: int) -> None:
         super().__init__()
+        self.backend: Backend = "chunked"
         self.gate_proj = nn.Linear(d_model, d_ffn, bias=False)
         self.up_proj = nn.Linear(d_model, d_ffn, bias=False)
         self.down_proj = nn.Linear(d_ffn, d_model, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if torch.compiler.is_compiling():  # whose compiler fuses it, and computes again what is cheap
+            return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(kernels.silu_product(self.backend, gate, up))
 
 
 class Block(nn.Module):
@@ -140,7 +145,7 @@ class GSAForCausalLM(nn.Module):
         """Which implementation of the kernels runs: see gsa/kernels/__init__.py. A new model has "chunked"."""
         self._backend = backend
         for layer in self.layers:
-            layer.attention.backend = backend
+            layer.attention.backend = layer.ffn.backend = backend
 
     def set_activation_checkpointing(self, scope: Recomputed) -> None:
         """What the backward pass computes again instead of keeping it.

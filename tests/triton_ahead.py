@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from gsa.kernels import triton_alignment as alignment
 from gsa.kernels import triton_attention as attention
+from gsa.kernels import triton_feed_forward as feed_forward
 from gsa.kernels import triton_loss as loss
 from gsa.kernels import triton_select as selection
 
@@ -44,7 +45,8 @@ SIZES = {"model": Sizes(), "wide": Sizes(D=128, E=128), "float32": Sizes(dtype="
 """The model's, and the widest that gsa/kernels/choice.py lets through in either dtype."""
 G, REP, J = 4, 4, 4
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-OF_THE_MODEL = {"Q", "K", "V", "Out", "dOut", "dQ", "dK", "dV", "IndexQ", "IndexK"}
+OF_THE_MODEL = {"Q", "K", "V", "Out", "dOut", "dQ", "dK", "dV", "IndexQ", "IndexK",
+                "Gate", "Up", "dGate", "dUp"}  # fmt: skip
 INT32 = {"Bits", "Begin", "Start", "Rows", "Last", "Kept"}
 SCALES = {"scale", "index_scale", "to_level", "to_score"}
 
@@ -64,6 +66,8 @@ def kernels(sizes: Sizes) -> Iterator[Spec]:
         yield "select_rows", selection.select_rows, {}, launch
         for kernel in (loss.fold_rows, loss.gradient_rows):
             yield kernel.__name__, kernel, {}, {"BLOCK": loss.BLOCK} | loss.OPTIONS
+        for kernel in (feed_forward.silu_forward, feed_forward.silu_backward):
+            yield kernel.__name__, kernel, {}, {"BLOCK": feed_forward.BLOCK} | feed_forward.OPTIONS
     for bits in (True, False) if whole else (True,):
         yield from _attention_kernels(sizes, bits)
         if sizes.dtype == "bf16":  # without tensor cores it takes long to compile, and less memory than attention

@@ -115,8 +115,8 @@ def attention_saved(c: ModelConfig, T: int, width: int, rows: float, fused: bool
 
 
 def ffn_saved(c: ModelConfig, width: int, fused: bool) -> float:
-    """Bytes per token that the feed-forward half of a block saves."""
-    return norm_saved(c, width, fused) + 4 * width * c.d_ffn
+    """Bytes per token that the feed-forward half of a block saves: the norm, gate, up, and their product."""
+    return norm_saved(c, width, fused) + 3 * width * c.d_ffn
 
 
 def held_per_token(

@@ -24,7 +24,8 @@ from gsa.kernels.reference import attention_probabilities, choose, index_scores,
 
 __all__ = [
     "Backend", "Index", "Selection", "alignment_kl", "attend", "attention_probabilities", "choose", "index_scores",
-    "fold_logits", "logits_gradient", "pack", "saved_by_checkpointing", "select", "top_keys", "unpack", "visible",
+    "fold_logits", "logits_gradient", "pack", "saved_by_checkpointing", "select", "silu_product", "top_keys", "unpack",
+    "visible",
 ]  # fmt: skip
 
 Backend = Literal["reference", "chunked", "triton"]
@@ -115,6 +116,14 @@ def alignment_kl(
     if backend == "reference":
         return reference.alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows)
     return _AlignmentKL.apply(backend, q, k, lse, *index, alpha, bits, doc_start, rows)
+
+
+def silu_product(backend: Backend, gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, for two tensors of one shape; differentiable in both.
+
+    It keeps them for the backward pass and nothing else: autograd's own product would keep silu(gate) too.
+    """
+    return _module(backend).silu_product(gate, up)
 
 
 def fold_logits(

@@ -103,6 +103,7 @@ def _all_deviations(backend: kernels.Backend, shape: Shape, device: torch.device
     for trial in TRIALS:
         yield from deviations(backend, shape, device, trial).items()
     yield from head_deviations(backend, shape.dtype, device).items()
+    yield from product_deviations(backend, shape.dtype, device).items()
 
 
 class WrongSelection(ValueError):
@@ -165,6 +166,19 @@ def head_deviations(backend: kernels.Backend, dtype: torch.dtype, device: torch.
     by_logit = [kernels.logits_gradient(backend, b.clone(), targets, start, log_z, ones, dtype) for start, b in blocks]
     pairs = {"loss head": (log_z - label, wanted), "loss head's gradient": (torch.cat(by_logit, 1), gradient)}
     return {name: ((a - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
+
+
+def product_deviations(backend: kernels.Backend, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
+    """As `deviations`, of the feed-forward's product: 150 rows of 1000."""
+    random = torch.Generator().manual_seed(0)
+    gate, up, d_out = (torch.randn(150, 1000, generator=random).to(dtype).to(device).mul_(3) for _ in range(3))
+    found = []
+    for name, to in ((backend, dtype), ("reference", torch.float64)):
+        leaves = gate.to(to, copy=True).requires_grad_(), up.to(to, copy=True).requires_grad_()
+        product = kernels.silu_product(name, *leaves)
+        found.append([product.detach().double(), *torch.autograd.grad(product, leaves, d_out.to(to))])
+    names = ("feed-forward", "feed-forward's gate gradient", "feed-forward's up gradient")
+    return {n: ((a - b).abs().max() / b.abs().max()).item() for n, a, b in zip(names, *found, strict=True)}
 
 
 def _checked_selection(

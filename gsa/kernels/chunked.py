@@ -248,6 +248,23 @@ def _explicit_backward(d_out, q, k, v, out, lse, mask):
 # -- the alignment loss ---------------------------------------------------------------------------------
 
 
+def silu_product(gate, up):
+    return _SiluProduct.apply(gate, up)
+
+
+class _SiluProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, d_out):
+        gate, up = ctx.saved_tensors
+        d_up = F.silu(gate) * d_out
+        return torch.ops.aten.silu_backward(d_out * up, gate), d_up
+
+
 def alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows):
     B, T, H, D = q.shape
     S, J = k.shape[1], index.q.shape[2]

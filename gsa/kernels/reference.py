@@ -158,6 +158,10 @@ def alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows):
     return kl_rows(q[:, rows], k, scores, mask, alpha).mean()
 
 
+def silu_product(gate, up):
+    return F.silu(gate) * up
+
+
 def fold_logits(logits, targets, start, top, mass, label):
     at, here = _label_in(targets, start, logits.shape[1])
     label += torch.where(here, logits.gather(1, at[:, None])[:, 0], 0.0)

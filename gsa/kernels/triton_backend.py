@@ -6,10 +6,11 @@ import torch.nn.functional as F
 
 from gsa.kernels.triton_alignment import alignment_kl
 from gsa.kernels.triton_attention import Attend
+from gsa.kernels.triton_feed_forward import silu_product
 from gsa.kernels.triton_loss import fold_logits, logits_gradient
 from gsa.kernels.triton_select import select
 
-__all__ = ["alignment_kl", "attend", "fold_logits", "logits_gradient", "select"]
+__all__ = ["alignment_kl", "attend", "fold_logits", "logits_gradient", "select", "silu_product"]
 
 
 def attend(q, k, v, bits, doc_start):

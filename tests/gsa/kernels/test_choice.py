@@ -61,6 +61,12 @@ def test_a_wrong_loss_head_is_found_out(monkeypatch):
     assert "its loss head's gradient is off by" in fault_of("chunked", SHAPE, CPU)
 
 
+def test_a_wrong_feed_forward_is_found_out(monkeypatch):
+    honest = chunked.silu_product
+    monkeypatch.setattr(chunked, "silu_product", lambda gate, up: honest(gate, up * 1.03))
+    assert "its feed-forward is off by" in fault_of("chunked", SHAPE, CPU)
+
+
 def test_deviations_are_those_of_rounding():
     found = deviations("chunked", SHAPE, CPU, TRIALS[0])
     assert set(found) >= {"output", "loss", "q", "k", "v", "index k", "alpha"} and max(found.values()) < 5e-6
