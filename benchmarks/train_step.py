@@ -317,11 +317,17 @@ def main(argv: list[str]) -> int:
 def write(argv: list[str], found: dict, world: World) -> None:
     on_gpu = world.device.type == "cuda"
     birth = certificate("train_step", argv)
-    path = RESULTS / f"train_step_{'cuda' if on_gpu else 'cpu'}"
+    path = RESULTS / result_name([part for part in PARTS if part in found], on_gpu)
     text = report(birth, found, world)
     print(text)
     path.with_suffix(".md").write_text(text)
     path.with_suffix(".json").write_text(json.dumps({"birth": birth, "ranks": world.size, **found}, indent=1) + "\n")
+
+
+def result_name(parts: Sequence[str], on_gpu: bool) -> str:
+    """Of the files in results/: a call that measures some of the parts leaves the results of the others alone."""
+    name = f"train_step_{'cuda' if on_gpu else 'cpu'}"
+    return name if tuple(parts) == PARTS else "_".join([name, *parts])
 
 
 def report(birth: str, found: dict, world: World) -> str:

@@ -3,7 +3,7 @@
 The logits of 16K tokens and a vocabulary of 152K take 10 GB in float32. Here they exist for a block of the vocabulary
 at a time, and again in the backward pass: a third more arithmetic in the head, but the gradient by the weight is
 formed once, block by block, instead of being read and written for every chunk of rows
-(benchmarks/results/head_cpu.md).
+(benchmarks/results/head_cpu_*.md).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         top = hidden.new_full(targets.shape, -torch.inf, dtype=exact)
         mass, label = torch.zeros_like(top), torch.zeros_like(top)
         for block in _blocks(weight, len(targets), exact):
-            logits = _product(hidden, weight[block].t(), exact)
+            logits = kernels.product(hidden, weight[block].t(), exact)
             kernels.fold_logits(backend, logits, targets, block.start, top, mass, label)
         log_z = top + mass.log()
         # filled on the device: a tensor made of a Python number would be copied there, and wait for it
@@ -72,12 +72,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # rows without a target have no gradient
         scale = torch.where(targets != IGNORE, grad / divisor, 0.0)
         for block in _blocks(weight, len(targets), exact):
-            logits = _product(hidden, weight[block].t(), exact)
+            logits = kernels.product(hidden, weight[block].t(), exact)
             by_logit = kernels.logits_gradient(
                 ctx.backend, logits, targets, block.start, log_z, scale, hidden.dtype
             )
             if need_hidden:
-                d_hidden += _product(by_logit, weight[block], exact)
+                kernels.add_product(ctx.backend, d_hidden, by_logit, weight[block])
             if need_weight:
                 torch.mm(by_logit.t(), hidden, out=d_weight[block])
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None, None
@@ -87,19 +87,18 @@ def _exact(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def n_blocks(n_rows: int, vocab_size: int) -> int:
+    """How many blocks of logits the head forms in a pass, for statistics in float32."""
+    return -(-vocab_size // _block_width(n_rows, torch.float32))
+
+
+def _block_width(n_rows: int, exact: torch.dtype) -> int:
+    width = max(1, BLOCK_BYTES // (max(1, n_rows) * exact.itemsize))
+    return width - width % 128 if width > 128 else width  # whole tiles of a matrix product
+
+
 def _blocks(weight: torch.Tensor, n_rows: int, exact: torch.dtype) -> Iterator[slice]:
     """Ranges of the vocabulary whose logits for n_rows rows take BLOCK_BYTES."""
-    width = max(1, BLOCK_BYTES // (max(1, n_rows) * exact.itemsize))
-    if width > 128:
-        width -= width % 128  # whole tiles of a matrix product
+    width = _block_width(n_rows, exact)
     for start in range(0, weight.shape[0], width):
         yield slice(start, min(start + width, weight.shape[0]))
-
-
-def _product(a: torch.Tensor, b: torch.Tensor, exact: torch.dtype) -> torch.Tensor:
-    """a @ b, accumulated and returned in `exact`: rounded to bfloat16, logits would be off by a hundredth."""
-    if a.dtype == exact:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=exact)
-    return a.to(exact) @ b.to(exact)

@@ -42,12 +42,12 @@ def start_banner(
         ("zero", f"stage {zero.get('stage', 0)}{offload}, {t.precision}; recomputed: {t.recomputed}"),
         ("device", f"{device['world_size']} x {device['name']}, {device['memory_gib']:.0f} GiB, "
                    f"{device['peak_tflops']:.3g} TFLOP/s ({device['peak_source']}); kernels: {backend}"),
-        ("predicted", _predicted(cfg, plan, ds_config, device["name"])),
+        ("predicted", _predicted(cfg, plan, ds_config, device["name"], backend)),
         ("folder", f"{folder}: metrics.jsonl, step_N/ every {t.save_interval or 'stop'} steps; {tracking}"),
     ]  # fmt: skip
 
 
-def _predicted(cfg: RunConfig, plan: BatchPlan, ds_config: dict, name: str) -> str:
+def _predicted(cfg: RunConfig, plan: BatchPlan, ds_config: dict, name: str, backend: str) -> str:
     setting = setting_of(cfg, ds_config, plan)
     T, rows = cfg.training.max_seq_len, cfg.training.indexer_loss_rows
     known = find(name)
@@ -57,8 +57,12 @@ def _predicted(cfg: RunConfig, plan: BatchPlan, ds_config: dict, name: str) -> s
     memory = f"{size:.2f} GiB per rank" if size >= 0.1 else f"{size * 1024:.1f} MiB per rank"
     if known is None:
         return f"{memory}; no seconds for a device that is in no table"
-    seconds = step_time(cfg.model, T, setting, known, rows=rows).seconds
-    return f"{memory}, {seconds:.2f} s per step: {format_seconds(seconds * cfg.training.max_steps)} for all"
+    if backend != "triton":
+        return f"{memory}; no seconds for kernels other than Triton's"
+    time = step_time(cfg.model, T, setting, known, bf16=bf16, rows=rows)
+    if time is None:
+        return f"{memory}; no seconds: the peak of {known.name} at {cfg.training.precision} is in no table"
+    return f"{memory}, {time.seconds:.2f} s per step: {format_seconds(time.seconds * cfg.training.max_steps)} for all"
 
 
 def closing_summary(

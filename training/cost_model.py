@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gsa.config import ModelConfig
-from gsa.loss import BLOCK_BYTES
+from gsa.loss import BLOCK_BYTES, n_blocks
 from gsa.model import Recomputed, count_params, flops_per_token
 from training.config import BatchPlan, RunConfig
 from training.devices import Device
@@ -22,7 +22,10 @@ Kernels = Literal["triton", "chunked", "naive gather"]
 
 @dataclass(frozen=True)
 class Assumed:
-    """What seconds are predicted from, beside counts and the device's peaks. Shares of those peaks, unless said."""
+    """What seconds are predicted from, beside counts and the device's peaks: all of it printed with every prediction.
+
+    Shares of those peaks, unless said.
+    """
 
     matmul: float = 0.65
     half_matmul_tokens: int = 1024
@@ -31,9 +34,26 @@ class Assumed:
     masked_attention: float = 0.22
     index_scores: float = 0.20
     memory_bandwidth: float = 0.75
+    elementwise_passes: float = 5.0
+    """Times that what a block holds for its backward pass crosses the memory's bus."""
+    head_bytes_per_logit: float = 20.0
+    """Memory traffic of the loss head per float32 logit, on Triton's kernels: twice written and twice read, once
+    written in bf16 and read by a matrix product."""
+    adam_bytes: float = 60.0
+    """Memory traffic of AdamW per parameter, in separate passes; of the host's memory where it runs there."""
     launch_s: float = 10e-6
     """Seconds the host needs for one operation, autograd and hooks included."""
+    block_launches: float = 190.0
+    """Operations of one dense block, forward and backward, as torch's dispatcher saw them."""
+    sparse_launches: float = 110.0
+    """More of them with an indexer: its projections, selection in strips, the alignment loss."""
+    zero3_launches: float = 200.0
+    """As many more operations' time per block for the hooks that gather and release weights."""
     collectives: float = 0.80
+    host_link_gb_s: float = 20.0
+    """Of each GPU to host memory, each way."""
+    host_memory_gb_s: float = 40.0
+    """What AdamW on the host reaches, for all ranks together."""
     fragmentation: float = 0.04
     """Of what is allocated, lost between blocks of the allocator."""
     context_gib: float = 1.0
@@ -41,17 +61,6 @@ class Assumed:
 
 
 ASSUMED = Assumed()
-BLOCK_LAUNCHES = 190
-"""Operations of one dense block, forward and backward: counted by torch's dispatcher."""
-SPARSE_LAUNCHES = 110
-"""More of them with an indexer: its projections, selection in strips, the alignment loss."""
-ZERO3_LAUNCHES = 200
-"""As many more operations' time per block for the hooks that gather and release weights, assumed."""
-HEAD_BYTES_PER_LOGIT = 20
-"""Memory traffic of the loss head per float32 logit, forward and backward, on Triton's kernels: twice written and
-twice read, once written in bf16 and read by a matrix product."""
-ADAM_BYTES = 60
-"""Memory traffic of AdamW per parameter, in separate passes."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +198,10 @@ def memory_bytes(
         "optimizer step": (4.0 + 4.0 + width) * P / W * on_device if s.zero_stage else 4.0 * P,
     }
     always = parts["weights"] + parts["gradients"] + parts["masters and moments"] + parts["ZeRO buckets"]
-    backward = parts["activations"] + max(parts["recomputed block"] + parts["attention workspace"], parts["loss head"])
+    # the gradient that a tied head leaves waits for that of the embedding, to the end of the backward pass
+    waiting = width * c.vocab_size * c.d_model if c.tie_embeddings else 0.0
+    in_a_block = parts["recomputed block"] + parts["attention workspace"] + waiting
+    backward = parts["activations"] + max(in_a_block, parts["loss head"])
     allocated = always + max(backward, parts["optimizer step"])
     parts["allocator and context"] = ASSUMED.fragmentation * allocated + ASSUMED.context_gib * GIB
     return parts | {"allocated": allocated, "peak": allocated + parts["allocator and context"]}
@@ -241,10 +253,16 @@ def visible_keys(T: int) -> float:
 
 
 def step_time(
-    c: ModelConfig, T: int, s: Setting, device: Device, *, rows: float, kernels: Kernels = "triton"
-) -> StepTime:
-    """Predicted seconds of a step: counted work over assumed shares of the device's peaks."""
-    peak = device.bf16_tflops * 1e12
+    c: ModelConfig, T: int, s: Setting, device: Device, *, bf16: bool, rows: float
+) -> StepTime | None:
+    """Predicted seconds of a step on Triton's kernels: counted work over assumed shares of the device's peaks.
+
+    None where the device's peak at the precision is not known.
+    """
+    tflops = device.bf16_tflops if bf16 else device.fp32_tflops
+    if tflops is None:
+        return None
+    peak, width = tflops * 1e12, 2 if bf16 else 4
     N = s.micro_batch_size * T
     bandwidth = (device.memory_gb_s or 0.0) * 1e9 * ASSUMED.memory_bandwidth
     matmul_rate = peak * ASSUMED.matmul * N / (N + ASSUMED.half_matmul_tokens)
@@ -259,17 +277,19 @@ def step_time(
         "elementwise": 0.0,
     }
     if bandwidth:
-        block = held_per_token(c, T, 2, rows, "none")
-        passes = 5 + (2 if s.recomputed == "block" else 1 if s.recomputed == "ffn" else 0)
-        micro["elementwise"] = N * (c.n_layers * block * passes + HEAD_BYTES_PER_LOGIT * c.vocab_size) / bandwidth
+        block = held_per_token(c, T, width, rows, "none")
+        passes = ASSUMED.elementwise_passes + {"none": 0, "ffn": 1, "block": 2}[s.recomputed]
+        # hidden's float32 gradient is read and written for every block of logits
+        head = N * c.vocab_size * ASSUMED.head_bytes_per_logit + 8.0 * N * c.d_model * n_blocks(N, c.vocab_size)
+        micro["elementwise"] = (N * c.n_layers * block * passes + head) / bandwidth
     busy = sum(micro.values())
     again_launches = {"none": 1.0, "ffn": 1.05, "block": 4 / 3}[s.recomputed]
-    per_block = BLOCK_LAUNCHES + SPARSE_LAUNCHES * c.sparse + ZERO3_LAUNCHES * (s.zero_stage == 3)
+    per_block = ASSUMED.block_launches + ASSUMED.sparse_launches * c.sparse
+    per_block += ASSUMED.zero3_launches * (s.zero_stage == 3)
     launches = c.n_layers * per_block * again_launches * ASSUMED.launch_s
     micro_s = max(busy, launches)
-    W = s.world_size
-    adam = n["total"] / (W if s.zero_stage else 1) * ADAM_BYTES / bandwidth if bandwidth else 0.0
-    hidden, at_step = communication_seconds(c, s, device)
+    adam = _adam_seconds(n["total"], s, width, bandwidth)
+    hidden, at_step = communication_seconds(c, s, device, width)
     # what overlaps hides behind the backward pass, two thirds of a micro-batch
     exposed = at_step + s.accumulation_steps * max(0.0, hidden - (micro_s * 2 / 3 if s.overlap else 0.0))
     seconds = s.accumulation_steps * micro_s + adam + exposed
@@ -281,6 +301,15 @@ def step_time(
         seconds=seconds, parts=parts, communication=s.accumulation_steps * hidden + at_step, exposed=exposed,
         launch_bound=launches > busy, useful_flops=useful, mfu=useful / seconds / peak,
     )  # fmt: skip
+
+
+def _adam_seconds(P: int, s: Setting, width: int, bandwidth: float) -> float:
+    """Of the update. Offloaded, gradients go to the host with every micro-batch and weights come back once."""
+    W = s.world_size if s.zero_stage else 1
+    if s.offload:
+        moved = (s.accumulation_steps + 1) * width * P / W / (ASSUMED.host_link_gb_s * 1e9)
+        return moved + P * ASSUMED.adam_bytes / (ASSUMED.host_memory_gb_s * 1e9)
+    return P / W * ASSUMED.adam_bytes / bandwidth if bandwidth else 0.0
 
 
 def attention_seconds(c: ModelConfig, T: int, peak: float, *, sparse: bool, recomputed: Recomputed = "none") -> float:
@@ -299,14 +328,19 @@ def indexer_seconds(c: ModelConfig, T: int, peak: float, rows: float) -> float:
     return (score + align) / (ASSUMED.index_scores * peak)
 
 
-def communication_seconds(c: ModelConfig, s: Setting, device: Device) -> tuple[float, float]:
-    """(per micro-batch, beside its backward pass; per step, in the open), over the slowest link of a ring."""
+def communication_seconds(c: ModelConfig, s: Setting, device: Device, width: int = 2) -> tuple[float, float]:
+    """(per micro-batch, beside its backward pass; per step, in the open), over the slowest link of a ring.
+
+    DeepSpeed 0.19.8 sums gradients by an all-reduce, two passes over the ring, at stages 1 and 2 as well: every rank
+    gets all of them and keeps its part. Stage 3 scatters them, in one.
+    """
     W, P = s.world_size, count_params(c)["total"]
     if W == 1:
         return 0.0, 0.0
-    one_pass = 2.0 * P * (W - 1) / W / (device.link_gb_s * 1e9 * ASSUMED.collectives)
+    one_pass = float(width) * P * (W - 1) / W / (device.link_gb_s * 1e9 * ASSUMED.collectives)
     if s.zero_stage == 3:
         return 3 * one_pass, 0.0  # weights gathered forward and backward, gradients scattered
+    gathered = one_pass if s.zero_stage else 0.0
     if s.zero_stage == 2:
-        return one_pass, one_pass
-    return 0.0, 2 * one_pass
+        return 2 * one_pass, gathered
+    return 0.0, 2 * one_pass + gathered

@@ -25,6 +25,7 @@ class Device:
 
     memory_gib: all that CUDA offers to processes (what torch calls the total capacity), 2**30 bytes.
     bf16_tflops: dense tensor peak, 10**12 operations per second, one multiply-add being two.
+    fp32_tflops: peak without tensor cores, which is what torch uses for float32 unless told otherwise; None: unknown.
     memory_gb_s: bandwidth of its memory, 10**9 bytes per second; None when nobody has said.
     link_gb_s: to the other GPUs, per GPU and direction, as collectives reach it, 10**9 bytes per second.
     """
@@ -32,6 +33,7 @@ class Device:
     name: str
     memory_gib: float
     bf16_tflops: float
+    fp32_tflops: float | None
     memory_gb_s: float | None
     link_gb_s: float
 
@@ -44,15 +46,15 @@ class Device:
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        Device("A40", 44.4, 149.7, 696.0, 25.0),
-        Device("A6000", 47.5, 154.8, 768.0, 25.0),
-        Device("A100-40", 39.4, 312.0, 1555.0, 240.0),
-        Device("A100-80", 79.1, 312.0, 2039.0, 240.0),
-        Device("L40S", 44.4, 362.0, 864.0, 25.0),
-        Device("H100", 79.1, 989.4, 3350.0, 370.0),
-        Device("H100-PCIe", 79.1, 756.5, 2000.0, 50.0),
-        Device("H200", 139.8, 989.4, 4800.0, 370.0),
-        Device("B200", 178.3, 2250.0, 8000.0, 740.0),
+        Device("A40", 44.4, 149.7, 37.4, 696.0, 25.0),
+        Device("A6000", 47.5, 154.8, 38.7, 768.0, 25.0),
+        Device("A100-40", 39.4, 312.0, 19.5, 1555.0, 240.0),
+        Device("A100-80", 79.1, 312.0, 19.5, 2039.0, 240.0),
+        Device("L40S", 44.4, 362.0, 91.6, 864.0, 25.0),
+        Device("H100", 79.1, 989.4, 66.9, 3350.0, 370.0),
+        Device("H100-PCIe", 79.1, 756.5, 51.2, 2000.0, 50.0),
+        Device("H200", 139.8, 989.4, 66.9, 4800.0, 370.0),
+        Device("B200", 178.3, 2250.0, None, 8000.0, 740.0),
     )
 }
 
@@ -90,7 +92,8 @@ def find(torch_name: str) -> Device | None:
 def parse(text: str) -> Device:
     """The Device that a person means: a name of DEVICES in any case, or numbers for one that is not there.
 
-    Numbers are "<GiB>,<TFLOPs>,<GB/s of the link>", with the GB/s of the memory as a fourth where it is known.
+    Numbers are "<GiB>,<TFLOPs>,<GB/s of the link>", with the GB/s of the memory as a fourth where it is known; the
+    TFLOPs are those of the precision that the run has.
     ValueError, with the known names, for anything else.
     """
     for name, device in DEVICES.items():
@@ -106,7 +109,7 @@ def parse(text: str) -> Device:
             f"[,<GB/s of its memory>], e.g. 44.4,149.7,25"
         )
     memory_gib, tflops, link = numbers[:3]
-    return Device(text.strip(), memory_gib, tflops, numbers[3] if len(numbers) == 4 else None, link)
+    return Device(text.strip(), memory_gib, tflops, tflops, numbers[3] if len(numbers) == 4 else None, link)
 
 
 # -- peak ---------------------------------------------------------------------------------------------

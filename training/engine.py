@@ -25,6 +25,7 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 import deepspeed  # noqa: E402
 import deepspeed.ops  # noqa: E402
+from deepspeed.accelerator import get_accelerator  # noqa: E402
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine  # noqa: E402
 from deepspeed.runtime.fp16.loss_scaler import LossScaler  # noqa: E402
 from deepspeed.runtime.zero.config import ZeroStageEnum  # noqa: E402
@@ -111,6 +112,27 @@ class _SafeFiles(CheckpointEngine):
         return True
 
 
+def _let_the_host_run_ahead(optimizer: Any) -> None:
+    """Takes a wait of the host for the device out of every micro-batch of ZeRO 2 with overlap_comm.
+
+    There DeepSpeed lets go of gradients that another stream may still be summing. Their memory goes back to the stream
+    that computes: it is enough that this one waits.
+    """
+    epilogue, accelerator = optimizer.independent_gradient_partition_epilogue, get_accelerator()
+
+    def on_the_device(device_index: int | None = None) -> None:
+        accelerator.current_stream().wait_stream(optimizer.reduction_stream)
+
+    def without_waiting() -> None:
+        waits, accelerator.synchronize = accelerator.synchronize, on_the_device
+        try:
+            epilogue()
+        finally:
+            accelerator.synchronize = waits
+
+    optimizer.independent_gradient_partition_epilogue = without_waiting
+
+
 class Engine:
     """A model whose gradients, optimizer and checkpoints DeepSpeed owns.
 
@@ -138,6 +160,8 @@ class Engine:
         self.zero_stage: int = int(self._engine.zero_optimization_stage())
         self.device: torch.device = torch.device(self._engine.device)
         self._grad_norm: torch.Tensor | float | None = None
+        if self.zero_stage == 2:
+            _let_the_host_run_ahead(self._engine.optimizer)
         if self.zero_stage == 3 and not self._engine.optimizer.params_in_nvme_and_cpu:
             zero_padding(self._engine.optimizer)
 

@@ -82,8 +82,8 @@ def run_passes(
 
     step: finished ones before it. n_targets: of its global batch; losses are normalised by it: the engine divides by
     accumulation and by ranks, so a micro-batch's sum is divided by n_targets / (accumulation x ranks). phase is told
-    "data", "forward", "backward" and "step" as each begins. drop is asked, with this rank's losses, before the update
-    whether to forget the gradient.
+    "data", "forward", "backward" and "step" as each begins, and "other" when the last has ended. drop is asked, with
+    this rank's losses, before the update whether to forget the gradient.
     """
     device = engine.device
     share = max(1, n_targets) / (plan.accumulation_steps * plan.world_size)
@@ -117,4 +117,5 @@ def run_passes(
         if examining and last:
             passes.squares, passes.updates = engine.gradient_squares(), engine.update_sample()
         engine.step(drop=last and drop is not None and drop(passes.losses))
+    phase("other")
     return passes

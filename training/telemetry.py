@@ -85,18 +85,24 @@ class Telemetry:
             return torch.cuda.max_memory_allocated(self._world.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    def predicted(self, seconds: float) -> dict:
-        """The "predicted" event: by count, beside what this process has measured. seconds: of a settled step."""
+    def predicted(self, seconds: float, backend: str) -> dict:
+        """The "predicted" event: by count, beside what this process has measured. seconds: of a settled step.
+
+        Seconds are predicted of Triton's kernels on a device in the table.
+        """
         cfg = self._cfg
         setting = setting_of(cfg, self._ds_config, self._plan)
         T, rows = cfg.training.max_seq_len, cfg.training.indexer_loss_rows
         bf16 = cfg.training.precision == "bf16"
         counted = memory_bytes(cfg.model, T, setting, bf16=bf16, rows=rows, fused=self._on_gpu)
         known = find(torch.cuda.get_device_name(self._world.device)) if self._on_gpu else None
+        time = None
+        if known is not None and backend == "triton":
+            time = step_time(cfg.model, T, setting, known, bf16=bf16, rows=rows)
         return {
             "event": "predicted", "memory_gib": counted["allocated"] / GIB,
             "measured_gib": (self.peak_bytes() - (0 if self._on_gpu else self._before)) / GIB,
-            "seconds": None if known is None else step_time(cfg.model, T, setting, known, rows=rows).seconds,
+            "seconds": None if time is None else time.seconds,
             "measured_seconds": seconds,
         }  # fmt: skip
 

@@ -113,7 +113,7 @@ class Trainer:
         built = build_engine(
             cfg, ds_config, world, init_from=cfg.training.init_from if start is None else None
         )
-        self.engine, fault = built.engine, built.fault
+        self.engine, self.backend, fault = built
         self.n_layers = cfg.model.n_layers
         self.model: GSAForCausalLM = self.engine.module
 
@@ -206,11 +206,10 @@ class Trainer:
         segment = run.get("segments", 0)
         self.log = MetricsLog(self.folder.metrics)
         self._receipt = Receipt(moved)
-        backend = self.model.layers[0].attention.backend
         parent = None if self._parent is None else asdict(self._parent)
         self.folder.update_run(
             status="running", reason=None, step=self.step, tracking_id=self.tracking_id, world_size=self.world.size,
-            zero_stage=self.engine.zero_stage, backend=backend, segments=segment + 1, parent=parent,
+            zero_stage=self.engine.zero_stage, backend=self.backend, segments=segment + 1, parent=parent,
         )  # fmt: skip
         event = {"event": "start" if start is None else "resume", "step": self.step, "world_size": self.world.size,
                  "zero_stage": self.engine.zero_stage, "segment": segment}  # fmt: skip
@@ -223,7 +222,7 @@ class Trainer:
         self._event({**device, "step": self.step})
         tracking = f"W&B run {self.tracking_id}" if self.cfg.logging.wandb else "no W&B"
         self.console.table(f"GSA trainer {version(PROJECT)}", start_banner(
-            self.cfg, self.plan, self._ds_config, self.data, self.folder.path, device, backend=backend,
+            self.cfg, self.plan, self._ds_config, self.data, self.folder.path, device, backend=self.backend,
             tracking=tracking,
         ))  # fmt: skip
         return segment
@@ -344,7 +343,7 @@ class Trainer:
             if spike:
                 self._event(self._spike(row, "skip" if self.cfg.training.on_spike == "skip" else "log"))
             if self.step == self._first_step + SETTLED:
-                self._event({**self.telemetry.predicted(row["seconds"]), "step": self.step})
+                self._event({**self.telemetry.predicted(row["seconds"], self.backend), "step": self.step})
             if (receipt := self._receipt.compare(row)) is not None:
                 self._event({**receipt, "step": self.step})
                 self.console.line(describe(receipt))
@@ -402,6 +401,7 @@ class Trainer:
         if examining:
             row |= health_metrics(shared.get("squares"), shared["updates"])
         phases = clock.read()
+        del phases["other"]  # what the host adds to it belongs there too: see Telemetry.of_step
         row |= {f"seconds_{name}": spent for name, spent in phases.items()}
         row |= self.telemetry.of_step(time.perf_counter() - began, phases, shared["ranks"], n_selected, n_seen)
         return row, self._agree_on_signal() if signal_sum else 0

@@ -23,9 +23,9 @@ from gsa.kernels.kept import kept, saved_by_checkpointing
 from gsa.kernels.reference import attention_probabilities, choose, index_scores, pack, top_keys, unpack, visible
 
 __all__ = [
-    "Backend", "Index", "Selection", "alignment_kl", "attend", "attention_probabilities", "choose", "index_scores",
-    "fold_logits", "logits_gradient", "pack", "saved_by_checkpointing", "select", "silu_product", "top_keys", "unpack",
-    "visible",
+    "Backend", "Index", "Selection", "add_product", "alignment_kl", "attend", "attention_probabilities", "choose",
+    "fold_logits", "index_scores", "logits_gradient", "pack", "product", "saved_by_checkpointing", "select",
+    "silu_product", "top_keys", "unpack", "visible",
 ]  # fmt: skip
 
 Backend = Literal["reference", "chunked", "triton"]
@@ -146,6 +146,24 @@ def logits_gradient(
     log_z, scale: (N,) like logits. Else as for `fold_logits`.
     """
     return _loss_module(backend).logits_gradient(logits, targets, start, log_z, scale, dtype)
+
+
+def product(a: Tensor, b: Tensor, exact: torch.dtype) -> Tensor:
+    """a @ b of matrices, accumulated and returned in `exact`: rounded to bfloat16, logits are off by a hundredth."""
+    if a.dtype == exact:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=exact)
+    return a.to(exact) @ b.to(exact)
+
+
+def add_product(backend: Backend, total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, accumulated in total's dtype, float32 at least; a and b of one dtype, maybe a narrower one."""
+    if backend == "triton" and total.is_cuda and a.dtype != total.dtype:
+        # in the product's own pass over memory, instead of two more
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += product(a, b, total.dtype)
 
 
 def _loss_module(backend: str) -> ModuleType:

@@ -164,7 +164,15 @@ def head_deviations(backend: kernels.Backend, dtype: torch.dtype, device: torch.
         kernels.fold_logits(backend, block.clone(), targets, start, top, mass, label)
     log_z, ones = top + mass.log(), torch.ones_like(top)
     by_logit = [kernels.logits_gradient(backend, b.clone(), targets, start, log_z, ones, dtype) for start, b in blocks]
-    pairs = {"loss head": (log_z - label, wanted), "loss head's gradient": (torch.cat(by_logit, 1), gradient)}
+    weight = torch.randn(1000, 64, generator=random).to(dtype).to(device)
+    total = logits.new_zeros(150, 64)
+    for (start, block), part in zip(blocks, by_logit, strict=True):
+        kernels.add_product(backend, total, part, weight[start : start + block.shape[1]])
+    ours = torch.cat(by_logit, 1)
+    pairs = {
+        "loss head": (log_z - label, wanted), "loss head's gradient": (ours, gradient),
+        "loss head's sum": (total, ours.double() @ weight.double()),
+    }  # fmt: skip
     return {name: ((a - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
 
 

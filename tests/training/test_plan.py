@@ -15,17 +15,22 @@ from training import cost_model as cost
 from training.config import load_config, plan_batch
 from training.devices import DEVICES
 from training.ds_config import resolve_ds_config
-from training.plan import main, option, ranked, setting_of, why_not
+from training.plan import DS_CONFIGS, Request, ds_config_for, main, ranked, why_not
 
 CONFIGS = ROOT / "training" / "configs"
 TUNED = CONFIGS / "pretrain_512m_low_memory.yaml"
 UNTUNED = CONFIGS / "pretrain_512m_untuned.yaml"
 
 
-def given(path=TUNED, *overrides, gpus=4, gpu="L40S"):
-    cfg = load_config(path, overrides)
-    batch = plan_batch(cfg.training, gpus)
-    return cfg, option(cfg, setting_of(cfg, resolve_ds_config(None, cfg, batch, path), batch), DEVICES[gpu])
+def asked(path=TUNED, *overrides, gpus=4, gpu="L40S", file=None) -> Request:
+    cfg, device = load_config(path, overrides), DEVICES[gpu]
+    file = DS_CONFIGS / (file or ds_config_for(2, False, gpus, device))
+    return Request(cfg, path, plan_batch(cfg.training, gpus), device, file)
+
+
+def given(*args, **kwargs):
+    request = asked(*args, **kwargs)
+    return request.cfg, request.option(request.setting(request.file))
 
 
 @pytest.mark.parametrize("recomputed", ["none", "ffn", "block"])
@@ -77,12 +82,12 @@ def test_sharding_halves_what_it_shards():
 
 
 def test_the_best_fits_is_fastest_and_keeps_the_global_batch():
-    cfg, start = given()
     device = DEVICES["L40S"]
-    options = ranked(cfg, start.setting, device)
+    options = ranked(asked())
     assert {o.setting.global_batch_size for o in options} == {256}
     fitting = [o for o in options if o.fits(device)]
     assert options[: len(fitting)] == fitting and fitting[0].peak_gib <= 40
+    assert fitting[0] == given()[1]  # nothing is gained by leaving it
     assert fitting[0].time.seconds <= 1.02 * min(o.time.seconds for o in fitting)
     reasons = {why_not(o, fitting[0], device).split(" (")[0].split(": ")[-1] for o in options}
     assert {"recommended", "recomputation", "waiting for launches"} <= reasons
@@ -93,6 +98,42 @@ def test_a_slow_link_is_seen_and_hides_behind_computing():
     _, slow = given(gpu="L40S")
     assert slow.time.communication > 5 * given(gpu="H100")[1].time.communication
     assert slow.time.exposed < 0.2 * slow.time.communication
+
+
+def test_communication_is_what_deepspeed_sends():
+    """Bytes over a ring by hand: an all-reduce is two passes, a gather or a scatter one, of 3/4 of the weights each."""
+    c, device = load_config(TUNED, []).model, DEVICES["A40"]
+    one = 2 * 511_899_370 * 3 / 4 / (25e9 * 0.8)
+    passes = {0: (0, 2), 1: (0, 3), 2: (2, 1), 3: (3, 0)}
+    for stage, (per_micro, per_step) in passes.items():
+        s = cost.Setting(4, stage, 8, 8, "none")
+        found = cost.communication_seconds(c, s, device)
+        assert found == pytest.approx((per_micro * one, per_step * one)), stage
+        assert cost.communication_seconds(c, s, device, width=4) == pytest.approx([2 * x for x in found])
+        assert cost.communication_seconds(c, replace(s, world_size=1), device) == (0, 0)
+
+
+def test_float32_is_slower_and_twice_as_large_to_send():
+    fast, slow = given(gpu="A100-80")[1], given(TUNED, "training.precision=fp32", gpu="A100-80", file="zero2.json")[1]
+    assert slow.time.seconds > 8 * fast.time.seconds
+    assert slow.time.communication == pytest.approx(2 * fast.time.communication)
+
+
+def test_offloading_costs_time_and_frees_the_device():
+    on, off = (given(gpu="A40", file=f"zero2{kind}.json")[1] for kind in ("", "_offload"))
+    assert off.peak_gib < on.peak_gib - 1.4
+    # by hand: gradients down with every micro-batch, weights up once, and AdamW in the host's memory
+    moved = 9 * 2 * 511_899_370 / 4 / 20e9
+    adam = 60 * 511_899_370 / 40e9
+    assert off.time.seconds - on.time.seconds == pytest.approx(moved + adam, abs=0.02)
+
+
+def test_offloading_takes_part_when_nothing_else_fits():
+    small = replace(DEVICES["A40"], memory_gib=4.6)
+    request = replace(asked(), device=small)
+    best = ranked(request)[0]
+    assert best.setting.offload and best.fits(small)
+    assert not any(o.setting.offload for o in ranked(asked()))
 
 
 def test_json_has_what_machines_read(capsys):
@@ -129,9 +170,26 @@ def test_what_is_written_is_a_run_that_loads(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    "gpu, gpus, file", [("44.4,362,25,864", 4, None), ("79,989,370,3350", 4, None), ("79,989,370,3350", 1, None),
+                        ("4.6,150,25,700", 4, None), ("44.4,362,25,864", 4, "zero2_offload.json")],
+)  # fmt: skip
+def test_what_is_written_takes_what_was_promised(gpu, gpus, file, tmp_path, capsys):
+    argv = ["--config", str(TUNED), "--gpus", str(gpus), "--gpu", gpu, "--json"]
+    argv += ["--deepspeed_config", str(DS_CONFIGS / file)] if file else []
+    assert main([*argv, "--write", str(tmp_path / "plan")]) == 0
+    promised = json.loads(capsys.readouterr().out)["recommended"]
+    again = ["--config", str(tmp_path / "plan" / "plan.yaml"), *argv[2:7]]
+    assert main([*again, "--deepspeed_config", str(tmp_path / "plan" / "plan_ds_config.json")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {key: told[key] for key in promised} == promised
+
+
+@pytest.mark.parametrize(
     "argv, words",
     [(["--gpu", "Voodoo2"], "is not known"), (["--gpus", "0"], "at least 1"), (["--gpus", "3"], "not a multiple"),
-     (["training.nonsense=1"], "unknown key"), (["--gpu", "2,100,25", "--write", "x"], "nothing fits")],
+     (["training.nonsense=1"], "unknown key"), (["--gpu", "2,100,25", "--write", "x"], "nothing fits"),
+     (["--write", "/proc/x"], "--write /proc/x: "), (["--write", "/etc/hosts"], "--write /etc/hosts: "),
+     (["--gpu", "B200", "training.precision=fp32"], "the peak of B200 at training.precision=fp32 is not known")],
 )  # fmt: skip
 def test_wrong_input_is_refused(argv, words, capsys):
     assert main(["--config", str(TUNED), *argv]) == 2

@@ -61,6 +61,14 @@ def test_a_wrong_loss_head_is_found_out(monkeypatch):
     assert "its loss head's gradient is off by" in fault_of("chunked", SHAPE, CPU)
 
 
+def test_a_sum_that_forgets_what_was_there_is_found_out(monkeypatch):
+    from gsa import kernels
+
+    product = kernels.product
+    monkeypatch.setattr(kernels, "add_product", lambda _, total, a, b: total.copy_(product(a, b, total.dtype)))
+    assert "its loss head's sum is off by" in fault_of("chunked", SHAPE, CPU)
+
+
 def test_a_wrong_feed_forward_is_found_out(monkeypatch):
     honest = chunked.silu_product
     monkeypatch.setattr(chunked, "silu_product", lambda gate, up: honest(gate, up * 1.03))
