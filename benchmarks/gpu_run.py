@@ -37,11 +37,9 @@ from benchmarks.layers import Layer
 from benchmarks.measuring import RESULTS, certificate, commit
 from benchmarks.synthetic import write_dataset
 from training.config import RunConfig, load_config, plan_batch
-from training.cost_model import setting_of
 from training.devices import DEVICES, Device, find
-from training.ds_config import resolve_ds_config
 from training.metrics import read_rows
-from training.plan import Option, option
+from training.plan import Option, Request
 from training.telemetry import SETTLED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -233,8 +231,8 @@ def row_of(name: str, m: Measured) -> str:
 
 def planned(cfg: RunConfig, device: Device, gpus: int, ds_config: Path) -> Option:
     """What training.plan says of a configuration on this many GPUs."""
-    plan = plan_batch(cfg.training, gpus)
-    return option(cfg, setting_of(cfg, resolve_ds_config(ds_config, cfg, plan, Path(__file__)), plan), device)
+    request = Request(cfg, Path(__file__), plan_batch(cfg.training, gpus), device, ds_config)
+    return request.option(request.setting(ds_config))
 
 
 def what_is_planned(runs: dict[str, Measured], device_name: str) -> str:

@@ -11,7 +11,6 @@ prediction is off by 10 % or more.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 import gsa.kernels
 import gsa.model
+from benchmarks.comparing import ratio
 from benchmarks.measuring import RESULTS, certificate
 from gsa import GSAForCausalLM, ModelConfig
 from gsa.model import Recomputed
@@ -126,8 +126,8 @@ def calibration() -> tuple[list[str], float]:
     return lines, worst
 
 
-def curve(repeats: int = 7) -> list[str]:
-    """Memory and time of each scope, relative to none."""
+def curve(rounds: int = 30) -> list[str]:
+    """Memory and time of each scope, relative to none. The scopes take turns, forwards and backwards."""
     B, T = 4, 512
     config = replace(BASE, n_layers=8)
     forwards, held = {}, {}
@@ -136,20 +136,18 @@ def curve(repeats: int = 7) -> list[str]:
         with counted(known, recomputed) as counter:
             forward()
         forwards[recomputed], held[recomputed] = forward, counter.bytes
-    seconds: dict[str, list[float]] = {name: [] for name in forwards}
-    for repeat in range(repeats + 1):
-        for name, forward in forwards.items():
-            began = time.perf_counter()
+    spent: dict[str, list[tuple[float, float]]] = {name: [] for name in forwards}
+    for number in range(rounds + 1):
+        for name, forward in list(forwards.items())[:: 1 if number % 2 else -1]:
+            began = time.perf_counter(), time.process_time()
             forward().backward()
-            if repeat:
-                seconds[name].append(time.perf_counter() - began)
+            if number:
+                spent[name].append((time.perf_counter() - began[0], time.process_time() - began[1]))
     lines = []
-    for name, spent in seconds.items():
-        ratios = [ours / none for ours, none in zip(spent, seconds["none"], strict=True)]
-        lines.append(
-            f"| {name} | {held[name] / 2**20:.1f} | {held[name] / held['none']:.2f} | {statistics.median(ratios):.2f} "
-            f"[{min(ratios):.2f} - {max(ratios):.2f}] |"
-        )
+    for name, turns in spent.items():
+        ours, none = zip(*turns, strict=True), zip(*spent["none"], strict=True)
+        wall, cpu = (str(ratio(a, b)) if name != "none" else "1" for a, b in zip(ours, none, strict=True))
+        lines.append(f"| {name} | {held[name] / 2**20:.1f} | {held[name] / held['none']:.2f} | {wall} | {cpu} |")
     return lines
 
 
@@ -171,10 +169,11 @@ Worst: {worst:.1%}.
 
 ## What activation checkpointing costs
 
-8 layers of the base model, 4 x 512, float32, {torch.get_num_threads()} thread(s), forward and backward, medians.
+8 layers of the base model, 4 x 512, float32, {torch.get_num_threads()} thread(s), forward and backward; turn by turn,
+the median ratio and its 95 % interval.
 
-| recomputed | held, MiB | of none | time, of none |
-|---|---|---|---|
+| recomputed | held, MiB | of none | wall time, of none | CPU time, of none |
+|---|---|---|---|---|
 {chr(10).join(curve())}
 """
     (RESULTS / "memory_cpu.md").write_text(text)

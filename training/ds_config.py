@@ -24,7 +24,7 @@ REFUSED = {
     "gradient_accumulation_dtype": "set it as data_types.grad_accum_dtype",
     "zero_allow_untested_optimizer": "set by this project",
     "zero_force_ds_cpu_optimizer": "set by this project: torch's AdamW serves offload too, and needs no compiler",
-    "timers": "metrics.jsonl has the seconds of every phase; DeepSpeed's timers wait for the device in every micro-batch",
+    "timers": "metrics.jsonl has the seconds of every phase; DeepSpeed's timers wait for the device all the time",
     "elasticity": "removed from DeepSpeed 0.19.8; this project resizes by itself",
     "curriculum_learning": "removed from DeepSpeed 0.19.8",
     "compression_training": "removed from DeepSpeed 0.19.8",

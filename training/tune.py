@@ -3,9 +3,10 @@
     python -m training.tune --config training/configs/quickstart.yaml --num_gpus 2 --out tuned.yaml
 
 For each ds_config and each kind of activation checkpointing the micro-batch grows, a few real steps at a time, until
-memory runs out or a step takes longer. Every trial has processes of its own, so running out of memory ends that trial
-alone. Prints a row per trial and what to use. Exit codes: 0 a setting was found; 2 refused configuration; 3 refused
-data; 1 nothing fits; 128 + the number of the signal that stopped it.
+memory runs out or a step takes longer; under the thriftiest kind until memory runs out, whatever it takes. Every trial
+has processes of its own, so running out of memory ends that trial alone. Prints a row per trial and what to use. Exit
+codes: 0 a setting was found; 2 refused configuration; 3 refused data; 1 nothing fits; 128 + the number of the signal
+that stopped it.
 """
 
 from __future__ import annotations
@@ -27,11 +28,10 @@ from pathlib import Path
 from types import FrameType
 
 import torch
-import yaml
 
 from gsa.model import Recomputed
 from training import ds_config
-from training.config import BatchPlan, ConfigError, RunConfig, global_batch_size, load_config, to_plain
+from training.config import BatchPlan, ConfigError, RunConfig, global_batch_size, load_config, to_plain, to_yaml
 from training.data import DataError
 from training.run_folder import environment
 from training.train import FAILED, FINISHED, REFUSED_CONFIG, REFUSED_INPUT, open_data, require_backend
@@ -92,15 +92,16 @@ def search(
     """
     for path in ds_configs:
         fitting = list(sizes)
-        for kind in kinds:
-            for trial in grow(Setting(path, kind), fitting, attempt):
+        for number, kind in enumerate(kinds):
+            for trial in grow(Setting(path, kind), fitting, attempt, to_the_limit=number == 0):
                 yield trial
                 if trial.outcome.verdict == "out_of_memory":
                     fitting = [size for size in fitting if size < trial.micro_batch_size]
 
 
-def grow(setting: Setting, sizes: Sequence[int], attempt: Attempt) -> Iterator[Trial]:
-    """Doubles the micro-batch until memory runs out, then halves the gap; ends early when a step takes longer.
+def grow(setting: Setting, sizes: Sequence[int], attempt: Attempt, *, to_the_limit: bool) -> Iterator[Trial]:
+    """Doubles the micro-batch until memory runs out, then halves the gap; ends early when a step takes longer, unless
+    it is to find the largest that fits.
 
     No size is tried at or above one that ran out of memory. A trial that fails for another reason ends it too.
     """
@@ -110,7 +111,7 @@ def grow(setting: Setting, sizes: Sequence[int], attempt: Attempt) -> Iterator[T
         outcome = attempt(setting, sizes[at])
         longer = outcome.verdict == "ok" and before is not None and slower(outcome, before)
         yield Trial(setting, sizes[at], outcome, longer)
-        if outcome.verdict == "failed" or longer:
+        if outcome.verdict == "failed" or (longer and not to_the_limit):
             return
         if outcome.verdict == "out_of_memory":
             high = at
@@ -374,7 +375,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="let a rank hold no more than this, enforced: on a GPU by torch's allocator, on a CPU by the system, "
         "which counts what is allocated, touched or not",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, help="write what the fastest setting overrides as a new yaml file")
+    parser.add_argument("--out", type=Path, help="write the configuration with the fastest setting as a new yaml file")
     parser.add_argument("--json", type=Path, help="write every trial to a new file")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value",
@@ -531,20 +532,20 @@ def _nothing_ran(trials: Sequence[Trial]) -> str:
 
 
 def override_yaml(task: Task, trials: Sequence[Trial], argv: Sequence[str]) -> str:
-    """The fastest setting as a piece of a run's yaml, with the birth certificate of its numbers."""
+    """The run's yaml with the fastest setting in it, whole, under the birth certificate of its numbers."""
     winner, env = best(trials), environment()
-    decided = task.decided(winner.setting, winner.micro_batch_size)
-    own = task.words(winner.setting, winner.micro_batch_size)[: -len(decided)]
+    words = task.words(winner.setting, winner.micro_batch_size)
     lines = [
-        f"Over {task.config}, on {task.ranks} rank(s); the fastest of {len(trials)} trials of training.tune.",
+        f"{task.config} with {shlex.join(words)}",
+        f"on {task.ranks} rank(s); the fastest of {len(trials)} trials of training.tune.",
         sentence(task, winner),
         f"(median of {task.steps} steps ± half the distance between their quartiles; {winner.outcome.backend} kernels)",
         f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, {', '.join(env['devices'])}, {env['cpus']} CPUs, python "
         f"{env['python']}, torch {env['torch']}, deepspeed {env['deepspeed']}",
         f"command: python -m training.tune {shlex.join(argv)}",
-        f"Use with: {shlex.join(['--deepspeed_config', str(winner.setting.ds_config), *own])}",
+        f"Use with: --deepspeed_config {shlex.quote(str(winner.setting.ds_config))}",
     ]
-    return "".join(f"# {line}\n" for line in lines) + yaml.safe_dump({"training": decided}, sort_keys=False)
+    return "".join(f"# {line}\n" for line in lines) + to_yaml(load_config(task.config, words))
 
 
 def all_trials(task: Task, trials: Sequence[Trial], argv: Sequence[str]) -> dict:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from launching import ROOT, rank_environment
@@ -75,8 +74,18 @@ def test_the_largest_divisor_that_fits_is_found_and_nothing_above_a_failure_is_t
 
 def test_growth_ends_where_a_step_takes_longer_by_more_than_noise():
     seconds = {1: 4.0, 2: 3.0, 4: 3.03, 8: 3.5, 16: 1.0}
-    assert sizes_tried(divisors(16), lambda size: ran(seconds[size])) == [1, 2, 4, 8]
-    assert sizes_tried(divisors(16), lambda size: ran(seconds[size], spread=0.3)) == [1, 2, 4, 8, 16]
+    found = tried(divisors(16), lambda setting, size: ran(seconds[size]), ("block", "none"))
+    # under the thriftiest kind it goes on, to find what fits
+    assert found == [("zero2", "block", s) for s in (1, 2, 4, 8, 16)] + [("zero2", "none", s) for s in (1, 2, 4, 8)]
+    found = tried(divisors(16), lambda setting, size: ran(seconds[size], spread=0.3), ("block", "none"))
+    assert [size for _, kind, size in found if kind == "none"] == [1, 2, 4, 8, 16]
+
+
+@given(total=st.integers(1, 300), fitting=st.integers(1, 300), dearer=st.integers(0, 9))
+def test_the_largest_that_fits_is_found_even_where_larger_ones_are_slower(total, fitting, dearer):
+    trials = list(search([ZERO2], ("block", "none"), divisors(total), lambda setting, size: (
+        ran(1.0 + dearer * size) if size <= fitting * (1 if setting.recomputed == "block" else 0.5) else NO_MEMORY)))
+    assert largest(trials).micro_batch_size == max(d for d in divisors(total) if d <= fitting)
 
 
 def test_a_size_without_room_is_not_tried_again_where_less_is_recomputed_but_again_under_another_zero_stage():
@@ -349,19 +358,16 @@ def test_a_search_survives_running_out_of_memory_and_takes_what_fits(search_unde
 def test_the_override_is_a_configuration_with_the_same_global_batch(search_under_a_cap, tiny_yaml):
     folder, printed = search_under_a_cap
     text = (folder / "tuned.yaml").read_text()
-    override = yaml.safe_load(text)
-    assert override == {"training": {
-        "micro_batch_size": 1, "gradient_accumulation_steps": WINDOWS, "global_batch_size": 2 * WINDOWS,
-        "gradient_checkpointing": False,
-    }}  # fmt: skip
     words = json.loads((folder / "trials.json").read_text())["override"]
-    assert words[-4:] == [f"training.{key}={str(value).lower()}" for key, value in override["training"].items()]
+    assert words[-4:] == [
+        "training.micro_batch_size=1", f"training.gradient_accumulation_steps={WINDOWS}",
+        f"training.global_batch_size={2 * WINDOWS}", "training.gradient_checkpointing=false",
+    ]  # fmt: skip
     assert " ".join(words) in printed
-    cfg = load_config(tiny_yaml, words)
+    cfg = load_config(folder / "tuned.yaml", [])
+    assert cfg == load_config(tiny_yaml, words) and cfg.model.d_ffn == 16384  # whole: the model is in it too
     plan = plan_batch(cfg.training, 2)
     assert (plan.global_batch_size, plan.accumulation_steps, plan.note) == (2 * WINDOWS, WINDOWS, None)
-    assert cfg.model.d_ffn == 16384
-    assert load_config(folder / "tuned.yaml", []).training.global_batch_size == 2 * WINDOWS
     assert "torch 2." in text and "# command: python -m training.tune" in text
 
 
