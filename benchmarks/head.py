@@ -3,8 +3,9 @@
     python -m benchmarks.head [--rows 2048] [--vocab_size 151936] [--d_model 1024] [--dtype float32] [--repeats 3]
 
 Ways take turns; peak memory is that of a process of its own for each, above inputs and gradients. `blocks` is
-gsa/loss.py. `row chunks` forms the gradients in the forward pass, a chunk of rows at a time, as liger-kernel does
-(which itself needs a GPU). Writes benchmarks/results/head_<device>_<dtype>.md.
+gsa/loss.py. `row chunks` forms the gradients in the forward pass, a chunk of rows at a time, as liger-kernel does,
+which itself needs a GPU and stands beside it there when it is installed. Writes
+benchmarks/results/head_<device>_<dtype>_<rows>.md.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +63,10 @@ WAYS: dict[str, Callable] = {
 }
 if torch.cuda.is_available():
     WAYS["blocks, triton"] = lambda h, w, t: linear_cross_entropy(h, w, t, float(len(t)), "triton")
+    with suppress(ImportError):
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        WAYS["liger-kernel"] = lambda h, w, t: liger_fused_linear_cross_entropy(h, w, t, accum_dtype=torch.float32)
 if hasattr(F, "linear_cross_entropy"):
     WAYS["torch's linear_cross_entropy"] = F.linear_cross_entropy
 

@@ -238,7 +238,12 @@ class Monitor:
         self._nvml = self._open(nvml)
         if self._nvml is None:
             return
-        handles = {i: self._handle(i, gpu) for i, gpu in enumerate(visible_gpus() if gpus is None else gpus)}
+        try:
+            gpus = visible_gpus() if gpus is None else gpus
+        except AttributeError as err:  # of torch's properties
+            self._messages.append(f"GPUs are not monitored: this torch does not tell them apart: {err}")
+            return
+        handles = {i: self._handle(i, gpu) for i, gpu in enumerate(gpus)}
         self._asked = [(i, h, field) for i, h in handles.items() if h is not None for field in _QUERIES]
         self._thread = threading.Thread(target=self._watch, name="gpu monitor", daemon=True)
         self._thread.start()

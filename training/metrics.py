@@ -149,13 +149,16 @@ def read_rows(path: Path) -> list[dict]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as err:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("not an object")
+        except ValueError as err:
             if number == len(lines):
                 break
             raise ValueError(
-                f"{path}, line {number}: not JSON ({err.msg}); restore the file or delete the line"
+                f"{path}, line {number}: not JSON ({getattr(err, 'msg', err)}); restore the file or delete the line"
             ) from err
+        rows.append(row)
     return rows
 
 

@@ -15,7 +15,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -75,7 +75,8 @@ class Outcome:
 def main(argv: list[str]) -> int:
     args = _parse(argv)
     # when the machine itself runs out, the kernel shall end this process, not the tuner or a stranger
-    Path("/proc/self/oom_score_adj").write_text("1000")
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
     try:
         outcome = run(args)
     except Exception as err:  # whatever an allocator or a library throws is this setting's result

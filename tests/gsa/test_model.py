@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -179,6 +180,43 @@ class LargestTensor(TorchDispatchMode):
             self.largest = max(self.largest, out.numel())
             self.products += func in (torch.ops.aten.mm.default, torch.ops.aten.mm.out)
         return out
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of storages that operations have made and that are still held: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            storage = out.untyped_storage()
+            if storage.data_ptr() not in known and storage.data_ptr() not in self.held:
+                self.held[storage.data_ptr()] = storage.nbytes()
+                weakref.finalize(storage, self.held.pop, storage.data_ptr(), None)
+                self.peak = max(self.peak, sum(self.held.values()))
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_head_holds_little_beside_its_gradients(dtype, monkeypatch):
+    """300 MB at 16,384 rows of width 1,024, scaled down 64 times: rows, width and block of logits alike."""
+    rows, width, vocab_size = 2048, 128, 2048
+    monkeypatch.setattr(loss_module, "BLOCK_BYTES", loss_module.BLOCK_BYTES // 64)
+    hidden, weight, targets = problem(rows, width, vocab_size, dtype)
+    with Live() as live:
+        loss = linear_cross_entropy(hidden, weight, targets, 5.0)
+        gradients = torch.autograd.grad(loss, (hidden, weight))
+    beyond = live.peak - sum(g.untyped_storage().nbytes() for g in gradients)
+    assert 1e6 < beyond <= 300e6 / 64
+    with Live() as live:
+        loss = F.cross_entropy((hidden @ weight.t()).float(), targets)
+        torch.autograd.grad(loss, (hidden, weight))
+    assert live.peak > 4 * beyond  # the plain loss
 
 
 def test_logits_of_the_whole_vocabulary_never_exist(monkeypatch):
