@@ -420,6 +420,14 @@ def to_plain(cfg: RunConfig) -> dict:
     return asdict(cfg)
 
 
+def from_plain(plain: dict[str, Any]) -> RunConfig:
+    """What `to_plain` gave, of this version or an earlier one. ConfigError for anything else."""
+    try:
+        return RunConfig(**{name: made(**plain.get(name, {})) for name, made in SECTIONS.items()})
+    except (TypeError, AttributeError) as err:
+        raise ConfigError(f"not a configuration of this version: {err}") from err
+
+
 def to_yaml(cfg: RunConfig) -> str:
     return yaml.safe_dump(to_plain(cfg), sort_keys=False)
 

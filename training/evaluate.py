@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +25,19 @@ class Score:
     tokens: int
 
 
-def evaluate(engine: Engine, data: PackedTokens, world: World, *, n_windows: int, micro_batch_size: int) -> Score:
+def evaluate(
+    engine: Engine,
+    data: PackedTokens,
+    world: World,
+    *,
+    n_windows: int,
+    micro_batch_size: int,
+    beat: Callable[[], None] = lambda: None,
+) -> Score:
     """Scores the first n_windows windows of the held-out order (0: all) with the stage the model is in.
 
     Every rank must call it; every rank gets the same score, up to the order of a float64 sum over ranks.
-    The model is left in evaluation mode as it was found.
+    The model is left in evaluation mode as it was found. beat: a sign of life, called once per micro-batch.
     """
     total = min(n_windows or data.n_windows, data.n_windows)
     own = np.arange(total)[world.rank :: world.size]
@@ -40,6 +49,7 @@ def evaluate(engine: Engine, data: PackedTokens, world: World, *, n_windows: int
     engine.eval()
     with torch.no_grad():
         for call in range(calls):
+            beat()
             ids = own[call * micro_batch_size : (call + 1) * micro_batch_size]
             batch = data.batch(ids) if len(ids) else _nothing(data.batch(np.zeros(1, np.int64)))
             moved = batch.to(world.device)
@@ -58,7 +68,7 @@ def _nothing(batch: Batch) -> Batch:
     return Batch(batch.tokens, torch.full_like(batch.targets, -100), batch.doc_start)
 
 
-def unigram_score(data: PackedTokens, *, n_windows: int) -> Score:
+def unigram_score(data: PackedTokens, *, n_windows: int, beat: Callable[[], None] = lambda: None) -> Score:
     """What the best model without context reaches on the same targets: the training text's token frequencies.
 
     Add-one smoothed. The baseline that a trained model must beat clearly.
@@ -68,6 +78,7 @@ def unigram_score(data: PackedTokens, *, n_windows: int) -> Score:
     nats = tokens = n_bytes = 0.0
     total = min(n_windows or data.n_windows, data.n_windows)
     for first in range(0, total, 64):
+        beat()
         targets = data.batch(np.arange(first, min(first + 64, total))).targets.numpy()
         valid = targets[targets >= 0]
         nats += nats_of[valid].sum()

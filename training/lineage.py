@@ -7,7 +7,7 @@ from pathlib import Path
 from gsa.checkpoint.full_state import read_run_state
 from gsa.checkpoint.manifest import CheckpointError
 from training.config import RunConfig, config_changes, to_plain
-from training.metrics import read_rows
+from training.metrics import iter_rows
 from training.resume import Start
 from training.run_folder import RunFolder
 from training.tracking import new_run_id
@@ -33,7 +33,7 @@ def tracked_as(cfg: RunConfig, folder: RunFolder, start: Start | None, continued
 
 def _bends(cfg: RunConfig, folder: RunFolder, start: Start) -> bool:
     """Whether the folder has rows of steps that are about to be trained again with another curve."""
-    newest = max((row["step"] for row in read_rows(folder.metrics) if "loss" in row), default=0)
+    newest = max((row["step"] for row in iter_rows(folder.metrics) if "loss" in row), default=0)
     changes = config_changes(start.state.config, to_plain(cfg))
     return newest > start.state.step and any(change.effect == "curve" for change in changes)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -143,23 +144,48 @@ class MetricsLog:
         self._file.close()
 
 
+class DamagedRowsError(manifest.CheckpointError):
+    """A line inside a metrics file is no row; the message says which, and what to do. Refused as damaged state is."""
+
+
+def iter_rows(path: Path) -> Iterator[dict]:
+    """All whole rows of a metrics file, one at a time: days of a run hardly fit into memory as dicts.
+
+    A torn last line, left by a kill, is passed over. DamagedRowsError for any other line that is no row.
+    """
+    return (row for _, row in _placed_rows(path))
+
+
 def read_rows(path: Path) -> list[dict]:
-    """All whole rows of a metrics file. A torn last line, left by a kill, is passed over."""
-    rows = []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-        except ValueError as err:
-            if number == len(lines):
-                break
-            raise ValueError(
-                f"{path}, line {number}: not JSON ({getattr(err, 'msg', err)}); restore the file or delete the line"
-            ) from err
-        rows.append(row)
-    return rows
+    """`iter_rows`, all of them."""
+    return list(iter_rows(path))
+
+
+def _placed_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """Rows, each with the offset in bytes at which the next line begins."""
+    if not path.exists():
+        return
+    end, wrong = 0, None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if wrong is not None:
+                raise wrong
+            end += len(line)
+            try:
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise ValueError("not an object")
+            except ValueError as err:
+                what = f"not JSON ({getattr(err, 'msg', err)})"
+                wrong = DamagedRowsError(f"{path}, line {number}: {what}; restore the file or delete the line")
+                continue
+            yield end, row
+
+
+def require_rows(path: Path) -> None:
+    """DamagedRowsError when a line inside it is no row."""
+    for _ in iter_rows(path):
+        pass
 
 
 def rewind(path: Path, step: int) -> list[dict]:
@@ -170,25 +196,37 @@ def rewind(path: Path, step: int) -> list[dict]:
     line is dropped. Returns the rows that moved. Atomic: the segment is written
     first, then the shortened file replaces the old one.
     """
-    if not path.exists():
-        return []
-    rows = read_rows(path)
-    keep = next((i for i, row in enumerate(rows) if "loss" in row and row["step"] > step), len(rows))
-    late = [row for row in rows[keep:] if row.get("event") == "save" and row["step"] <= step]
-    moved = [row for row in rows[keep:] if row not in late]
+    kept, late, moved = 0, [], []  # bytes of the head; rows of the rest
+    for end, row in _placed_rows(path):
+        if moved or ("loss" in row and row["step"] > step):
+            (late if row.get("event") == "save" and row["step"] <= step else moved).append(row)
+        else:
+            kept = end
     if moved:
         segments = path.parent / "segments"
         segments.mkdir(exist_ok=True)
         number = len(list(segments.glob("metrics_*.jsonl")))
         _replace(segments / f"metrics_{number}.jsonl", moved)
-    _replace(path, rows[:keep] + late)
+        _replace(path, late, head=kept)
+    elif path.exists():
+        with open(path, "r+b") as file:
+            file.truncate(kept)  # a torn last line
+            file.seek(max(0, kept - 1))
+            if file.read(1) not in (b"\n", b""):  # whole, but for its end
+                file.write(b"\n")
     return moved
 
 
-def _replace(path: Path, rows: list[dict]) -> None:
+def _replace(path: Path, rows: list[dict], head: int = 0) -> None:
+    """Atomically: the first `head` bytes of what was there, and rows."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with open(temporary, "wb") as file:
+        if head:
+            with open(path, "rb") as before:
+                while head and (part := before.read(min(head, 1 << 20))):
+                    file.write(part)
+                    head -= len(part)
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)

@@ -56,7 +56,8 @@ def flat(row: dict) -> Fields:
     if event is None:
         return dict(_leaves({"_timestamp" if key == "time" else key: value for key, value in row.items()}))
     if event == "sample":
-        return {f"sample/{re.sub(r'[^a-zA-Z0-9]+', '_', row['prompt'])[:40]}": row["prompt"] + row["text"]}
+        name = re.sub(r"\W+", "_", row["prompt"])[:40]
+        return {f"sample/{name}": row["prompt"] + row["text"]}
     own = {key: value for key, value in row.items() if key not in ("event", "step", "time")}
     return dict(_leaves({k if k.startswith(f"{event}_") else f"{event}/{k}": value for k, value in own.items()}))
 
@@ -119,6 +120,7 @@ class Mirror:
     """
 
     def __init__(self, sink: Sink, history: Callable[[int], Iterable[dict]], limits: Limits) -> None:
+        self.name = sink.name
         self._sink, self._history, self._limits = sink, history, limits
         self._queue: queue.Queue[dict | None] = queue.Queue(limits.rows)
         self._call: tuple[str, float, float]  # what is said if it fails, since when, seconds it may take

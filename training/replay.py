@@ -3,7 +3,8 @@
 For a loss that looked odd: which windows the step trained on, what they say, and what the model makes of each. The
 weights are those of the newest checkpoint before the step, or of one that is named; on one device, without an
 engine, in float32. The text is exactly the step's; the loss is the step's too where the checkpoint is that of the step
-before.
+before. A step that was trained more than once, before a crash or a rollback, has a row for each: --segment chooses.
+Exit codes: 2 no such run or step; 3 a checkpoint or dataset that is refused.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from gsa import GSAForCausalLM
 from gsa.checkpoint import manifest
 from gsa.checkpoint.full_state import read_run_state
 from gsa.checkpoint.manifest import CheckpointError
-from training.config import BatchPlan, ConfigError, RunConfig, load_config, plan_batch
+from training.config import BatchPlan, ConfigError, RunConfig, from_plain, load_config, plan_batch
 from training.data import DataError, PackedTokens, step_samples
 from training.generate import load_model
-from training.metrics import read_rows
+from training.metrics import iter_rows
 from training.run_folder import RunFolder
 
 SHOWN_CHARACTERS = 200
@@ -45,13 +46,49 @@ class Window:
     text: str
 
 
-def step_row(folder: Path, step: int) -> dict:
-    """The row of a step, from metrics.jsonl or, where the step was trained again or never resumed, a segment."""
-    for path in [RunFolder(folder).metrics, *sorted((folder / "segments").glob("metrics_*.jsonl"), reverse=True)]:
-        for row in read_rows(path):
-            if "loss" in row and row["step"] == step:
-                return row
-    raise ValueError(f"{folder} has no step {step} in metrics.jsonl; its rows say which steps there are")
+@dataclass(frozen=True)
+class Trained:
+    """One training of a step: its row, the number of the segment that it was moved to (None: it is in metrics.jsonl),
+    and the configuration and number of ranks of the launch that trained it."""
+
+    row: dict
+    segment: int | None
+    cfg: RunConfig
+    world_size: int
+
+
+def trainings_of(folder: Path, step: int) -> list[Trained]:
+    """All of a step's, that of the run's one curve first, then the newest segment's. ValueError when there is none."""
+    segments = {int(p.stem.removeprefix("metrics_")): p for p in (folder / "segments").glob("metrics_*.jsonl")}
+    files: dict[int | None, Path] = {None: RunFolder(folder).metrics, **dict(sorted(segments.items(), reverse=True))}
+    found: list[tuple[int | None, dict]] = []
+    launches: list[dict] = []
+    for segment, path in files.items():
+        for row in iter_rows(path):
+            if row.get("event") in ("start", "resume"):
+                launches.append(row)
+            elif "loss" in row and row.get("step") == step:
+                found.append((segment, row))
+    if not found:
+        raise ValueError(f"{folder} has no step {step} in metrics.jsonl; its rows say which steps there are")
+    return [Trained(row, segment, *_told_by(folder, launches, row)) for segment, row in found]
+
+
+def _told_by(folder: Path, launches: list[dict], row: dict) -> tuple[RunConfig, int]:
+    """Configuration and ranks of the launch that a row is of; of the newest where the row's launch does not say."""
+    before = [launch for launch in launches if launch.get("time", 0) <= row.get("time", 0)]
+    launch = max(before, key=lambda launch: launch.get("time", 0), default={})
+    cfg = from_plain(launch["config"]) if "config" in launch else load_config(folder / "config.yaml", [])
+    return cfg, launch.get("world_size") or RunFolder(folder).read_run().get("world_size", 1)
+
+
+def chosen(trainings: list[Trained], segment: int | None) -> Trained:
+    """The one of that segment; by default the first. ValueError, with what there is, when there is none."""
+    for trained in trainings:
+        if segment is None or trained.segment == segment:
+            return trained
+    there = ", ".join("metrics.jsonl" if t.segment is None else f"segment {t.segment}" for t in trainings)
+    raise ValueError(f"step {trainings[0].row['step']} is not in segment {segment}; it is in {there}")
 
 
 def weights_before(folder: Path, step: int) -> Path:
@@ -103,10 +140,17 @@ def samples_of(row: dict, plan: BatchPlan) -> list[tuple[int, int]]:
     )
 
 
-def tell(row: dict, checkpoint: Path, windows: list[Window], whole: bool) -> str:
+def tell(trained: Trained, others: list[Trained], checkpoint: Path, windows: list[Window], whole: bool) -> str:
+    row = trained.row
     mean = sum(window.loss * window.targets for window in windows) / sum(window.targets for window in windows)
+    also = [
+        f"also trained: {'in metrics.jsonl' if t.segment is None else f'--segment {t.segment}'}, loss "
+        f"{float(t.row['loss']):.4f}, samples up to {t.row['samples'] - 1}"
+        for t in others if t is not trained
+    ]  # fmt: skip
     lines = [
-        f"step {row['step']}: loss {row['loss']:.4f} then, gradient norm {row['grad_norm']:.3f}, samples "
+        *also,
+        f"step {row['step']}: loss {float(row['loss']):.4f} then, gradient norm {float(row['grad_norm']):.3f}, samples "
         f"{windows[0].sample}..{windows[-1].sample}; with the weights of {checkpoint.name}: {mean:.4f}",
         "",
     ]
@@ -139,28 +183,34 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--step", type=int, required=True, help="whose batch to run again")
     parser.add_argument("--checkpoint", type=Path, help="a step_N folder (default: the newest before the step)")
     parser.add_argument("--whole", action="store_true", help="print windows whole, not their ends")
+    parser.add_argument("--segment", type=int, metavar="K", help="the step as segments/metrics_K.jsonl has it")
     args = parser.parse_args(argv)
     try:
         if not (args.run / "config.yaml").exists():
             raise ConfigError(f"{args.run} holds no run (no config.yaml); give the --output_dir of one")
-        cfg = load_config(args.run / "config.yaml", [])
-        row = step_row(args.run, args.step)
-        world = RunFolder(args.run).read_run().get("world_size", 1)
+        trainings = trainings_of(args.run, args.step)
+        trained = chosen(trainings, args.segment)
+        row, cfg = trained.row, trained.cfg
+        if missing := {"samples", "stage", "grad_norm"} - row.keys():
+            raise ValueError(f"the row of step {args.step} in {args.run} has no {', '.join(sorted(missing))}")
         checkpoint = args.checkpoint or weights_before(args.run, args.step)
         data = _data_of(cfg)
         if args.checkpoint is None and read_run_state(checkpoint).data_fingerprint != data.fingerprint:
             raise DataError(f"the text under {', '.join(data.sources)} is not what {checkpoint.name} was trained on")
-        tokenizer = Tokenizer.from_file(str(Path(next(iter(data.sources))) / "tokenizer.json"))
+        path = Path(next(iter(data.sources))) / "tokenizer.json"
+        if not path.is_file():
+            raise DataError(f"{path} is missing: without it there is no text to show; restore the dataset")
+        tokenizer = Tokenizer.from_file(str(path))
         model = load_model(checkpoint)
         model.set_stage(row["stage"])
-        windows = rerun(model, data, tokenizer, samples_of(row, plan_batch(cfg.training, world)))
+        windows = rerun(model, data, tokenizer, samples_of(row, plan_batch(cfg.training, trained.world_size)))
     except (CheckpointError, DataError) as err:
         print(f"error: {err}", file=sys.stderr)
         return 3
     except ValueError as err:
         print(f"error: {err}", file=sys.stderr)
         return 2
-    print(tell(row, checkpoint, windows, args.whole))
+    print(tell(trained, trainings, checkpoint, windows, args.whole))
     return 0
 
 

@@ -72,15 +72,24 @@ def decided_by(checkpoint: Path, cfg: RunConfig) -> RunConfig:
 
 
 def start_from(
-    checkpoint: Path, cfg: RunConfig, plan: BatchPlan, ds_config: dict[str, Any], data: PackedTokens, allow_change: bool
+    checkpoint: Path,
+    cfg: RunConfig,
+    plan: BatchPlan,
+    ds_config: dict[str, Any],
+    data: PackedTokens,
+    allow_change: bool,
+    *,
+    quiet: bool = False,
 ) -> Start:
     """Compares the checkpoint's configuration, text and layout with this run's, and prints every difference.
+
+    quiet: not those that change no number.
 
     Raises ConfigError for a change that is impossible, or bends the curve and is not allowed; CheckpointError
     for a file that is refused.
     """
     if legacy.is_legacy(checkpoint):
-        return _start_from_legacy(checkpoint, cfg, plan, data, allow_change)
+        return _start_from_legacy(checkpoint, cfg, plan, data, allow_change, quiet)
     state = read_run_state(checkpoint)
     require_own_name(checkpoint, state)
     changes = config_changes(state.config, run_config.to_plain(cfg))
@@ -90,7 +99,7 @@ def start_from(
     if same_text:  # wherever it lies
         changes = [replace(c, effect="harmless") if c.key in _WHERE_TEXT_LIES else c for c in changes]
     changes += _ds_changes(read_ds_config(checkpoint), ds_config)
-    _refuse_or_print(checkpoint, changes, allow_change)
+    _refuse_or_print(checkpoint, changes, allow_change, quiet)
     if not same_text:
         said = (
             f"{checkpoint.name} was trained on other text: the data's fingerprint is {data.fingerprint[:16]}, "
@@ -111,7 +120,7 @@ def start_from(
 
 
 def _start_from_legacy(
-    checkpoint: Path, cfg: RunConfig, plan: BatchPlan, data: PackedTokens, allow_change: bool
+    checkpoint: Path, cfg: RunConfig, plan: BatchPlan, data: PackedTokens, allow_change: bool, quiet: bool
 ) -> Start:
     legacy.require_whole(checkpoint)
     old = legacy.read_legacy_run(checkpoint)
@@ -121,7 +130,7 @@ def _start_from_legacy(
     changes = _batch_judged(config_changes(theirs, said), total, plan.global_batch_size)
     changes = [replace(c, effect="harmless") if c.key in legacy.ANNOUNCED else c for c in changes]
     print(f"{checkpoint} is a checkpoint of the predecessor's: step {old.step}, epoch {old.epoch}", flush=True)
-    _refuse_or_print(checkpoint, changes, allow_change)
+    _refuse_or_print(checkpoint, changes, allow_change, quiet)
     if cfg.model.adaptive_k != "off":
         print(f"warning: {legacy.ADAPTIVE_WARNING}", flush=True)
     if old.next_learning_rate is not None:
@@ -192,8 +201,10 @@ def _under(key: str, names: tuple[str, ...]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
-def _refuse_or_print(checkpoint: Path, changes: list[Change], allow_change: bool) -> None:
+def _refuse_or_print(checkpoint: Path, changes: list[Change], allow_change: bool, quiet: bool) -> None:
     for change in changes:
+        if quiet and change.effect == "harmless":
+            continue
         effect = run_config.EFFECT_WORDS[change.effect]
         print(f"changed since {checkpoint.name}: {change.key}: {change.old!r} -> {change.new!r} ({effect})", flush=True)
     impossible = [c.key for c in changes if c.effect == "impossible"]

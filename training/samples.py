@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -15,11 +15,11 @@ from training.generate import Sampling, generate
 
 @torch.no_grad()
 def continuations(
-    engine: Engine, data: PackedTokens, prompts: Sequence[str], max_new_tokens: int
+    engine: Engine, data: PackedTokens, prompts: Sequence[str], max_new_tokens: int, beat: Callable[[], None]
 ) -> list[tuple[str, str]]:
     """Each prompt with the text the model adds, greedily. Every rank must call it; the stage is the caller's.
 
-    The model is left in training mode as it was found.
+    The model is left in training mode as it was found. beat: a sign of life, called before each prompt.
     """
     path = Path(next(iter(data.sources))) / "tokenizer.json"
     if not path.exists():
@@ -29,6 +29,7 @@ def continuations(
     engine.eval()
     greedy, found = Sampling(temperature=0.0), []
     for prompt in prompts:
+        beat()
         tokens = tokenizer.encode(prompt, add_special_tokens=False).ids or [data.eod_id]
         # the model's own vocabulary may be padded beyond the tokenizer's: such tokens have no text
         new = list(generate(engine.module, tokens, max_new_tokens=max_new_tokens, eod_id=data.eod_id, sampling=greedy))

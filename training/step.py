@@ -48,6 +48,7 @@ class Passes:
     losses, indexer_losses, selected, seen: one number per micro-batch; selected: keys attended per query, seen: keys
     a query could have attended. selection: (n_layers, 2), for update_v_ref. probes: (n_layers, len(PROBES)), zeros
     where the step does not probe. squares, updates: of the gradient and the update, where the step examines them.
+    dropped: the gradient was forgotten.
     """
 
     selection: torch.Tensor
@@ -58,6 +59,7 @@ class Passes:
     seen: list[torch.Tensor] = field(default_factory=list)
     squares: torch.Tensor | None = None
     updates: UpdateSample | None = None
+    dropped: bool = False
 
     def means(self) -> torch.Tensor:
         """(4,) float64 over this rank's micro-batches: loss, indexer loss, keys selected, keys seen."""
@@ -76,14 +78,14 @@ def run_passes(
     probing: bool,
     examining: bool,
     phase: Callable[[str], None],
-    drop: Callable[[list[torch.Tensor]], bool] | None = None,
+    drop: Callable[[Passes], bool] | None = None,
 ) -> Passes:
     """One optimizer step, of the stage that the model is in; every rank must call it.
 
     step: finished ones before it. n_targets: of its global batch; losses are normalised by it: the engine divides by
     accumulation and by ranks, so a micro-batch's sum is divided by n_targets / (accumulation x ranks). phase is told
-    "data", "forward", "backward" and "step" as each begins, and "other" when the last has ended. drop is asked, with
-    this rank's losses, before the update whether to forget the gradient.
+    "data", "forward", "backward" and "step" as each begins, and "other" when the last has ended. drop is asked before
+    the update whether to forget the gradient.
     """
     device = engine.device
     share = max(1, n_targets) / (plan.accumulation_steps * plan.world_size)
@@ -116,6 +118,7 @@ def run_passes(
         last = micro == plan.accumulation_steps - 1
         if examining and last:
             passes.squares, passes.updates = engine.gradient_squares(), engine.update_sample()
-        engine.step(drop=last and drop is not None and drop(passes.losses))
+        passes.dropped = last and drop is not None and drop(passes)
+        engine.step(drop=passes.dropped)
     phase("other")
     return passes

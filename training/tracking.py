@@ -35,8 +35,8 @@ from urllib.parse import urlparse
 import psutil
 import yaml
 
-from training.config import LoggingConfig
-from training.metrics import read_rows
+from training.config import ConfigError, LoggingConfig
+from training.metrics import iter_rows, read_rows
 from training.mirror import Fields, Limits, Mirror, Sink, by_step
 from training.tracking_note import Note, Parent
 
@@ -68,6 +68,7 @@ class Tracker:
 
     run_id: the id that the run keeps. config: plain, the whole configuration of this segment. step: the step resumed
     from, 0 for a new run; metrics.jsonl ends there. segment: launches of this run before this one. parent: of a fork.
+    quiet: the run's address is not printed. shown_by: who is told, by name.
     """
 
     def __init__(
@@ -77,27 +78,31 @@ class Tracker:
         output_dir: Path,
         run_id: str,
         config: dict[str, Any],
-        enabled: bool,
         step: int = 0,
         segment: int = 0,
         parent: Parent | None = None,
+        quiet: bool = False,
         limits: Limits | None = None,
     ) -> None:
         self._mirrors: list[Mirror] = []
-        makers: list[Callable[[], Sink]] = []
-        if enabled and cfg.wandb and (mode := _mode()) != "disabled":
-            makers.append(lambda: _Wandb(cfg, mode, output_dir, run_id, config, step, segment, parent))
-        if enabled and cfg.tensorboard:
-            makers.append(lambda: _Tensorboard(output_dir / "tensorboard", step))
-        for make in makers:
+        makers: dict[str, Callable[[], Sink | None]] = {}
+        if cfg.wandb:
+            makers["W&B"] = lambda: _wandb(cfg, output_dir, run_id, config, step, segment, parent, quiet)
+        if cfg.tensorboard:
+            makers["TensorBoard"] = lambda: _Tensorboard(output_dir / "tensorboard", step)
+        for name, make in makers.items():
             try:
                 # here and not on the mirror's thread, where importing would compete with the first steps
                 sink = make()
-            except ImportError as err:
-                print(f"{err}: not installed; training goes on without it", file=sys.stderr)
+            except Exception as err:  # a package that is missing or broken, an environment that says nonsense
+                why = f"{type(err).__name__}: {str(err).strip().partition(chr(10))[0]}"
+                print(f"{name}: {why}; training goes on without it", file=sys.stderr, flush=True)
+                continue
+            if sink is None:
                 continue
             history = functools.partial(_rows_between, output_dir / "metrics.jsonl", step)
             self._mirrors.append(Mirror(sink, history, limits or Limits()))
+        self.shown_by = [mirror.name for mirror in self._mirrors]
 
     def tell(self, row: dict) -> None:
         """Takes a row as metrics.jsonl has it; an event's numbers are shown with those of the last step before it."""
@@ -113,7 +118,7 @@ class Tracker:
 def _rows_between(path: Path, step: int, last: int) -> Iterator[dict]:
     """Rows of metrics.jsonl after step `last` up to step `step`, which was resumed from."""
     began = False
-    for row in read_rows(path) if last < step else ():
+    for row in iter_rows(path) if last < step else ():
         if "event" not in row:
             if row["step"] > step:
                 return
@@ -131,7 +136,7 @@ def _has_key() -> bool:
     where = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(where) is not None
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):
         return False
 
 
@@ -224,6 +229,12 @@ class _WandbRun:
                 self._stop()  # or its handler of atexit would complain of the dead service
 
 
+def _wandb(cfg: LoggingConfig, folder: Path, *told: Any) -> Sink | None:
+    """The sink of a training run, or None where W&B is switched off by the environment."""
+    mode = _mode()
+    return None if mode == "disabled" else _Wandb(cfg, mode, folder, *told)
+
+
 class _NoConnection(Exception):
     """W&B's server does not answer, or refuses."""
 
@@ -243,10 +254,11 @@ class _Wandb:
         step: int,
         segment: int,
         parent: Parent | None,
+        quiet: bool,
     ) -> None:
         resume = "allow" if cfg.run_id is None else "must"
         self._run = _WandbRun(cfg, name=folder.resolve().name, folder=folder, run_id=run_id, resume=resume)
-        self._mode, self._folder, self._id = mode, folder, run_id
+        self._mode, self._folder, self._id, self._quiet = mode, folder, run_id, quiet
         self._config, self._step, self._segment, self._parent = config, step, segment, parent
         self.advice = f"training goes on, metrics.jsonl has every row: python -m training.tracking rebuild {folder}"
 
@@ -269,7 +281,8 @@ class _Wandb:
             self._last = self._note.step if logged is None else logged
         else:
             self._last = self._run.server_step
-            print(f"W&B: {self._run.url}", flush=True)
+            if not self._quiet:
+                print(f"W&B: {self._run.url}", flush=True)
             if self._last < self._step and list((self._folder / "wandb").glob(f"offline-run-*-{self._id}")):
                 self._say("steps of offline segments are sent now too; do not `wandb sync` their fragments")
         self._looked, self._told = time.monotonic(), 0
@@ -416,17 +429,21 @@ def rebuild(
     wandb wrote, and the run's id. Raises RebuildError when there is nothing to emit, and what wandb raises.
     """
     config, run, steps = _run_folder(output_dir)
-    said = config.get("logging", {})
-    cfg = LoggingConfig(
-        wandb=True, project=project or said.get("project") or LoggingConfig.project,
-        entity=entity or said.get("entity"), run_name=said.get("run_name"),
-    )  # fmt: skip
     own = run.get("tracking_id") or new_run_id()
-    target = output_dir / "wandb_rebuilt" / (run_id or own)
+    try:
+        said = config.get("logging", {})
+        cfg = LoggingConfig(
+            wandb=True, project=project or said.get("project") or LoggingConfig.project,
+            entity=entity or said.get("entity"), run_name=said.get("run_name"),
+            run_id=run_id or own,  # it becomes the name of a folder: LoggingConfig refuses what is more than a name
+        )  # fmt: skip
+        parent = Parent(**run["parent"]) if run.get("parent") else None
+    except (ConfigError, TypeError, AttributeError) as err:
+        raise RebuildError(f"{output_dir}: config.yaml, run.json or --run_id is not what a run has: {err}") from err
+    target = output_dir / "wandb_rebuilt" / cfg.run_id
     if target.exists():
         shutil.rmtree(target)  # an earlier rebuild
     target.mkdir(parents=True)
-    parent = Parent(**run["parent"]) if run.get("parent") else None
     told = _WandbRun(cfg, name=output_dir.resolve().name, folder=target, run_id=target.name, resume="never")
     told.start(mode, Note.read(output_dir, own).as_config(config, parent), lambda: None)
     for step, fields in steps:
@@ -448,6 +465,8 @@ def _run_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[tupl
         )
     except (ValueError, OSError, yaml.YAMLError) as err:
         raise RebuildError(str(err)) from err
+    if not isinstance(config, dict) or not isinstance(run, dict):
+        raise RebuildError(f"{folder}: config.yaml or run.json is not a mapping; restore it")
     steps: list[tuple[int, Fields]] = []
     for step, fields in by_step(rows):
         if not steps or step > steps[-1][0]:

@@ -33,6 +33,7 @@ from training.config import BatchPlan, ConfigError, RunConfig, config_changes, l
 from training.console import LogLevel  # noqa: E402
 from training.data import DataError, PackedTokens  # noqa: E402
 from training.ds_config import resolve_ds_config  # noqa: E402
+from training.metrics import require_rows  # noqa: E402
 from training.resume import Start, decided_by, find_checkpoint, start_from  # noqa: E402
 from training.run_folder import FolderError, RunFolder  # noqa: E402
 from training.space import checkpoint_bytes  # noqa: E402
@@ -166,18 +167,20 @@ def prepare(args: argparse.Namespace) -> Prepared:
     start = found = None
     if environment_rank() == 0:
         folder.claim(args.resume_from)
+        require_rows(folder.metrics)
         found = find_checkpoint(args.resume_from, folder) if args.resume_from else None
         if found is not None:
             cfg = decided_by(found, cfg)
         data, _ = open_data(cfg)  # builds the window tables, which the other ranks then find
         if found is not None:
-            start = start_from(found, cfg, plan, ds_config, data, args.allow_config_change)
+            quiet = args.log_level == "warning"
+            start = start_from(found, cfg, plan, ds_config, data, args.allow_config_change, quiet=quiet)
             _require_work(start, cfg, folder)
         elif cfg.training.init_from:
             _require_same_shapes(Path(cfg.training.init_from), cfg)
         require_space(args.output_dir, checkpoint_bytes(cfg, found))
         _announce_epochs(cfg, plan.global_batch_size, data)
-        if plan.note:
+        if plan.note and args.log_level != "warning":
             print(plan.note, flush=True)
     return Prepared(cfg, plan, ds_config, folder, start, args.log_level)
 

@@ -34,7 +34,7 @@ from training.engine import DEEPSPEED_VERSION
 from training.evaluate import evaluate, unigram_score
 from training.health import health_metrics, probe_metrics
 from training.lineage import tracked_as
-from training.metrics import MetricsLog, read_rows, rewind
+from training.metrics import MetricsLog, iter_rows, rewind
 from training.receipt import Receipt, describe
 from training.resume import Start
 from training.run_folder import PROJECT, RunFolder, version
@@ -54,8 +54,14 @@ GARBAGE_INTERVAL = 50
 MOST_ROLLBACKS = 10
 """Of a run. One that needs more does not suffer from a few bad samples: its spikes are logged from there on."""
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """Save at the next step boundary, then end in order."""
+
+ONE_WISH_S = 0.8
+"""Signals within it are one wish: on Ctrl-C the terminal signals the ranks, and DeepSpeed's launcher twice more."""
+
+MOST_LOST_IN_A_ROW = 10
+"""Steps without a finite loss that on_spike=skip drops one after another: then it is the weights that are broken."""
 
 
 T = TypeVar("T")
@@ -63,6 +69,10 @@ T = TypeVar("T")
 
 class Diverged(RuntimeError):
     """The loss or the gradient is no longer a finite number."""
+
+
+def _finite(row: dict) -> bool:
+    return all(math.isfinite(row[name]) for name in ("loss", "indexer_loss", "grad_norm"))
 
 
 def _latest(folder: RunFolder) -> str | None:
@@ -107,6 +117,8 @@ class Trainer:
         self.decided: dict = {}
         self.skipped: list[tuple[int, int]] = []  # (first, count) of samples that a rollback has ruled out
         self._stop_signal = 0
+        self._signalled_at = 0.0
+        self._lost_in_a_row = 0
         self._unigram_bpb: float | None = None
 
         self.telemetry = Telemetry(cfg, plan, ds_config, world)
@@ -143,8 +155,9 @@ class Trainer:
             segment = self._open_run(start, moved=self._set_aside())
             self.tracker = Tracker(
                 cfg.logging, output_dir=folder.path, run_id=self.tracking_id, config=run_config.to_plain(cfg),
-                enabled=True, step=self.step, segment=segment, parent=self._parent,
+                step=self.step, segment=segment, parent=self._parent, quiet=log_level == "warning",
             )  # fmt: skip
+            self._introduce()
         self._spikes = SpikeDetector(self.world.broadcast(self._known_losses()))
         self.saver = Saver(
             self.engine,
@@ -198,7 +211,8 @@ class Trainer:
         """Of the last steps in metrics.jsonl, on rank 0."""
         if not self.world.is_main:
             return []
-        return [float(row["loss"]) for row in read_rows(self.folder.metrics) if "loss" in row][-WINDOW:]
+        losses = (float(row["loss"]) for row in iter_rows(self.folder.metrics) if "loss" in row)
+        return list(deque((loss for loss in losses if math.isfinite(loss)), WINDOW))
 
     def _open_run(self, start: Start | None, moved: list[dict]) -> int:
         """Begins the log of this launch; returns how many there were before it."""
@@ -211,21 +225,24 @@ class Trainer:
             status="running", reason=None, step=self.step, tracking_id=self.tracking_id, world_size=self.world.size,
             zero_stage=self.engine.zero_stage, backend=self.backend, segments=segment + 1, parent=parent,
         )  # fmt: skip
+        config = run_config.to_plain(self.cfg)
         event = {"event": "start" if start is None else "resume", "step": self.step, "world_size": self.world.size,
-                 "zero_stage": self.engine.zero_stage, "segment": segment}  # fmt: skip
+                 "zero_stage": self.engine.zero_stage, "segment": segment, "config": config}  # fmt: skip
         if start is not None:
-            changes = run_config.config_changes(start.state.config, run_config.to_plain(self.cfg))
+            changes = run_config.config_changes(start.state.config, config)
             event |= {"checkpoint": start.checkpoint.name, "rows_moved": len(moved),
                       "config_diff": {c.key: [c.old, c.new] for c in changes}}  # fmt: skip
         self._event(event)
-        device = self.telemetry.describe()
-        self._event({**device, "step": self.step})
-        tracking = f"W&B run {self.tracking_id}" if self.cfg.logging.wandb else "no W&B"
-        self.console.table(f"GSA trainer {version(PROJECT)}", start_banner(
-            self.cfg, self.plan, self._ds_config, self.data, self.folder.path, device, backend=self.backend,
-            tracking=tracking,
-        ))  # fmt: skip
+        self._event({**self.telemetry.describe(), "step": self.step})
         return segment
+
+    def _introduce(self) -> None:
+        shown_by = self.tracker.shown_by
+        tracking = " and ".join(f"{name} run {self.tracking_id}" if name == "W&B" else name for name in shown_by)
+        self.console.table(f"GSA trainer {version(PROJECT)}", start_banner(
+            self.cfg, self.plan, self._ds_config, self.data, self.folder.path, self.telemetry.describe(),
+            backend=self.backend, tracking=tracking or "not tracked elsewhere",
+        ))  # fmt: skip
 
     def _event(self, row: dict) -> None:
         assert "loss" not in row
@@ -337,7 +354,7 @@ class Trainer:
 
     def _tell(self, row: dict) -> None:
         """A step is done: its row goes to the log, to W&B, and is held against the step it may replay."""
-        spike = row["spike_score"] > self.cfg.training.spike_sigmas
+        spike = row["spike_score"] > self.cfg.training.spike_sigmas or not _finite(row)
         if self.log is not None:
             self._record(row)
             if spike:
@@ -348,7 +365,11 @@ class Trainer:
                 self._event({**receipt, "step": self.step})
                 self.console.line(describe(receipt))
         if spike:
-            self.console.warn(f"step {self.step}: loss {row['loss']:.4f} is a spike, {row['spike_score']:.1f} sigmas")
+            self.console.warn(
+                f"step {self.step}: loss {row['loss']:.4f} is a spike, {row['spike_score']:.1f} sigmas"
+                if _finite(row)
+                else f"step {self.step}: loss {row['loss']:.4f} is not finite: its update is dropped"
+            )
         for message in self.telemetry.messages():
             self.console.warn(message)
 
@@ -383,7 +404,8 @@ class Trainer:
         if done.squares is not None:
             shared["squares"] = done.squares
         shared = summed(shared)
-        self.model.update_v_ref(shared["selection"])
+        if not done.dropped:
+            self.model.update_v_ref(shared["selection"])
         loss, indexer_loss, n_selected, n_seen = shared["means"].tolist()
         signal_sum, settled, failed = shared["flags"].tolist()
         self.saver.advance(settled, failed)
@@ -394,7 +416,11 @@ class Trainer:
             "grad_norm": grad_norm, "lr": rates["decay"], "lr_indexer": rates.get("indexer", 0.0),
             "stage": self.model.stage, "selected_k": n_selected, "visible_k": n_seen,
         }  # fmt: skip
-        if not all(math.isfinite(x) for x in (loss, indexer_loss, grad_norm)) and not self._may_roll_back():
+        self._lost_in_a_row = 0 if _finite(row) else self._lost_in_a_row + 1
+        dropped = done.dropped and self._lost_in_a_row < MOST_LOST_IN_A_ROW
+        if not _finite(row) and not dropped and not self._may_roll_back():
+            if self.log is not None:  # which step, and of which samples: training.replay asks
+                self.log.write(row | {"time": time.time()})
             self._diverged(done, first, loss, grad_norm)
         if probing:
             row |= probe_metrics(shared["probes"], shared["probed"])
@@ -412,10 +438,11 @@ class Trainer:
 
     # -- spikes ----------------------------------------------------------------------------------------
 
-    def _spiking(self, losses: list[torch.Tensor]) -> bool:
+    def _spiking(self, done: Passes) -> bool:
         """Before the update: whether the step's loss is a spike, or no number. Waits for the device."""
-        loss = float(summed({"loss": torch.stack(losses).double().mean() / self.world.size})["loss"])
-        return not math.isfinite(loss) or self._spikes.score(loss) > self.cfg.training.spike_sigmas
+        loss, indexer_loss, *_ = summed({"means": done.means() / self.world.size})["means"].tolist()
+        lost = not math.isfinite(loss) or not math.isfinite(indexer_loss)
+        return lost or self._spikes.score(loss) > self.cfg.training.spike_sigmas
 
     def _spike(self, row: dict, action: str) -> dict:
         samples = [self.samples - self.plan.global_batch_size, self.samples - 1]
@@ -428,16 +455,22 @@ class Trainer:
     def _rolled_back(self, row: dict) -> bool:
         """Judges the step's loss; after a spike goes back to the last good checkpoint, past the step's samples, if it
         is to and can."""
-        numbers = (row["loss"], row["indexer_loss"], row["grad_norm"])
-        broken = not all(math.isfinite(x) for x in numbers)
+        broken = not _finite(row)
         spike = broken or row["spike_score"] > self.cfg.training.spike_sigmas
         if not spike or not self._may_roll_back():
-            self._spikes.add(row["loss"])
+            if math.isfinite(row["loss"]):
+                self._spikes.add(row["loss"])
             return False
         self._finish_save()
-        found = self.world.broadcast(manifest.newest_good(self.folder.path)[0] if self.world.is_main else None)
+        found, passed_over = self.world.broadcast(
+            manifest.newest_good(self.folder.path) if self.world.is_main else (None, [])
+        )
+        for line in passed_over:
+            self.console.warn(str(line))
         if found is None:
             if broken:
+                if self.log is not None:
+                    self.log.write(row)
                 raise Diverged(
                     f"step {self.step}: loss {row['loss']}, gradient norm {row['grad_norm']}, and no checkpoint yet to "
                     f"roll back to; lower training.learning_rate or training.save_interval"
@@ -453,15 +486,16 @@ class Trainer:
         self._position(read_run_state(found))
         self.skipped = sorted({*self.skipped, *known, bad})
         if self.log is not None:
+            self.log.write(row)  # it goes to the segment with the steps before it
             self.log.close()
             self._set_aside()
             self.log = MetricsLog(self.folder.metrics)
             self._event(event)
         self.console.rewound(self.step)
-        self.console.line(
-            f"step {row['step']}: loss {row['loss']:.4f} is a spike ({row['spike_score']:.1f} sigmas); back to "
-            f"{found.name}, past samples {bad[0]}..{sum(bad) - 1}"
-        )
+        what = f"loss {row['loss']:.4f}, gradient norm {row['grad_norm']:.3g}: not finite" if broken else (
+            f"loss {row['loss']:.4f} is a spike ({row['spike_score']:.1f} sigmas)"
+        )  # fmt: skip
+        self.console.line(f"step {row['step']}: {what}; back to {found.name}, past samples {bad[0]}..{sum(bad) - 1}")
         self._spikes = SpikeDetector(self.world.broadcast(self._known_losses()))
         return True
 
@@ -502,9 +536,12 @@ class Trainer:
     # -- signals ---------------------------------------------------------------------------------------
 
     def _on_signal(self, number: int, frame: object) -> None:
-        self._stop_signal = number
-        for again in STOP_SIGNALS:  # a second one ends the process at once, even inside a collective
-            signal.signal(again, signal.SIG_DFL)
+        now = time.monotonic()
+        if self._stop_signal and now - self._signalled_at > ONE_WISH_S:
+            # a second wish ends the process at once, even inside a collective
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self._stop_signal, self._signalled_at = number, self._signalled_at or now
 
     def _agree_on_signal(self) -> int:
         """The highest signal any rank has seen; called on all ranks when at least one has seen one."""
@@ -518,13 +555,12 @@ class Trainer:
         """Scores the sparse model, which is what will be used; in the dense stage that one too. Returns the event."""
         began = time.perf_counter()
         cfg, stage = self.cfg.training, self.model.stage
-        self.watchdog.beat("evaluate")
         row: dict = {"event": "eval", "step": self.step}
         for scored, suffix in [("sparse", "")] + ([("dense", "_dense")] if stage == "dense" else []):
             self.model.set_stage(scored)
             score = evaluate(
                 self.engine, self.held_out, self.world, n_windows=cfg.eval_windows,
-                micro_batch_size=self.plan.micro_batch_size,
+                micro_batch_size=self.plan.micro_batch_size, beat=self._beat,
             )  # fmt: skip
             row |= {
                 f"eval_loss{suffix}": score.loss,
@@ -535,7 +571,7 @@ class Trainer:
         if not self.world.is_main:
             return row
         if self._unigram_bpb is None:
-            self._unigram_bpb = unigram_score(self.held_out, n_windows=cfg.eval_windows).bpb
+            self._unigram_bpb = unigram_score(self.held_out, n_windows=cfg.eval_windows, beat=self._beat).bpb
         row |= {"unigram_bpb": self._unigram_bpb, "eval_seconds": time.perf_counter() - began}
         self._event(row)
         dense = f", dense {row['eval_bpb_dense']:.4f}" if "eval_bpb_dense" in row else ""
@@ -545,14 +581,17 @@ class Trainer:
         )
         return row
 
+    def _beat(self) -> None:
+        self.watchdog.beat("evaluate")
+
     def _sample(self) -> None:
         """Continues the fixed prompts, on all ranks together: under ZeRO 3 every forward pass is a collective."""
-        cfg = self.cfg.training
-        self.watchdog.beat("evaluate")
+        cfg, stage = self.cfg.training, self.model.stage
         self.model.set_stage("sparse")
-        for prompt, text in continuations(self.engine, self.data, cfg.sample_prompts, cfg.sample_tokens):
+        for prompt, text in continuations(self.engine, self.data, cfg.sample_prompts, cfg.sample_tokens, self._beat):
             self._event({"event": "sample", "step": self.step, "prompt": prompt, "text": text})
             self.console.line(f"step {self.step}: {prompt!r} -> {text!r}")
+        self.model.set_stage(stage)
 
     def _save(self) -> None:
         self.watchdog.beat("save")

@@ -26,7 +26,7 @@ import torch
 from training.config import BatchPlan, RunConfig, load_config, plan_batch
 from training.data import Loader, PackedTokens
 from training.ds_config import resolve_ds_config
-from training.step import run_passes, summed
+from training.step import Passes, run_passes, summed
 from training.train import open_data
 from training.watchdog import Watchdog
 from training.world import World, environment_rank, environment_world_size, exit_process
@@ -188,9 +188,9 @@ class Bench:
         self.done += 1
 
     @staticmethod
-    def _waits(losses: list[torch.Tensor]) -> bool:
+    def _waits(done: Passes) -> bool:
         """A run that may drop an update waits for the step's loss before it."""
-        summed({"loss": torch.stack(losses)})["loss"].tolist()
+        summed({"means": done.means()})["means"].tolist()
         return False
 
     def close(self) -> None:

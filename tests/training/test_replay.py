@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from launching import ROOT, Case, run_cases
 
 from gsa.attention.cache import Cache
@@ -52,6 +54,48 @@ def test_wrong_input_is_refused(a_run, argv, code, words, capsys):
     assert main([str(a_run), *argv]) == code
     assert words in capsys.readouterr().err
     assert main([str(a_run / "step_3"), "--step", "1"]) == 2
+
+
+def test_a_step_is_run_again_as_its_own_launch_had_it(a_run, tmp_path, capsys):
+    """config.yaml and run.json are of the newest launch, which may have another batch, length and number of ranks."""
+    run = tmp_path / "run"
+    shutil.copytree(a_run, run)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("global_batch_size: 8", "global_batch_size: 4"))
+    (run / "run.json").write_text((run / "run.json").read_text().replace('"world_size": 2', '"world_size": 1'))
+    assert main([str(run), "--step", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "samples 24..31" in out and "(rank 1;" in out
+
+
+def test_each_training_of_a_step_can_be_shown(a_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(a_run, run)
+    dead = row_of(run, 5) | {"samples": 80, "loss": "nan"}
+    (run / "segments").mkdir(exist_ok=True)
+    (run / "segments" / "metrics_0.jsonl").write_text(json.dumps(dead) + "\n")
+    assert main([str(run), "--step", "5"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("also trained: --segment 0, loss nan, samples up to 79\nstep 5: ") and "samples 32..39" in out
+    assert main([str(run), "--step", "5", "--segment", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "also trained: in metrics.jsonl" in out and "step 5: loss nan then" in out and "samples 72..79" in out
+    assert main([str(run), "--step", "5", "--segment", "7"]) == 2
+    assert "it is in metrics.jsonl, segment 0" in capsys.readouterr().err
+
+
+def test_what_is_missing_is_said(a_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(a_run, run)
+    source = Path(yaml.safe_load((run / "config.yaml").read_text())["data"]["data_dir"])
+    shutil.copytree(source, tmp_path / "text")
+    (tmp_path / "text" / "tokenizer.json").unlink()
+    lines = (run / "metrics.jsonl").read_text().replace(json.dumps(str(source)), json.dumps(str(tmp_path / "text")))
+    (run / "metrics.jsonl").write_text(lines)
+    assert main([str(run), "--step", "4"]) == 3
+    assert "tokenizer.json is missing" in capsys.readouterr().err
+    (run / "metrics.jsonl").write_text(lines.replace('"samples": 32, ', ""))
+    assert main([str(run), "--step", "4"]) == 2
+    assert "has no samples" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])

@@ -71,8 +71,7 @@ class Life:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(old) + "\n" for old in kept))
         self.log = MetricsLog(folder / "metrics.jsonl")
         self.tracker = Tracker(
-            cfg, output_dir=folder, run_id=RUN, config=more.pop("config", CONFIG), enabled=True, step=step,
-            limits=limits, **more,
+            cfg, output_dir=folder, run_id=RUN, config=more.pop("config", CONFIG), step=step, limits=limits, **more,
         )  # fmt: skip
         self.seconds: list[float] = []
 
@@ -285,11 +284,46 @@ def test_a_run_that_the_user_names_must_exist(tmp_path):
     life.end()
 
 
-def test_other_ranks_say_nothing(tmp_path):
-    tracker = Tracker(WANDB, output_dir=tmp_path, run_id=RUN, config=CONFIG, enabled=False)
-    tracker.tell(row(1))
-    tracker.finish(0)
-    assert not list(tmp_path.iterdir())
+@pytest.mark.parametrize(
+    "break_it, words",
+    [(lambda patch: patch.setitem(sys.modules, "wandb", None), "ModuleNotFoundError: import of wandb halted"),
+     (lambda patch: patch.setattr(tracking, "_WandbRun", broken_package), "TypeError: Descriptors cannot be created"),
+     (lambda patch: patch.setenv("WANDB_BASE_URL", "http://[bad"), "ValueError: Invalid IPv6 URL")],
+)  # fmt: skip
+def test_a_broken_package_or_environment_is_a_line_and_no_more(break_it, words, tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    break_it(monkeypatch)
+    life = Life(tmp_path).train(1, 3)
+    life.end()
+    said = capfd.readouterr().err
+    assert said.count("training goes on without it") == 1 and words in said and life.tracker.shown_by == []
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 4
+
+
+def broken_package(*args, **kwargs):
+    raise TypeError("Descriptors cannot be created directly.\nIf this call came from a _pb2.py file, ...")
+
+
+@pytest.mark.parametrize("run_id", ["..", "../step_10", "/abs", "a/b", ""])
+def test_a_rebuild_writes_nowhere_else(run_id, copy, capsys):
+    victim = copy / "step_10"
+    victim.mkdir()
+    (victim / "weights").write_text("precious")
+    before = sorted(copy.rglob("*"))
+    assert tracking.main(["rebuild", str(copy), f"--run_id={run_id}"]) == (0 if not run_id else 3)
+    if run_id:
+        assert "is not a W&B id" in capsys.readouterr().err and sorted(copy.rglob("*")) == before
+    assert (victim / "weights").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "name, text", [("config.yaml", "[1, 2]"), ("run.json", '{"tracking_id": "../.."}'), ("run.json", '{"parent": 5}')]
+)
+def test_a_damaged_folder_is_not_rebuilt(name, text, copy, capsys):
+    (copy / name).write_text(text)
+    before = sorted(copy.rglob("*"))
+    assert tracking.main(["rebuild", str(copy)]) == 3
+    assert capsys.readouterr().err.startswith("error: ") and sorted(copy.rglob("*")) == before
 
 
 def test_rows_are_flattened_for_charts():
