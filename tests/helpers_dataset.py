@@ -48,7 +48,8 @@ def write_dataset(
         splits[split] = {
             "documents": len(documents), "tokens": sum(s["tokens"] for s in shards), "bytes": 0, "shards": shards,
         }  # fmt: skip
-    np.save(folder / "token_bytes.npy", np.where(np.arange(vocab_size) == eod, 0, 1).astype(np.uint16))
+    sizes = [0 if token == eod else len(f"w{token}") for token in range(vocab_size)]
+    np.save(folder / "token_bytes.npy", np.array(sizes, np.uint16))
     flat = np.concatenate([np.asarray([*d, eod]) for d in train])
     np.save(folder / "token_counts.npy", np.bincount(flat, minlength=vocab_size).astype(np.int64))
     (folder / "tokenizer.json").write_text(word_tokenizer(vocab_size).to_str())

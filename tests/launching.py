@@ -58,7 +58,9 @@ def start_training(
     ranks: int, argv: Sequence[str], *, launcher: str = "deepspeed", env: dict[str, str] | None = None
 ) -> subprocess.Popen:
     """training/train.py under a real launcher, in a process group of its own; stdout and stderr are one pipe."""
-    if launcher == "deepspeed":
+    if launcher == "python":
+        head = [sys.executable]
+    elif launcher == "deepspeed":
         head = [
             str(Path(sys.executable).with_name("deepspeed")),
             "--num_gpus",

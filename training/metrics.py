@@ -49,7 +49,7 @@ STEP_METRICS: dict[str, Metric] = {
     "seconds_step": Metric("s", "optimizer step, with the communication in it"),
     "seconds_other": Metric("s", "the rest of the step: the collective of its metrics, bookkeeping"),
     "seconds_save": Metric("s", "the loop stood still for a save since the step before; not in `seconds`"),
-    "seconds_eval": Metric("s", "the same for an evaluation"),
+    "seconds_eval": Metric("s", "the same for an evaluation, and for samples"),
     "rank_seconds_slowest": Metric("s", "data and forward of the step before, on the slowest rank"),
     "rank_seconds_median": Metric("s", "the same on the median rank"),
     "memory_gib": Metric("GiB", "peak device memory allocated on rank 0; on CPU its peak resident memory"),
@@ -104,23 +104,75 @@ def is_timing(name: str) -> bool:
     return name in TIME_METRICS or name in GPU_METRICS or name.startswith("gpu/")
 
 
-EVENTS: dict[str, str] = {
-    "start": "a process group began training: world_size, zero_stage, segment (launches before this one)",
-    "resume": "a checkpoint was loaded: the same, checkpoint, rows_moved to segments/, config_diff (key: old, new)",
-    "eval": "held-out evaluation: eval_loss (nats/token), eval_bpb (bits per byte), per stage of attention",
-    "save": "a checkpoint was published: its step and tag, bytes, save_stall_seconds (the loop stood still), "
-    "save_background_seconds (from then to publication), save_background_cpu_seconds (of rank 0's writer)",
-    "device": "what runs it: name, memory_gib, peak_tflops with peak_source (table, or measured by a matrix product)",
-    "predicted": "a few steps in: memory_gib and seconds by training.plan's count beside measured_gib and "
-    "measured_seconds of rank 0; on a CPU memory beyond what the process held before the model",
-    "receipt": "the steps that a resume trained again are over: compared, identical, first_difference (step, field, "
-    "before, now)",
-    "spike": "a loss beyond training.spike_sigmas: spike_loss, score, samples (first, last), action (log, skip, "
-    "rollback)",
-    "sample": "a fixed prompt continued by the model, greedily: prompt, text",
-    "stop": "the run ended in order: reason",
-    "error": "the run ended out of order: reason",
+@dataclass(frozen=True)
+class Event:
+    """meaning: when it is told. fields: beside "event", "step" (finished by then) and "time" (unix s)."""
+
+    meaning: str
+    fields: dict[str, Metric]
+
+
+_LAUNCH = {
+    "world_size": Metric("ranks", "processes, one per device"),
+    "zero_stage": Metric("0 to 3", "ZeRO stage"),
+    "segment": Metric("launches", "launches of this run before this one"),
+    "config": Metric("mapping", "the whole configuration of the launch, by section"),
 }
+EVENTS: dict[str, Event] = {
+    "start": Event("a process group began training", _LAUNCH),
+    "resume": Event("a checkpoint was loaded", {
+        **_LAUNCH,
+        "checkpoint": Metric("tag", "its name"),
+        "rows_moved": Metric("rows", "rows of later steps that went to segments/"),
+        "config_diff": Metric("mapping", "key: [in the checkpoint, now]"),
+    }),
+    "device": Event("what runs it", {
+        "name": Metric("text", "the device's name"),
+        "world_size": Metric("devices", "how many"),
+        "memory_gib": Metric("GiB", "memory of one"),
+        "peak_tflops": Metric("10^12/s", "its peak at the run's precision"),
+        "peak_source": Metric("text", "`table`, or `measured` by a matrix product"),
+    }),
+    "predicted": Event("a few steps in: training.plan's count beside what rank 0 measures", {
+        "memory_gib": Metric("GiB", "counted"),
+        "measured_gib": Metric("GiB", "measured; on a CPU beyond what the process held before the model"),
+        "seconds": Metric("s", "predicted per step, on Triton's kernels and a device in the table"),
+        "measured_seconds": Metric("s", "measured"),
+    }),
+    "eval": Event("held-out text was scored", {
+        "eval_loss": Metric("nats/token", "cross-entropy, mean over target tokens, with sparse attention"),
+        "eval_bpb": Metric("bits/byte", "what the model needs for each UTF-8 byte of held-out text"),
+        "eval_loss_dense": Metric("nats/token", "in the dense stage: the loss with dense attention"),
+        "eval_bpb_dense": Metric("bits/byte", "in the dense stage: bits per byte with dense attention"),
+        "eval_tokens": Metric("tokens", "target tokens scored"),
+        "unigram_bpb": Metric("bits/byte", "what the best model without context needs"),
+        "eval_seconds": Metric("s", "wall time"),
+    }),
+    "save": Event("a checkpoint was published; step is its own", {
+        "tag": Metric("tag", "its folder"),
+        "bytes": Metric("bytes", "its size"),
+        "save_stall_seconds": Metric("s", "the loop stood still"),
+        "save_background_seconds": Metric("s", "from then to publication"),
+        "save_background_cpu_seconds": Metric("s", "CPU time of rank 0's writer"),
+    }),
+    "spike": Event("a loss beyond training.spike_sigmas, or none at all", {
+        "spike_loss": Metric("nats/token", "the loss"),
+        "score": Metric("deviations", "above the mean of the steps before"),
+        "samples": Metric("windows", "[first, last] of the step"),
+        "action": Metric("text", "`log`, `skip` (the update was dropped) or `rollback`"),
+        "checkpoint": Metric("tag", "what a rollback went back to"),
+    }),
+    "receipt": Event("the steps that a resume trained again are over", {
+        "compared": Metric("steps", "held against the rows of the dead segment"),
+        "identical": Metric("yes or no", "every number of every one"),
+        "first_difference": Metric("mapping", "step, field, before, now"),
+    }),
+    "sample": Event("a fixed prompt was continued by the model, greedily", {
+        "prompt": Metric("text", "the prompt"), "text": Metric("text", "what the model added"),
+    }),
+    "stop": Event("the run ended in order", {"reason": Metric("text", "finished, stop_at_step, or a signal")}),
+    "error": Event("the run ended out of order", {"reason": Metric("text", "what went wrong")}),
+}  # fmt: skip
 
 
 class MetricsLog:
@@ -255,8 +307,9 @@ def schema() -> str:
             f"| `{name}`{' ⏱' if is_timing(name) else ''} | {metric.unit} | {metric.meaning} |"
             for name, metric in table.items()
         ]
-    lines += ["", "## Events", "", "| event | says |", "|---|---|"]
-    lines += [f"| `{name}` | {meaning} |" for name, meaning in EVENTS.items()]
+    for name, event in EVENTS.items():
+        lines += ["", f"## Event `{name}`: {event.meaning}", "", "| field | unit | meaning |", "|---|---|---|"]
+        lines += [f"| `{field}` | {metric.unit} | {metric.meaning} |" for field, metric in event.fields.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -50,7 +50,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {err}", file=sys.stderr)
         return 2
     except OSError as err:
-        print(f"error: {err.filename}: {err.strerror}; give another folder with --out", file=sys.stderr)
+        where = err.filename or args.out or args.runs[0]
+        print(f"error: {where}: {err.strerror}; give another folder with --out", file=sys.stderr)
         return 2
     for path in written:
         print(path)

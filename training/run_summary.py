@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,13 @@ import yaml
 from gsa.config import ModelConfig
 from gsa.model import count_params
 from training.devices import find
-from training.metrics import read_rows
+from training.metrics import iter_rows
 from training.run_folder import RunFolder
 
 WARM_UP_STEPS = 3
 """Steps of a process that are passed over: they compile kernels, open connections and grow the allocator's pools."""
+MOST_STEPS = 10_000
+"""Of a process, that are judged: its newest. A run of months shows what it does now, and fits into memory."""
 FEW_STEPS = 10
 """Fewer than this, and one odd step moves a share by a tenth: the report says that it is rough."""
 
@@ -136,29 +139,53 @@ def read(folder: Path, last: int | None = None) -> tuple[Summary, list[str]]:
         inside = sorted(p.parent for p in folder.glob("*/metrics.jsonl"))
         hint = f"; runs in it: {', '.join(map(str, inside))}" if inside else ", such as outputs/quickstart"
         raise NoRunError(f"{folder} holds no run (no metrics.jsonl); give the --output_dir of one{hint}")
-    rows = read_rows(path)
-    window, notes = _window(rows, last)
+    events, lives, final = _lives(path)
+    window, notes = _window(lives, last)
     if not window:
         raise NoRunError(
             f"{folder} has no finished step with its seconds in metrics.jsonl yet; wait for the first ones of a live "
             f"run, and read the console of a dead one"
         )
-    return _summary(folder, rows, window, notes), notes
+    return _summary(folder, [*events, final], window, notes), notes
 
 
-def _window(rows: list[dict], last: int | None) -> tuple[list[dict], list[str]]:
-    """Step rows of the last processes that finished any, warm; and notes."""
-    notes: list[str] = []
-    lives: list[list[dict]] = [[]]
-    for row in rows:
+class _Life:
+    """Step rows of one process: its newest, and how many it has finished."""
+
+    def __init__(self) -> None:
+        self.rows: deque[dict] = deque(maxlen=MOST_STEPS)
+        self.finished = 0
+
+    def add(self, row: dict) -> None:
+        self.finished += 1
+        self.rows.append(row)
+
+
+def _lives(path: Path) -> tuple[list[dict], list[_Life], dict]:
+    """Events; the last process that finished a step, and the one after it where that finished none; the last row."""
+    events: list[dict] = []
+    lives, final = [_Life()], {}
+    for row in iter_rows(path):
+        final = row
+        if "event" in row:
+            events.append(row)
         if row.get("event") in ("start", "resume"):
-            lives.append([])
+            lives = [life for life in lives if life.finished][-1:] + [_Life()]
         elif "loss" in row and "step" in row and _step_seconds(row) is not None:
-            lives[-1].append(row)
-    steps = next((life for life in reversed(lives) if life), [])
-    if steps and not lives[-1]:
+            lives[-1].add(row)
+    return events, lives, final
+
+
+def _window(lives: list[_Life], last: int | None) -> tuple[list[dict], list[str]]:
+    """Step rows of the last process that finished any, warm; and notes."""
+    notes: list[str] = []
+    life = next((life for life in reversed(lives) if life.finished), _Life())
+    steps = list(life.rows)
+    if steps and not lives[-1].finished:
         notes.append("no step is finished since the last resume: this is about the steps before it")
-    warm = steps[WARM_UP_STEPS:]
+    if life.finished > MOST_STEPS:
+        notes.append(f"of {life.finished:,} steps the last {MOST_STEPS:,} are judged")
+    warm = steps[max(0, WARM_UP_STEPS - (life.finished - len(steps))) :]
     if steps and not warm:
         warm = steps[-1:]
         notes.append(f"only the first {len(steps)} steps of a process are there, which are slow: look again later")

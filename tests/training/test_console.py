@@ -2,12 +2,49 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
+import signal
+import time
 
 import pytest
-from launching import train_alone
+from launching import start_training, train_alone
 
+from training import train
 from training.console import Console
+from training.metrics import read_rows
+
+
+@pytest.mark.parametrize("launcher", ["python", "deepspeed"])
+def test_ctrl_c_saves_and_ends_in_order(launcher, tmp_path, tiny_yaml):
+    """A terminal signals every process of its foreground group, and DeepSpeed's launcher signals the ranks twice more."""
+    run = tmp_path / "run"
+    argv = ["--config", str(tiny_yaml), "--output_dir", str(run), "training.max_steps=100000", "training.eval_interval=0"]
+    process = start_training(1, argv, launcher=launcher)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    while len(read_rows(run / "metrics.jsonl")) < 8:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=60)[0]
+    rows = read_rows(run / "metrics.jsonl")
+    assert rows[-1]["event"] == "stop" and rows[-1]["reason"] in ("SIGINT", "SIGTERM"), output
+    assert (run / "latest").read_text().strip() == f"step_{rows[-1]['step']}" and "error:" not in output, output
+    if launcher == "python":  # DeepSpeed's launcher ends with a traceback of its own, and 1
+        assert process.returncode == 0 and "Traceback" not in output
+
+
+def test_a_damaged_line_of_metrics_is_refused_before_anything_starts(a_run, tmp_path, tiny_yaml, capsys):
+    shutil.copytree(a_run, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join([*lines[:4], "nonsense\n", *lines[4:]]))
+    code = train.main(["--config", str(tiny_yaml), "--output_dir", str(tmp_path / "run"), "--resume_from", "auto"])
+    assert code == 3 and "metrics.jsonl, line 5: not JSON" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"  # untouched
 
 
 @pytest.fixture(scope="module")

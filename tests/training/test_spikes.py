@@ -12,6 +12,9 @@ from launching import ROOT, Case, run_cases
 from gsa.checkpoint.full_state import read_run_state
 from training.data import past
 from training.metrics import HEALTH_METRICS, is_timing, read_rows
+from training.replay import trainings_of
+from training.reporting.record import read
+from training.reporting.story import tell
 from training.spikes import KNOWN, WINDOW, SpikeDetector
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
@@ -43,6 +46,8 @@ def runs(tmp_path_factory, tiny_yaml) -> Path:
         *health, *skips, case("log", *long), case("rollback", *back),
         case("stopped", *back, "training.stop_at_step=60"), case("resumed", *back, "--resume_from", "latest", into="stopped"),
         case("no_checkpoint", *back, "training.save_interval=0"),
+        case("sampled", "training.indexer_warmup_steps=5", "training.sample_interval=1", "training.save_interval=1",
+             "training.max_steps=2", "training.sample_prompts=[w3]", "training.sample_tokens=2"),
         case("replayed", "training.save_interval=3"), case("replay", "--resume_from", "step_3", into="replayed"),
         case("bent", "--resume_from", "step_3", "--allow_config_change", "training.learning_rate=1e-3", into="replayed"),
     ], base, timeout_s=400)  # fmt: skip
@@ -112,7 +117,20 @@ def test_a_rollback_goes_back_and_past_the_samples(runs):
     # up to the checkpoint nothing is different from a run that only looks
     logged = rows_of(runs / "log")
     assert [timeless(row) for row in rows[:back_to]] == [timeless(row) for row in logged[:back_to]]
-    assert len(list((folder / "segments").glob("metrics_*.jsonl"))) >= 1
+    # each step that was taken back has its row, samples and all, beside the curve
+    spikes = events_of(folder, "spike")
+    for event in spikes:
+        back = [t for t in trainings_of(folder, event["step"]) if t.segment is not None]
+        spans = [[t.row["samples"] - 4, t.row["samples"] - 1] for t in back if t.row["loss"] == event["spike_loss"]]
+        assert spans == [event["samples"]]
+    story = tell(read(folder, "rollback"), verify=False)
+    assert story.spikes.undone == len(spikes) > 0
+
+
+def test_the_stage_a_checkpoint_names_is_the_run_s_after_samples_too(runs):
+    state = read_run_state(runs / "sampled" / "step_2")
+    assert state.stage == rows_of(runs / "sampled")[1]["stage"] == "dense"
+    assert len(events_of(runs / "sampled", "sample")) == 2  # of the first and the second step
 
 
 def test_a_run_with_rollbacks_resumes_exactly(runs):

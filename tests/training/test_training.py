@@ -13,16 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from helpers_dataset import write_dataset
 from launching import ROOT, Case, run_cases
 
 from gsa.weights import load_weights, save_weights
 from training.data import PackedTokens
-from training.metrics import PROBE_METRICS, STEP_METRICS, TIME_METRICS, read_rows
+from training.generate import load_model
+from training.metrics import EVENTS, PROBE_METRICS, STEP_METRICS, TIME_METRICS, read_rows
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
-POISONED = 1
+POISONED = 30
 """A token that some windows hold and others do not."""
 ATTENTION = {"dense": "training.indexer_warmup_steps=100", "sparse": "training.indexer_warmup_steps=0"}
 
@@ -71,13 +73,19 @@ def runs(tmp_path_factory, tiny_yaml):
             cases += [case("untied", "model.tie_embeddings=false", "training.max_steps=1")]
             cases += [case("compiled", ATTENTION["dense"], "training.compile=true")]
         if ranks == 2:
-            poisoned = base / "poisoned_weights"
-            shutil.copytree(base / "1" / "untied" / "step_1", poisoned)
-            config, weights = load_weights(poisoned)
-            weights["embed.weight"][POISONED] = float("nan")
-            save_weights(weights, {"model": config}, poisoned)
+            poisoned, broken = base / "poisoned_weights", base / "broken_weights"
+            for path, tokens in ((poisoned, POISONED), (broken, slice(None))):
+                shutil.copytree(base / "1" / "untied" / "step_1", path)
+                config, weights = load_weights(path)
+                weights["embed.weight"][tokens] = float("nan")
+                save_weights(weights, {"model": config}, path)
             cases += [case("poisoned", "model.tie_embeddings=false", "training.micro_batch_size=1",
-                           f"training.init_from={poisoned}", code=4)]  # fmt: skip
+                           f"training.init_from={poisoned}", code=4),
+                      case("lost", "model.tie_embeddings=false", "training.micro_batch_size=1", "training.on_spike=skip",
+                           "training.global_batch_size=2", "training.max_steps=30", "training.eval_interval=0",
+                           "training.save_interval=30", f"training.init_from={poisoned}"),
+                      case("hopeless", "model.tie_embeddings=false", "training.max_steps=40", "training.on_spike=skip",
+                           "training.eval_interval=0", f"training.init_from={broken}", code=4)]  # fmt: skip
             for stage in ("zero1", "zero2", "zero3"):
                 half = (
                     "training.stop_at_step=3",
@@ -220,7 +228,8 @@ def test_a_run_planned_for_many_passes_says_so(runs):
 
 def test_divergence_names_step_rank_and_samples_and_keeps_the_last_checkpoint(runs):
     folder, output = runs / "1" / "diverged", (runs / "1" / "output.txt").read_text()
-    bad = len(rows_of(folder)) + 1
+    bad = rows_of(folder)[-1]["step"]  # its row is there, for training.replay
+    assert rows_of(folder)[-1]["grad_norm"] == "inf" and bad == len(rows_of(folder))
     assert f"error: step {bad}: loss " in output
     assert "the gradient of samples 8..15 is not finite" in output and "Nothing was saved after it" in output
     assert json.loads((folder / "run.json").read_text())["status"] == "failed"
@@ -232,7 +241,7 @@ def test_divergence_names_step_rank_and_samples_and_keeps_the_last_checkpoint(ru
 def test_a_loss_that_is_not_a_number_is_traced_to_rank_and_samples(runs):
     """One row of the embedding is poisoned: only micro-batches that hold this token are to blame."""
     output = (runs / "2" / "output.txt").read_text()
-    message = output[output.index("error: step 1: loss nan") :]
+    message = output[output.index("error: step 1: loss nan") :].partition("Nothing was saved")[0]
     named = {(int(rank), int(first)) for rank, first in re.findall(r"rank (\d), samples (\d+)\.\.", message)}
     data = PackedTokens({str(corpus_of(runs)): 1.0}, split="train", max_seq_len=32, seed=7)
     guilty = {
@@ -240,6 +249,58 @@ def test_a_loss_that_is_not_a_number_is_traced_to_rank_and_samples(runs):
     }  # fmt: skip
     assert named == guilty and 0 < len(guilty) < 8
     assert not list((runs / "2" / "poisoned").glob("step_*"))
+
+
+def test_steps_without_a_number_can_be_dropped_and_leave_no_trace(runs):
+    data = PackedTokens({str(corpus_of(runs)): 1.0}, split="train", max_seq_len=32, seed=7)
+    folder = runs / "2" / "lost"
+    rows = rows_of(folder)
+    guilty = {
+        row["step"] for row in rows
+        if (data.batch(np.arange(row["samples"] - 2, row["samples"])).tokens == POISONED).any()
+    }  # fmt: skip
+    assert {row["step"] for row in rows if row["loss"] == "nan"} == guilty and 3 < len(guilty) < 28 and len(rows) == 30
+    events = events_of(folder, "spike")
+    assert {e["step"] for e in events} == guilty and {(e["action"], e["spike_loss"]) for e in events} == {("skip", "nan")}
+    _, weights = load_weights(folder / "step_30")
+    for name, weight in weights.items():
+        broken = ~torch.isfinite(weight)
+        assert broken[POISONED].all() and broken.sum() == 32 if name == "embed.weight" else not broken.any(), name
+
+
+def test_weights_that_are_broken_end_the_run_even_where_steps_may_be_dropped(runs):
+    folder = runs / "2" / "hopeless"
+    assert [(row["step"], row["loss"]) for row in rows_of(folder)] == [(step, "nan") for step in range(1, 11)]
+    assert events_of(folder, "error")[0]["reason"].startswith("step 10: loss nan")
+
+
+def test_bits_per_byte_are_those_of_the_checkpoint_by_hand(runs):
+    folder = runs / "2" / "zero2_sparse"
+    told = events_of(folder, "eval")[-1]
+    data = PackedTokens({str(corpus_of(runs)): 1.0}, split="held_out", max_seq_len=32, seed=0)
+    assert data.n_windows > 6  # training.eval_windows
+    batch = data.batch(np.arange(6))
+    model = load_model(folder / "step_6")
+    with torch.no_grad():
+        logits = model(batch.tokens, doc_start=batch.doc_start).logits.double()
+    nats = tokens = n_bytes = 0
+    for row, targets in zip(logits, batch.targets, strict=True):
+        for at, target in enumerate(targets.tolist()):
+            if target >= 0:
+                nats -= torch.log_softmax(row[at], -1)[target].item()
+                tokens += 1
+                n_bytes += 0 if target == 63 else len(f"w{target}")  # 63 ends a document, and has no text
+    assert told["eval_tokens"] == tokens
+    assert told["eval_loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert told["eval_bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+
+
+def test_every_event_is_in_the_table(runs):
+    told = [row for folder in sorted((runs / "2").iterdir()) if folder.is_dir() for row in read_rows(folder / "metrics.jsonl")
+            if "event" in row]  # fmt: skip
+    assert {row["event"] for row in told} >= {"start", "resume", "device", "predicted", "eval", "save", "stop", "spike"}
+    for row in told:
+        assert row.keys() - {"event", "step", "time"} <= EVENTS[row["event"]].fields.keys(), row
 
 
 def corpus_of(runs: Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from training.metrics import HEALTH_METRICS, PROBE_METRICS, STEP_METRICS, Metric
+from training.metrics import EVENTS, HEALTH_METRICS, PROBE_METRICS, STEP_METRICS, Metric
 from training.reporting.charts import Level, Series, heat_bins, heat_map, line_chart
 from training.reporting.record import finite, mapping
 from training.reporting.story import SPIKE_SIGMA, Story, utilisation
@@ -17,12 +17,8 @@ from training.reporting.words import compact, count, number
 
 By = Literal["step", "tokens"]
 
-_ADDED: dict[str, Metric] = {
-    "eval_bpb": Metric("bits/byte", "what the model needs for each UTF-8 byte of held-out text"),
-    "eval_bpb_dense": Metric("bits/byte", "the same with dense attention"),
-    "utilisation": Metric("share", "time in which any kernel ran, mean over GPUs"),
-}
-"""Metrics of events, or of several fields."""
+_UTILISATION = {"utilisation": Metric("share", "time in which any kernel ran, mean over GPUs")}
+"""Made of several fields."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +75,7 @@ BY_LAYER: dict[str, tuple[str, str]] = {
 
 def described(metric: str) -> Metric:
     """Unit and meaning, by the tables of training.metrics."""
-    return (STEP_METRICS | PROBE_METRICS | HEALTH_METRICS | _ADDED)[metric]
+    return (STEP_METRICS | PROBE_METRICS | HEALTH_METRICS | EVENTS["eval"].fields | _UTILISATION)[metric]
 
 
 def in_percent(metric: str) -> bool:
@@ -200,7 +196,8 @@ def _marked(story: Story) -> str:
     said = []
     if len(story.spikes.at):
         dots, sigma = count(len(story.spikes.at)), number(SPIKE_SIGMA)
-        said.append(f"Dots: {dots} losses more than {sigma} standard deviations above the mean before")
+        losses = "loss" if len(story.spikes.at) == 1 else "losses"
+        said.append(f"Dots: {dots} {losses} more than {sigma} standard deviations above the mean before")
     if resumed := _resumed(story):
         said.append(f"Dotted lines: resumed after step {', '.join(count(at) for at in resumed[:6])}")
     changes = [(step, stage) for step, stage in story.record.steps.stages[1:]]

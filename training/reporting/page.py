@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from training.reporting import tables
@@ -13,10 +13,14 @@ from training.reporting.curves import ATTENTION, LEARNING, SPEED, Plan, axis_of,
 from training.reporting.story import PARTS, Story
 from training.reporting.style import CSS, PALETTE, SCRIPT
 from training.reporting.tables import Setting, Table
-from training.reporting.words import count, moment, number, percent, sentence
+from training.reporting.words import count, moment, number, percent, plural, sentence
 
 _PART_COLOURS = {"productive": 0, "replayed": 5, "lost": 1, "data": 4, "save": 2, "evaluation": 3, "other": 6}
 _OLDER_SAMPLES = 10
+_NEWEST_LAUNCHES = 20
+"""Shown; a run that was restarted hundreds of times folds the others away."""
+_MOST_ROWS = 200
+"""Of a folded list; metrics.jsonl has the rest."""
 _SHORT = 22
 """Characters of a cell that stays on one line."""
 
@@ -158,7 +162,9 @@ def _head(story: Story) -> str:
 def _comparison(stories: Sequence[Story]) -> str:
     differing = tables.difference_table(stories)
     notes = "".join(_missing(f"{s.label}: {note}") for s in stories for note in tables.missing_words(s))
-    shown = _table(differing, scroll=True) if differing.rows else _missing("None: these runs were told the same.")
+    untold = [s.label for s in stories if not s.record.config]
+    none = f"Not known: no config.yaml of {', '.join(untold)}." if untold else "None: these runs were told the same."
+    shown = _table(differing, scroll=True) if differing.rows else _missing(none)
     return (
         f"<h1>{len(stories)} runs side by side</h1><p class=lead>{escape(', '.join(s.label for s in stories))}</p>"
         f"{_table(tables.number_table(stories), scroll=True)}{notes}<h4>What they were told differently</h4>{shown}"
@@ -177,7 +183,9 @@ def _learning(stories: Sequence[Story]) -> str:
         note = "" if by == "step" else "Over tokens: steps of these runs do not have as many of them."
         return _say(note) + _charts([loss_charts(stories, by)], LEARNING, made)
     spikes = tables.spike_table(stories[0])
-    listed = _details(f"What was done about {len(spikes.rows)} spikes", _table(spikes)) if spikes.rows else ""
+    many = f", the newest {_MOST_ROWS}" if len(spikes.rows) > _MOST_ROWS else ""
+    told = f"What was done about {plural(len(spikes.rows), 'spike')}{many}"
+    listed = _details(told, _table(replace(spikes, rows=spikes.rows[:_MOST_ROWS]))) if spikes.rows else ""
     return _say(tables.spike_line(stories[0])) + _charts([loss_charts(stories, by)], LEARNING, made) + listed
 
 
@@ -263,7 +271,15 @@ def _launches(stories: Sequence[Story]) -> str:
         if not story.launches:
             return _missing("metrics.jsonl tells of no start and no resume.")
         kinds = ["" if one.good is None else "good" if one.good else "bad" for one in story.launches]
-        return _table(tables.launch_table(story), cells=Cells(judged=kinds, column=6))
+        table, newest = tables.launch_table(story), len(kinds) - _NEWEST_LAUNCHES
+
+        def part(rows: slice) -> str:
+            return _table(replace(table, rows=table.rows[rows]), cells=Cells(judged=kinds[rows], column=6))
+
+        if newest <= 0:
+            return part(slice(None))
+        before = _details(f"{plural(newest, 'launch', 'launches')} before", part(slice(newest)))
+        return part(slice(newest, None)) + before
 
     return _each(stories, show)
 

@@ -90,12 +90,14 @@ class Budget:
 @dataclass(frozen=True)
 class Spikes:
     """score: (n,) standard deviations above the rolling mean, 0 where unknown. share: of steps beyond SPIKE_SIGMA.
-    at: indices of those steps. counted_here: the rows have no spike_score."""
+    at: indices of those steps. counted_here: the rows have no spike_score. undone: steps that a rollback took back,
+    counted in the share, whose rows are gone from the curve."""
 
     score: np.ndarray
     share: float
     at: np.ndarray
     counted_here: bool
+    undone: int = 0
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,8 @@ def tell(record: Record, *, verify: bool) -> Story:
         elapsed_s=sum(elapsed) if elapsed else None, left_s=_left(steps, max_steps),
         unsaved=None if step is None else max(0, int(step) - max((s for s in whole if s <= step), default=0)),
         parameters=_parameters(record), launches=launches, budget=_budget(record, launches),
-        spikes=find_spikes(steps), checkpoints=checkpoints, checkpoint_notes=notes, samples=_samples(record),
+        spikes=find_spikes(steps, sum(row.get("action") == "rollback" for row in record.told("spike"))),
+        checkpoints=checkpoints, checkpoint_notes=notes, samples=_samples(record),
         diagnosis=_diagnosis(record),
     )  # fmt: skip
 
@@ -207,13 +210,14 @@ def recent(steps: Steps, name: str) -> float | None:
     return _over_last(steps.of(name), RECENT_STEPS, np.median)
 
 
-def find_spikes(steps: Steps) -> Spikes:
+def find_spikes(steps: Steps, undone: int = 0) -> Spikes:
     """By the rows' spike_score; counted here, from the loss, where they have none."""
     told = steps.of("spike_score")
     here = not np.isfinite(told).any()
     score = _spike_scores(steps.of("loss")) if here else np.nan_to_num(told)
     at = np.flatnonzero(score > SPIKE_SIGMA)
-    return Spikes(score, len(at) / len(score) if len(score) else 0.0, at, here)
+    total = len(score) + undone
+    return Spikes(score, (len(at) + undone) / total if total else 0.0, at, here, undone)
 
 
 def _spike_scores(loss: np.ndarray) -> np.ndarray:
@@ -428,7 +432,11 @@ def _checkpoint(found: manifest.Found, latest: str | None, *, verify: bool, live
             return Checkpoint(found.tag, found.step, None, None, f"damaged: {found.reason}", False, named)
         torn = "unsealed: being written, or its save was interrupted" if live else "torn: its save was interrupted"
         return Checkpoint(found.tag, found.step, None, None, torn, None if live else False, named)
-    sealed = manifest.read(found.path)
+    try:
+        sealed = manifest.read(found.path)
+    except CheckpointError:  # a live run may have removed it since it was listed
+        gone = "removed meanwhile" if not found.path.exists() else "its manifest cannot be read"
+        return Checkpoint(found.tag, found.step, None, None, gone, None if live else False, named)
     size, verdict, good = sum(f.bytes for f in sealed.files.values()), "complete: names and sizes agree", True
     if verify:
         try:

@@ -16,6 +16,7 @@ from training.reporting.story import (
     RECENT_STEPS,
     SPIKE_SIGMA,
     Launch,
+    Spikes,
     Story,
     as_json,
     gpus,
@@ -171,7 +172,13 @@ def spike_line(story: Story) -> str:
         f"Spike score {percent(spikes.share)}: the loss of {count(len(spikes.at))} of {count(len(spikes.score))} steps "
         f"lies more than {number(SPIKE_SIGMA)} standard deviations above the mean of the {count(WINDOW)} before, "
         f"{source}."
+        + (f" With them count {count(spikes.undone)} that a rollback took back." if spikes.undone else "")
     )
+
+
+def _spikes_in_words(spikes: Spikes) -> str:
+    found = len(spikes.at) + spikes.undone
+    return f"{percent(spikes.share)} ({count(found)})" if len(spikes.score) else "-"
 
 
 def spike_table(story: Story) -> Table:
@@ -367,7 +374,7 @@ def number_table(stories: Sequence[Story]) -> Table:
         ("unigram (bits/byte)", lambda s: number(s.unigram_bpb)),
         ("indexer loss (nats/row)", lambda s: number(recent(s.record.steps, "indexer_loss"))),
         ("indexer coverage", lambda s: percent(recent(s.record.steps, "indexer/coverage"))),
-        ("spikes", lambda s: f"{percent(s.spikes.share)} ({count(len(s.spikes.at))})"),
+        ("spikes", lambda s: _spikes_in_words(s.spikes)),
         ("tokens/s", lambda s: count(s.tokens_per_s)),
         ("MFU", lambda s: percent(s.mfu)),
         ("peak memory (GiB)", lambda s: number(s.memory_gib)),

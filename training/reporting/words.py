@@ -84,9 +84,17 @@ def size(n_bytes: float | None) -> str:
     return f"{number(gib, 3)} GiB" if gib >= 1 else f"{number(n_bytes / 2**20, 3)} MiB"
 
 
+def plural(n: int, one: str, many: str | None = None) -> str:
+    """1 -> "1 spike", 1200 -> "1,200 spikes"."""
+    return f"{n:,} {one if n == 1 else many or one + 's'}"
+
+
 def sentence(text: str) -> str:
-    """With a capital and a full stop."""
-    return text if not text else text[0].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+    """With a capital, unless it begins with the name of a file or key, and a full stop."""
+    if not text:
+        return text
+    named = "." in text.split()[0].rstrip(".:")
+    return (text[0] if named else text[0].upper()) + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
 def brief(value: object, limit: int = 200) -> str:
