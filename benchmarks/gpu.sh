@@ -6,7 +6,8 @@
 #   operations  each kernel alone, and attention beside dense and the naive gather
 #   head        the loss head at 8 x 2048 rows
 #   step        a step of one process, GSA beside dense
-#   train_step  the trainer against a bare loop; ZeRO 1 and 2 against data-parallel
+#   train_step  the trainer against a bare loop, and its measuring steps against plain ones; ZeRO 1 and 2 against
+#               data-parallel
 #   ratio       tuned against untuned, as bare loops in turns
 #   run         the 512M configuration by training/train.py: tuned, on dense flash attention, untuned
 #   contrasts   the same: untuned on the naive layer, dense on the trainer's own kernel
@@ -39,14 +40,15 @@ on_gpu() {
     case "$1" in
     kernels)
         try "$PY" -m pytest -q -p no:cacheprovider tests/gsa/kernels/test_triton.py \
-            tests/gsa/kernels/test_triton_identities.py tests/gsa/kernels/test_triton_loss.py tests/gsa/kernels/test_choice.py ;;
+            tests/gsa/kernels/test_triton_identities.py tests/gsa/kernels/test_triton_loss.py \
+            tests/gsa/kernels/test_silu_product.py tests/gsa/kernels/test_choice.py ;;
     operations)
         try "$PY" -m benchmarks.kernels --device cuda --backend triton --dtype bfloat16 --lengths 2048 8192 32768
         try "$PY" -m benchmarks.attention --device cuda --backend triton --dtype bfloat16 \
             --lengths 2048 8192 32768 131072 ;;
     head) try "$PY" -m benchmarks.head --device cuda --dtype bfloat16 --rows 16384 ;;
     step) try "$PY" -m benchmarks.step --micro_batch_size 2 ;;
-    train_step) try "$PY" -m benchmarks.train_step --ranks 1 --parts overhead zero ;;
+    train_step) try "$PY" -m benchmarks.train_step --ranks 1 --parts overhead watching zero ;;
     ratio) try "$PY" -m benchmarks.train_step --ranks 1 --parts tuned --rounds 6 ;;
     run) try "$PY" -m benchmarks.gpu_run --runs tuned flash untuned ;;
     contrasts) try "$PY" -m benchmarks.gpu_run --runs naive dense ;;

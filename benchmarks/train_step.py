@@ -1,11 +1,13 @@
 """What a training step costs beside what it could: the loop, ZeRO, the configuration, the loader, as ratios in one run.
 
-    python -m benchmarks.train_step [--ranks 2] [--parts overhead zero tuned] [--pairs 60] [--rounds 12]
+    python -m benchmarks.train_step [--ranks 2] [--parts overhead watching zero tuned] [--pairs 60] [--rounds 12]
 
 overhead: Trainer.train, all of its loop, against a bare `engine(batch); engine.backward(loss); engine.step()` on the
     same model, engine kind and micro-batches, which lie ready in memory with their normalisation: reading, counting
     targets and drawing rows for the alignment loss are the loop's cost. The loss is the trainer's, `loss +
     indexer_loss_weight * indexer_loss`. And the loader's share of the trainer's steps, from its own metrics.
+watching: steps that measure the indexer (training.probe_interval) or the gradient and the update
+    (training.health_interval) against the plain step before each, in one run of the trainer.
 zero: ZeRO 1 and 2 against torch's DistributedDataParallel with AdamW (in bf16 on float32 masters) on the same
     micro-batches, clipping and schedule included, as bare loops.
 tuned: the tuned against the untuned configuration, and against the untuned one with the predecessor's manner of
@@ -33,7 +35,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import patch
@@ -52,13 +54,14 @@ from gsa.model import count_params
 from training.clock import StepClock
 from training.config import DataConfig, RunConfig, TrainingConfig, load_config
 from training.data import Loader
+from training.metrics import read_rows
 from training.world import World, exit_process
 
 if TYPE_CHECKING:
     from training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-PARTS = ("overhead", "zero", "tuned")
+PARTS = ("overhead", "watching", "zero", "tuned")
 WARM = 3
 """Steps before anything is timed: connections, kernels, optimizer state; their losses are compared."""
 GOAL_OVERHEAD, GOAL_DATA = 0.02, 0.005
@@ -153,6 +156,25 @@ def overhead(case: Case, folder: Path, pairs: int, steps: int) -> dict:
         "seconds": [row["seconds"] for row in rows], "seconds_data": [row["seconds_data"] for row in rows],
         "seconds_other": [row["seconds_other"] for row in rows],
     }  # fmt: skip
+
+
+WATCHED = {"probe_interval": "the indexer measured", "health_interval": "norms by part and updates measured"}
+
+
+def watching(case: Case, folder: Path, pairs: int) -> dict:
+    """Steps that measure against the plain ones before them: a run for each of WATCHED, at ZeRO 2."""
+    found = {}
+    for key in WATCHED:
+        intervals = {**dict.fromkeys(WATCHED, 0), key: 2, "max_steps": 2 * (WARM + pairs)}
+        cfg = replace(case.cfg, training=replace(case.cfg.training, **intervals))
+        with trainer_of(replace(case, cfg=cfg), 2, folder / key) as trainer:
+            trainer.train()
+        if not case.world.is_main:
+            continue
+        seconds = [row["seconds"] for row in read_rows(folder / key / "metrics.jsonl") if "loss" in row][2 * WARM :]
+        every = getattr(TrainingConfig(), key)
+        found[key] = {"ratio": asdict(ratio(seconds[1::2], seconds[::2])), "every": every}
+    return found
 
 
 def zero(case: Case, rounds: int) -> dict:
@@ -275,6 +297,8 @@ def measure(args: argparse.Namespace, world: World, folder: Path) -> dict:
     found: dict = {"load_before": os.getloadavg(), "shape": case.shape}
     if "overhead" in args.parts:
         found["overhead"] = overhead(case, folder, pairs, steps=3 if on_gpu else 1)
+    if "watching" in args.parts:
+        found["watching"] = watching(case, folder, pairs)
     if "zero" in args.parts:
         found["zero"] = zero(case, args.rounds)
     if "tuned" in args.parts:
@@ -339,7 +363,7 @@ def report(birth: str, found: dict, world: World) -> str:
         f"{found['shape']} unless said.\nLoad of the machine over 1, 5, 15 minutes: {before} before, {after} after "
         f"(this benchmark included).",
     ]
-    tellers = {"overhead": tell_overhead, "zero": tell_zero, "tuned": tell_tuned}
+    tellers = {"overhead": tell_overhead, "watching": tell_watching, "zero": tell_zero, "tuned": tell_tuned}
     sections += [tell(found[part]) for part, tell in tellers.items() if part in found]
     return "\n\n".join(sections) + "\n"
 
@@ -373,6 +397,20 @@ Trainer against `engine(batch); engine.backward(loss); engine.step()`, ZeRO 2, {
 Goal: at most {GOAL_OVERHEAD:.0%} of wall time: {met(found <= GOAL_OVERHEAD)}.
 Waiting for data: {data:.3%} of the steps' seconds. Goal: under {GOAL_DATA:.1%}: {met(data < GOAL_DATA)}.
 After the last micro-batch: {other * 1e3:.1f} ms (median)."""
+
+
+def tell_watching(part: dict) -> str:
+    rows = []
+    for key, words in WATCHED.items():
+        r, every = Ratio(**part[key]["ratio"]), part[key]["every"]
+        rows.append(f"| {words} | {r} | {every} | {(r.median - 1) / every:+.2%} |")
+    return f"""## What watching costs
+
+Steps that measure against the plain step before each, {Ratio(**part["probe_interval"]["ratio"]).pairs} pairs.
+
+| | wall time, to a plain step | every, by default | of a run's time |
+|---|---|---|---|
+{chr(10).join(rows)}"""
 
 
 def tell_zero(part: dict) -> str:

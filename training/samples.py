@@ -21,10 +21,7 @@ def continuations(
 
     The model is left in training mode as it was found. beat: a sign of life, called before each prompt.
     """
-    path = Path(next(iter(data.sources))) / "tokenizer.json"
-    if not path.exists():
-        return []
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = Tokenizer.from_file(str(Path(next(iter(data.sources))) / "tokenizer.json"))
     was_training = engine.module.training
     engine.eval()
     greedy, found = Sampling(temperature=0.0), []

@@ -172,6 +172,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
         if found is not None:
             cfg = decided_by(found, cfg)
         data, _ = open_data(cfg)  # builds the window tables, which the other ranks then find
+        _require_samples(cfg, data)
         if found is not None:
             quiet = args.log_level == "warning"
             start = start_from(found, cfg, plan, ds_config, data, args.allow_config_change, quiet=quiet)
@@ -245,6 +246,13 @@ def _require_plain(cfg: RunConfig) -> None:
         require_plain(run_config.to_plain(cfg), "configuration")
     except TypeError as err:
         raise ConfigError(str(err)) from err
+
+
+def _require_samples(cfg: RunConfig, data: PackedTokens) -> None:
+    """A dataset without its tokenizer can be trained on, and has no text to show."""
+    path = Path(next(iter(data.sources))) / "tokenizer.json"
+    if cfg.training.sample_interval and not path.is_file():
+        raise DataError(f"training.sample_interval needs {path}, which is missing: restore the dataset, or set it to 0")
 
 
 def _require_work(start: Start, cfg: RunConfig, folder: RunFolder) -> None:

@@ -486,6 +486,8 @@ class Trainer:
         self._position(read_run_state(found))
         self.skipped = sorted({*self.skipped, *known, bad})
         if self.log is not None:
+            if _latest(self.folder) != found.name:  # what it names is about to be set aside
+                manifest.publish(self.folder.path, found.name)
             self.log.write(row)  # it goes to the segment with the steps before it
             self.log.close()
             self._set_aside()
