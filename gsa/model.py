@@ -273,7 +273,8 @@ def flops_per_token(
 
     One multiply-add is two. Forward and backward of a matrix product cost 3 forward products; recomputation
     is not useful and not counted. The indexer's input is detached, so its projections
-    have no input gradient. Attention counts the selected pairs only, the indexer scores all visible pairs.
+    have no input gradient. Attention and the alignment loss's gradient count the selected pairs only, the
+    indexer scores all visible ones.
     keys, visible: mean attended and visible keys per query, as measured; by default those of one document of seq_len
     tokens at k_base. indexer_rows: share of rows whose alignment loss is taken; its target probabilities are forward
     only.
@@ -294,5 +295,5 @@ def flops_per_token(
     }
     if c.sparse:
         score = 2.0 * c.n_indexer_heads * c.d_indexer * visible
-        parts["indexer"] = c.n_layers * (score + indexer_rows * (2 * score + pair / 2 * keys))
+        parts["indexer"] = c.n_layers * (score + indexer_rows * (2 * score * keys / visible + pair / 2 * keys))
     return parts | {"total": sum(parts.values())}

@@ -34,7 +34,7 @@ def rows(folder: Path) -> list[dict]:
 @pytest.mark.slow
 def test_random_kills_of_all_ranks_change_nothing(tmp_path, tiny_yaml):
     calm = start_training(2, argv(tmp_path / "calm", tiny_yaml))
-    output = calm.communicate(timeout=600)[0]
+    output = calm.communicate(timeout=120 + STEPS)[0]
     assert calm.returncode == 0, output
     dice, kills = random.Random(0), 0
     while True:
@@ -49,7 +49,7 @@ def test_random_kills_of_all_ranks_change_nothing(tmp_path, tiny_yaml):
             kills += 1
             process.communicate()
             continue
-        output = process.communicate(timeout=300)[0]
+        output = process.communicate(timeout=120 + STEPS)[0]
         assert process.returncode == 0, output
         break
     assert kills == KILLS
