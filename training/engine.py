@@ -116,7 +116,7 @@ def _let_the_host_run_ahead(optimizer: Any) -> None:
     """Takes a wait of the host for the device out of every micro-batch of ZeRO 2 with overlap_comm.
 
     There DeepSpeed lets go of gradients that another stream may still be summing. Their memory goes back to the stream
-    that computes: it is enough that this one waits.
+    that computes: it is enough that this one waits. Not where gradients go to the host, which reads them there.
     """
     epilogue, accelerator = optimizer.independent_gradient_partition_epilogue, get_accelerator()
 
@@ -160,7 +160,7 @@ class Engine:
         self.zero_stage: int = int(self._engine.zero_optimization_stage())
         self.device: torch.device = torch.device(self._engine.device)
         self._grad_norm: torch.Tensor | float | None = None
-        if self.zero_stage == 2:
+        if self.zero_stage == 2 and not self._engine.optimizer.cpu_offload:
             _let_the_host_run_ahead(self._engine.optimizer)
         if self.zero_stage == 3 and not self._engine.optimizer.params_in_nvme_and_cpu:
             zero_padding(self._engine.optimizer)

@@ -307,12 +307,16 @@ class Trainer:
                 recent.append(row)
                 pace = row["seconds"] if pace is None else 0.9 * pace + 0.1 * row["seconds"]
                 self.console.step(row, pace * (self._end() - self.step))
-                last = self.step == self._end() or bool(stop_signal)
+                if stop_signal:  # whoever sent it may not wait for an evaluation
+                    self._save()
+                    self._finish_save()
+                    saved_at = self.step
                 if (cfg.eval_interval and self.step % cfg.eval_interval == 0) or self.step == self._end():
                     evaluated, stood["seconds_eval"] = _timed(self._evaluate)
                 if cfg.sample_interval and self.step % cfg.sample_interval == 0:
                     stood["seconds_eval"] += _timed(self._sample)[1]
-                if last or (cfg.save_interval and self.step % cfg.save_interval == 0):
+                due = self.step == self._end() or (cfg.save_interval and self.step % cfg.save_interval == 0)
+                if due and saved_at != self.step:
                     stood["seconds_save"] = _timed(self._save)[1]
                     saved_at = self.step
                 if self.step % GARBAGE_INTERVAL == 0:
@@ -391,8 +395,8 @@ class Trainer:
         self.samples = first + plan.global_batch_size
         self.tokens += plan.global_batch_size * cfg.max_seq_len
 
-        # one small collective and one wait for the device per step, whatever the accumulation
-        # filled on the device: a tensor made of Python numbers would be copied there, and wait for it
+        # One small collective and one wait for the device per step, whatever the accumulation. The flags are filled
+        # on the device: a tensor made of Python numbers would be copied there, and wait for it.
         like = done.selection
         flags = [like.new_full((), float(flag)) for flag in (self._stop_signal, *self.saver.flags())]
         shared = {

@@ -21,7 +21,7 @@ from training.metrics import read_rows
 def test_ctrl_c_saves_and_ends_in_order(launcher, tmp_path, tiny_yaml):
     """A terminal signals every process of its foreground group, and DeepSpeed's launcher signals the ranks twice more."""
     run = tmp_path / "run"
-    argv = ["--config", str(tiny_yaml), "--output_dir", str(run), "training.max_steps=100000", "training.eval_interval=0"]
+    argv = ["--config", str(tiny_yaml), "--output_dir", str(run), "training.max_steps=100000", "training.eval_interval=1"]
     process = start_training(1, argv, launcher=launcher)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
@@ -34,6 +34,8 @@ def test_ctrl_c_saves_and_ends_in_order(launcher, tmp_path, tiny_yaml):
     rows = read_rows(run / "metrics.jsonl")
     assert rows[-1]["event"] == "stop" and rows[-1]["reason"] in ("SIGINT", "SIGTERM"), output
     assert (run / "latest").read_text().strip() == f"step_{rows[-1]['step']}" and "error:" not in output, output
+    told = [row["event"] for row in rows if row["step"] == rows[-1]["step"] and row.get("event") in ("save", "eval")]
+    assert told == ["save", "eval"]  # nobody waits for an evaluation to have a checkpoint
     if launcher == "python":  # DeepSpeed's launcher ends with a traceback of its own, and 1
         assert process.returncode == 0 and "Traceback" not in output
 
