@@ -43,6 +43,7 @@ from training.saving import Retention, Saver, SaveReport
 from training.space import checkpoint_bytes
 from training.spikes import WINDOW, SpikeDetector
 from training.step import Passes, run_passes, summed
+from training.stopping import StopWish
 from training.telemetry import SETTLED, Telemetry
 from training.tracking import Tracker
 from training.watchdog import Watchdog
@@ -53,12 +54,6 @@ GARBAGE_INTERVAL = 50
 
 MOST_ROLLBACKS = 10
 """Of a run. One that needs more does not suffer from a few bad samples: its spikes are logged from there on."""
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-"""Save at the next step boundary, then end in order."""
-
-ONE_WISH_S = 0.8
-"""Signals within it are one wish: on Ctrl-C the terminal signals the ranks, and DeepSpeed's launcher twice more."""
 
 MOST_LOST_IN_A_ROW = 10
 """Steps without a finite loss that on_spike=skip drops one after another: then it is the weights that are broken."""
@@ -116,8 +111,7 @@ class Trainer:
         self.epoch_offset = 0.0
         self.decided: dict = {}
         self.skipped: list[tuple[int, int]] = []  # (first, count) of samples that a rollback has ruled out
-        self._stop_signal = 0
-        self._signalled_at = 0.0
+        self._stop = StopWish()
         self._lost_in_a_row = 0
         self._unigram_bpb: float | None = None
 
@@ -281,8 +275,7 @@ class Trainer:
 
     def _train(self) -> str:
         cfg = self.cfg.training
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._on_signal)
+        self._stop.listen()
         loader = self._loader()
         began, recent, evaluated = time.perf_counter(), deque(maxlen=100), None
         clock = StepClock(self.world.device)
@@ -398,7 +391,7 @@ class Trainer:
         # One small collective and one wait for the device per step, whatever the accumulation. The flags are filled
         # on the device: a tensor made of Python numbers would be copied there, and wait for it.
         like = done.selection
-        flags = [like.new_full((), float(flag)) for flag in (self._stop_signal, *self.saver.flags())]
+        flags = [like.new_full((), float(flag)) for flag in (self._stop.number, *self.saver.flags())]
         shared = {
             "means": done.means() / self.world.size, "flags": torch.stack(flags), "selection": done.selection,
             "ranks": self.telemetry.shares(like), "probes": done.probes.nan_to_num(0), "probed": ~done.probes.isnan(),
@@ -541,17 +534,9 @@ class Trainer:
 
     # -- signals ---------------------------------------------------------------------------------------
 
-    def _on_signal(self, number: int, frame: object) -> None:
-        now = time.monotonic()
-        if self._stop_signal and now - self._signalled_at > ONE_WISH_S:
-            # a second wish ends the process at once, even inside a collective
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        self._stop_signal, self._signalled_at = number, self._signalled_at or now
-
     def _agree_on_signal(self) -> int:
         """The highest signal any rank has seen; called on all ranks when at least one has seen one."""
-        seen = torch.tensor([self._stop_signal], device=self.world.device)
+        seen = torch.tensor([self._stop.number], device=self.world.device)
         dist.all_reduce(seen, op=dist.ReduceOp.MAX)
         return int(seen)
 

@@ -28,7 +28,6 @@ from training.metrics import read_rows
 from training.run_folder import RunFolder
 from training.saving import Retention, Saver
 from training.snapshot import HostBuffers, Snapshot, host_tree
-from training.trainer import STOP_SIGNALS, Trainer
 from training.world import World
 
 
@@ -220,18 +219,6 @@ def test_too_little_disk_is_refused_before_the_launch_and_before_each_save(tmp_p
     saver = Saver(None, alone, tmp_path, background=True, retention=Retention(None, None), bytes_needed=2**21,
                   published=print)  # fmt: skip
     assert "a checkpoint needs 0.00 GiB and 0.00 GiB are free" in saver._prepare(tmp_path / "step_1")
-
-
-def test_after_one_signal_the_next_ends_the_process_at_once():
-    trainer = object.__new__(Trainer)
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-    try:
-        trainer._on_signal(signal.SIGUSR1, None)
-        assert trainer._stop_signal == signal.SIGUSR1
-        assert all(signal.getsignal(number) is signal.SIG_DFL for number in (signal.SIGTERM, signal.SIGUSR1))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 # -- the writer's own promises: ranks as threads, no engine -------------------------------------------------------

@@ -1,0 +1,46 @@
+"""A wish to stop: the first signal is remembered, a later one ends the process, whatever it is doing."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from launching import ROOT
+
+from training.stopping import ONE_WISH_S, STOP_SIGNALS
+
+PROGRAM = """
+import ctypes, time
+from training.stopping import StopWish
+wish = StopWish()
+wish.listen()
+print("listening", flush=True)
+while not wish.number:
+    time.sleep(0.01)
+print("asked", wish.number, flush=True)
+ctypes.CDLL(None).sleep(30)  # as in a collective: Python runs no handler until it returns
+print("slept")
+"""
+
+
+def started() -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "listening\n"
+    return process
+
+
+@pytest.mark.parametrize("first", STOP_SIGNALS)
+def test_signals_close_together_are_one_wish_and_a_later_one_ends_it_inside_a_call(first):
+    process = started()
+    process.send_signal(first)
+    assert process.stdout.readline() == f"asked {first}\n"
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)
+    time.sleep(ONE_WISH_S + 0.4)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=5) == -signal.SIGTERM
+    assert process.stdout.read() == ""
