@@ -43,11 +43,11 @@ class Reads(TorchDispatchMode):
 
 
 class Stream:
-    def __init__(self, found: Counter) -> None:
-        self._found = found
+    def __init__(self, name: str, found: Counter) -> None:
+        self.name, self._found = name, found
 
-    def wait_stream(self, other: object) -> None:
-        self._found["streams ordered"] += 1
+    def wait_stream(self, other: "Stream") -> None:  # noqa: UP037
+        self._found[f"{self.name} waits for {other.name}"] += 1
 
     def wait_event(self, event: object) -> None: ...
 
@@ -80,8 +80,8 @@ def waits(accumulation: int, stage: int, config: Path, world: World) -> Counter:
         patches.enter_context(put(accelerator, "synchronize", lambda *_: found.update(["device waited for"])))
         if stage == 2:  # what a GPU has
             patches.enter_context(put(accelerator, "resolves_data_dependency", lambda: False))
-            patches.enter_context(put(accelerator, "current_stream", lambda *_: Stream(found)))
-            patches.enter_context(put(engine._engine.optimizer, "reduction_stream", Stream(found)))
+            patches.enter_context(put(accelerator, "current_stream", lambda *_: Stream("computing", found)))
+            patches.enter_context(put(engine._engine.optimizer, "reduction_stream", Stream("reducing", found)))
             patches.enter_context(put(torch.Tensor, "record_stream", lambda *_: None))
         with Reads(found):
             step(2)

@@ -115,13 +115,16 @@ class _SafeFiles(CheckpointEngine):
 def _let_the_host_run_ahead(optimizer: Any) -> None:
     """Takes a wait of the host for the device out of every micro-batch of ZeRO 2 with overlap_comm.
 
-    There DeepSpeed lets go of gradients that another stream may still be summing. Their memory goes back to the stream
-    that computes: it is enough that this one waits. Not where gradients go to the host, which reads them there.
+    There DeepSpeed lets go of gradients that another stream may still be summing, or hands that stream gradients that
+    are still being computed: it is enough that the streams wait for each other. Not where gradients go to the host,
+    which reads them there.
     """
     epilogue, accelerator = optimizer.independent_gradient_partition_epilogue, get_accelerator()
 
     def on_the_device(device_index: int | None = None) -> None:
-        accelerator.current_stream().wait_stream(optimizer.reduction_stream)
+        computing, reducing = accelerator.current_stream(), optimizer.reduction_stream
+        reducing.wait_stream(computing)
+        computing.wait_stream(reducing)
 
     def without_waiting() -> None:
         waits, accelerator.synchronize = accelerator.synchronize, on_the_device
@@ -179,7 +182,7 @@ class Engine:
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulates the gradient of `loss` / accumulation steps / ranks: see Trainer for the normalisation."""
+        """Accumulates the gradient of `loss` / accumulation steps / ranks: training/step.py says of which loss."""
         self._engine.backward(loss)
 
     def at_boundary(self) -> bool:

@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from gsa.checkpoint import manifest
 
@@ -175,6 +175,15 @@ EVENTS: dict[str, Event] = {
 }  # fmt: skip
 
 
+def as_written(value: object) -> Any:
+    """A row, or a part of one, as metrics.jsonl has it: JSON has no number for what is not finite, so it is a word."""
+    if isinstance(value, dict):
+        return {key: as_written(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_written(entry) for entry in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class MetricsLog:
     """Appends rows to metrics.jsonl; every row is on disk (flushed) when `write` returns. Rank 0 only."""
 
@@ -187,9 +196,8 @@ class MetricsLog:
 
         CheckpointError when the disk refuses.
         """
-        clean = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         with manifest.writing(self._path):
-            self._file.write(json.dumps(clean) + "\n")
+            self._file.write(json.dumps(as_written(row), allow_nan=False) + "\n")
             self._file.flush()
 
     def close(self) -> None:

@@ -79,11 +79,11 @@ class Request:
 
     def files(self) -> dict[Kind, Path]:
         """DeepSpeed's settings by kind: those of ds_configs/ that go with the configuration, or the file given."""
-        stages = [(1, False), (2, False), (3, False), (2, True), (3, True)]
-        if self.cfg.training.precision == "fp32" and self.batch.world_size == 1:
-            stages = [(0, False)]
+        kinds = [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)]
+        if self.batch.world_size == 1 and self.cfg.training.precision == "fp32":  # there is nothing to shard
+            kinds = [(0, False), (2, True), (3, True)]
         found = {}
-        for kind in stages:
+        for kind in kinds:
             file = DS_CONFIGS / ds_config_for(*kind, self.batch.world_size, self.device)
             with suppress(ConfigError):
                 self.setting(file)

@@ -82,7 +82,8 @@ def _summary(output_dir: Path, step_dir: Path, seconds: float) -> None:
     rows = read_rows(output_dir / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     score = [row for row in rows if row.get("event") == "eval"][-1]
-    print(text_chart([row["loss"] for row in steps], label=f"--- training loss, nats per token, {len(steps)} steps"))
+    losses = [float(row["loss"]) for row in steps]
+    print(text_chart(losses, label=f"--- training loss, nats per token, {len(steps)} steps"))
     rate = sorted(row["tokens_per_s"] for row in steps)[len(steps) // 2]
     print(
         f"\nheld-out text: {score['eval_bpb']:.3f} bits per byte; a unigram model: {score['unigram_bpb']:.3f}\n"

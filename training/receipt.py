@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from training.metrics import is_timing
+from training.metrics import as_written, is_timing
 
 
 class Receipt:
@@ -21,7 +21,7 @@ class Receipt:
 
     def compare(self, row: dict) -> dict | None:
         """The receipt event, when this row was the last to be compared; else None."""
-        before = self._dead.pop(row["step"], None)
+        before, row = self._dead.pop(row["step"], None), as_written(row)
         if before is not None:
             self._compared += 1
             self._first_difference = self._first_difference or first_difference(before, row)

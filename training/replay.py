@@ -3,7 +3,8 @@
 For a loss that looked odd: which windows the step trained on, what they say, and what the model makes of each. The
 weights are those of the newest checkpoint before the step, or of one that is named; on one device, without an
 engine, in float32. The text is exactly the step's; the loss is the step's too where the checkpoint is that of the step
-before. A step that was trained more than once, before a crash or a rollback, has a row for each: --segment chooses.
+before, and both are of the branch that went on. A step that was trained more than once, before a crash or a rollback,
+has a row for each: --segment chooses.
 Exit codes: 2 no such run or step; 3 a checkpoint or dataset that is refused.
 """
 
@@ -148,10 +149,11 @@ def tell(trained: Trained, others: list[Trained], checkpoint: Path, windows: lis
         f"{float(t.row['loss']):.4f}, samples up to {t.row['samples'] - 1}"
         for t in others if t is not trained
     ]  # fmt: skip
+    branch = "" if trained.segment is None else " of the branch that went on"
     lines = [
         *also,
         f"step {row['step']}: loss {float(row['loss']):.4f} then, gradient norm {float(row['grad_norm']):.3f}, samples "
-        f"{windows[0].sample}..{windows[-1].sample}; with the weights of {checkpoint.name}: {mean:.4f}",
+        f"{windows[0].sample}..{windows[-1].sample}; with the weights of {checkpoint.name}{branch}: {mean:.4f}",
         "",
     ]
     for window in sorted(windows, key=lambda w: -w.loss):

@@ -146,7 +146,7 @@ def read(folder: Path, last: int | None = None) -> tuple[Summary, list[str]]:
             f"{folder} has no finished step with its seconds in metrics.jsonl yet; wait for the first ones of a live "
             f"run, and read the console of a dead one"
         )
-    return _summary(folder, [*events, final], window, notes), notes
+    return _summary(folder, events if "event" in final else [*events, final], window, notes), notes
 
 
 class _Life:

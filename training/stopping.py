@@ -9,11 +9,11 @@ import threading
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 ONE_WISH_S = 0.8
-"""Signals within it are one wish: on Ctrl-C the terminal signals the ranks, and DeepSpeed's launcher twice more."""
+"""Signals within it are one wish: on Ctrl-C the terminal signals the ranks, and DeepSpeed's launcher once more."""
 
 
 class StopWish:
-    """Remembers the first signal as `number`, 0 before; a later one ends the process at once, even in a collective."""
+    """Remembers the first signal as `number`, 0 before. Then a later one ends the process, even in a collective."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -23,9 +23,9 @@ class StopWish:
             signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: object) -> None:
+        if self.number:
+            return
         self.number = number
-        for again in STOP_SIGNALS:
-            signal.signal(again, signal.SIG_IGN)
         timer = threading.Timer(ONE_WISH_S, _end_at_once_from_now_on)
         timer.daemon = True
         timer.start()

@@ -56,7 +56,8 @@ MOST_ROLLBACKS = 10
 """Of a run. One that needs more does not suffer from a few bad samples: its spikes are logged from there on."""
 
 MOST_LOST_IN_A_ROW = 10
-"""Steps without a finite loss that on_spike=skip drops one after another: then it is the weights that are broken."""
+"""Steps without a finite loss one after another, of which the last ends a run with on_spike=skip: then it is the
+weights that are broken."""
 
 
 T = TypeVar("T")
@@ -67,7 +68,8 @@ class Diverged(RuntimeError):
 
 
 def _finite(row: dict) -> bool:
-    return all(math.isfinite(row[name]) for name in ("loss", "indexer_loss", "grad_norm"))
+    """Of a step, fresh or read back, where what is not finite is a word."""
+    return all(math.isfinite(float(row.get(name, 0.0))) for name in ("loss", "indexer_loss", "grad_norm"))
 
 
 def _latest(folder: RunFolder) -> str | None:
@@ -112,7 +114,6 @@ class Trainer:
         self.decided: dict = {}
         self.skipped: list[tuple[int, int]] = []  # (first, count) of samples that a rollback has ruled out
         self._stop = StopWish()
-        self._lost_in_a_row = 0
         self._unigram_bpb: float | None = None
 
         self.telemetry = Telemetry(cfg, plan, ds_config, world)
@@ -120,7 +121,6 @@ class Trainer:
             cfg, ds_config, world, init_from=cfg.training.init_from if start is None else None
         )
         self.engine, self.backend, fault = built
-        self.n_layers = cfg.model.n_layers
         self.model: GSAForCausalLM = self.engine.module
 
         self.console = Console(world.is_main, self._end(), log_interval=cfg.training.log_interval, level=log_level)
@@ -152,7 +152,7 @@ class Trainer:
                 step=self.step, segment=segment, parent=self._parent, quiet=log_level == "warning",
             )  # fmt: skip
             self._introduce()
-        self._spikes = SpikeDetector(self.world.broadcast(self._known_losses()))
+        self._take_up_rows()
         self.saver = Saver(
             self.engine,
             world,
@@ -201,12 +201,18 @@ class Trainer:
             self.console.line(line)
         return rewind(self.folder.metrics, self.step)
 
-    def _known_losses(self) -> list[float]:
-        """Of the last steps in metrics.jsonl, on rank 0."""
-        if not self.world.is_main:
-            return []
-        losses = (float(row["loss"]) for row in iter_rows(self.folder.metrics) if "loss" in row)
-        return list(deque((loss for loss in losses if math.isfinite(loss)), WINDOW))
+    def _take_up_rows(self) -> None:
+        """What goes on from the rows of metrics.jsonl, which rank 0 reads."""
+        losses, lost, evaluated = deque(maxlen=WINDOW), 0, -1
+        for row in iter_rows(self.folder.metrics) if self.world.is_main else ():
+            if "loss" in row:
+                lost = 0 if _finite(row) else lost + 1
+                if math.isfinite(float(row["loss"])):
+                    losses.append(float(row["loss"]))
+            elif row.get("event") == "eval":
+                evaluated = row["step"]
+        losses, self._lost_in_a_row, self._evaluated_at = self.world.broadcast((list(losses), lost, evaluated))
+        self._spikes = SpikeDetector(losses)
 
     def _open_run(self, start: Start | None, moved: list[dict]) -> int:
         """Begins the log of this launch; returns how many there were before it."""
@@ -264,7 +270,8 @@ class Trainer:
     def train(self) -> str:
         """Trains to the stop or the end. Returns the reason it ended: "finished", "stop_at_step" or a signal's name.
 
-        Raises Diverged when the loss or the gradient norm is not finite; the last checkpoint stays good.
+        Raises Diverged when the loss or the gradient norm is not finite, and on_spike does not go on from there; the
+        last checkpoint stays good.
         """
         try:
             return self._train()
@@ -288,13 +295,15 @@ class Trainer:
         gc.freeze()
         gc.disable()
         try:
+            if self._continued and self._evaluation_due() and self._evaluated_at != self.step:
+                evaluated = self._evaluate()  # a kill came between the save and it
             while self.step < self._end() and not stop_signal:
                 row, stop_signal = self._one_step(loader, clock)
                 row |= stood | {"time": time.time()}
                 stood = dict.fromkeys(stood, 0.0)
                 if self._rolled_back(row):
                     loader.close()
-                    loader = self._loader()
+                    loader, saved_at = self._loader(), self.step
                     continue
                 self._tell(row)
                 recent.append(row)
@@ -304,12 +313,13 @@ class Trainer:
                     self._save()
                     self._finish_save()
                     saved_at = self.step
-                if (cfg.eval_interval and self.step % cfg.eval_interval == 0) or self.step == self._end():
+                if self._evaluation_due():
                     evaluated, stood["seconds_eval"] = _timed(self._evaluate)
                 if cfg.sample_interval and self.step % cfg.sample_interval == 0:
                     stood["seconds_eval"] += _timed(self._sample)[1]
-                due = self.step == self._end() or (cfg.save_interval and self.step % cfg.save_interval == 0)
-                if due and saved_at != self.step:
+                # while losses are lost the weights may be broken: none of the good ones is to make room for them
+                due = cfg.save_interval and self.step % cfg.save_interval == 0 and not self._lost_in_a_row
+                if (due or self.step == self._end()) and saved_at != self.step:
                     stood["seconds_save"] = _timed(self._save)[1]
                     saved_at = self.step
                 if self.step % GARBAGE_INTERVAL == 0:
@@ -343,6 +353,10 @@ class Trainer:
             ))  # fmt: skip
         return reason
 
+    def _evaluation_due(self) -> bool:
+        interval = self.cfg.training.eval_interval
+        return bool(interval and self.step % interval == 0) or self.step == self._end()
+
     def _loader(self) -> Loader:
         return Loader(
             self.data, samples_consumed=self.samples, plan=self.plan, rank=self.world.rank, skipped=self.skipped,
@@ -365,7 +379,7 @@ class Trainer:
             self.console.warn(
                 f"step {self.step}: loss {row['loss']:.4f} is a spike, {row['spike_score']:.1f} sigmas"
                 if _finite(row)
-                else f"step {self.step}: loss {row['loss']:.4f} is not finite: its update is dropped"
+                else f"step {self.step}: loss {row['loss']:.4f}, indexer loss {row['indexer_loss']:.4f}: update dropped"
             )
         for message in self.telemetry.messages():
             self.console.warn(message)
@@ -495,7 +509,7 @@ class Trainer:
             f"loss {row['loss']:.4f} is a spike ({row['spike_score']:.1f} sigmas)"
         )  # fmt: skip
         self.console.line(f"step {row['step']}: {what}; back to {found.name}, past samples {bad[0]}..{sum(bad) - 1}")
-        self._spikes = SpikeDetector(self.world.broadcast(self._known_losses()))
+        self._take_up_rows()
         return True
 
     def _phase(self, clock: StepClock, name: str) -> None:
@@ -559,10 +573,10 @@ class Trainer:
                 "eval_tokens": score.tokens,
             }
         self.model.set_stage(stage)
+        if self._unigram_bpb is None:  # on all ranks: none waits for another, and their signs of life stay even
+            self._unigram_bpb = unigram_score(self.held_out, n_windows=cfg.eval_windows, beat=self._beat).bpb
         if not self.world.is_main:
             return row
-        if self._unigram_bpb is None:
-            self._unigram_bpb = unigram_score(self.held_out, n_windows=cfg.eval_windows, beat=self._beat).bpb
         row |= {"unigram_bpb": self._unigram_bpb, "eval_seconds": time.perf_counter() - began}
         self._event(row)
         dense = f", dense {row['eval_bpb_dense']:.4f}" if "eval_bpb_dense" in row else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 from pathlib import Path
@@ -12,6 +13,7 @@ from launching import ROOT, Case, run_cases
 from gsa.checkpoint.full_state import read_run_state
 from training.data import past
 from training.metrics import HEALTH_METRICS, is_timing, read_rows
+from training.receipt import Receipt
 from training.replay import trainings_of
 from training.reporting.record import read
 from training.reporting.story import tell
@@ -45,6 +47,8 @@ def runs(tmp_path_factory, tiny_yaml) -> Path:
     run_cases(2, [
         *health, *skips, case("log", *long), case("rollback", *back),
         case("stopped", *back, "training.stop_at_step=60"), case("resumed", *back, "--resume_from", "latest", into="stopped"),
+        case("unevaluated", "training.save_interval=2", "training.max_steps=4"),
+        case("evaluated", "--resume_from", "step_2", "training.eval_interval=2", "training.max_steps=4", into="unevaluated"),
         case("no_checkpoint", *back, "training.save_interval=0"),
         case("sampled", "training.indexer_warmup_steps=5", "training.sample_interval=1", "training.save_interval=1",
              "training.max_steps=2", "training.sample_prompts=[w3]", "training.sample_tokens=2"),
@@ -155,6 +159,27 @@ def test_the_receipt_of_an_identical_replay_and_of_another(runs):
     assert receipt["first_difference"]["field"] == "lr" and receipt["first_difference"]["step"] == 4
     resume = events_of(runs / "replayed", "resume")[-1]
     assert resume["config_diff"]["training.learning_rate"] == [0.003, 0.001] and resume["segment"] == 2
+
+
+def test_a_resume_evaluates_where_a_kill_came_before_the_evaluation(runs):
+    """As when a signal's checkpoint was there and the evaluation of its step was not."""
+    assert [row["step"] for row in events_of(runs / "unevaluated", "eval")] == [2, 4]
+
+
+def test_a_replayed_step_without_a_number_is_as_before():
+    receipt = Receipt([{"step": 2, "loss": "nan", "layers": {"coverage": [0.5, "inf"]}}])
+    told = receipt.compare({"step": 2, "loss": math.nan, "layers": {"coverage": (0.5, math.inf)}})
+    assert told["identical"] and told["compared"] == 1
+
+
+def test_lost_steps_count_as_spikes_in_the_report(runs, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    rows = [{"step": n, "loss": 1.0, "spike_score": 0.0} for n in range(1, 81)]
+    rows[60] |= {"loss": "nan", "spike_score": "nan"}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spikes = tell(read(folder, "lost"), verify=False).spikes
+    assert spikes.at.tolist() == [60] and spikes.share == pytest.approx(1 / 80)
 
 
 def test_a_score_is_the_distance_in_deviations_of_the_window():

@@ -26,8 +26,20 @@ print("slept")
 """
 
 
-def started() -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+BUSY = """
+import ctypes
+from training.stopping import StopWish
+wish = StopWish()
+wish.listen()
+print("listening", flush=True)
+ctypes.PyDLL(None).sleep(1)  # both signals are there when it returns, if they do not wake it
+sum(range(10**8))
+print("asked", wish.number, flush=True)
+"""
+
+
+def started(program: str = PROGRAM) -> subprocess.Popen:
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout.readline() == "listening\n"
     return process
 
@@ -44,3 +56,13 @@ def test_signals_close_together_are_one_wish_and_a_later_one_ends_it_inside_a_ca
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=5) == -signal.SIGTERM
     assert process.stdout.read() == ""
+
+
+def test_two_signals_during_one_call_are_one_wish_without_a_word():
+    process = started(BUSY)
+    time.sleep(1.2)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0] in (f"asked {number}\n" for number in (signal.SIGINT, signal.SIGTERM))
+    assert process.returncode == 0

@@ -89,9 +89,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class Spikes:
-    """score: (n,) standard deviations above the rolling mean, 0 where unknown. share: of steps beyond SPIKE_SIGMA.
-    at: indices of those steps. counted_here: the rows have no spike_score. undone: steps that a rollback took back,
-    counted in the share, whose rows are gone from the curve."""
+    """score: (n,) standard deviations above the rolling mean, 0 where unknown. share: of steps beyond SPIKE_SIGMA, or
+    without a finite loss. at: indices of those steps. counted_here: the rows have no spike_score. undone: steps that
+    a rollback took back, counted in the share, whose rows are gone from the curve."""
 
     score: np.ndarray
     share: float
@@ -215,7 +215,7 @@ def find_spikes(steps: Steps, undone: int = 0) -> Spikes:
     told = steps.of("spike_score")
     here = not np.isfinite(told).any()
     score = _spike_scores(steps.of("loss")) if here else np.nan_to_num(told)
-    at = np.flatnonzero(score > SPIKE_SIGMA)
+    at = np.flatnonzero((score > SPIKE_SIGMA) | ~np.isfinite(steps.of("loss")))
     total = len(score) + undone
     return Spikes(score, (len(at) + undone) / total if total else 0.0, at, here, undone)
 
