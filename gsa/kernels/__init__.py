@@ -160,7 +160,7 @@ def product(a: Tensor, b: Tensor, exact: torch.dtype) -> Tensor:
 def add_product(backend: Backend, total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, accumulated in total's dtype, float32 at least; a and b of one dtype, maybe a narrower one."""
     if backend == "triton" and total.is_cuda and a.dtype != total.dtype:
-        # in the product's own pass over memory, instead of two more
+        # in the product's own pass over memory, instead of two more; a float32 sum is taken since torch 2.10
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += product(a, b, total.dtype)
