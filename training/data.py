@@ -164,6 +164,11 @@ class PackedTokens:
             for s, e, w in zip(place.source, place.epoch, place.window, strict=True)
         ]
 
+    @property
+    def tokenizer_file(self) -> Path:
+        """Where prepare_data leaves the tokenizer. Only what shows text needs it: it may be missing."""
+        return Path(next(iter(self.sources))) / "tokenizer.json"
+
     def epoch(self, samples: int) -> float:
         """Passes over the text after `samples` samples; over the most repeated source of a mixture."""
         return max(self._order.epochs(samples))

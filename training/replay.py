@@ -199,10 +199,9 @@ def main(argv: list[str]) -> int:
         data = _data_of(cfg)
         if args.checkpoint is None and read_run_state(checkpoint).data_fingerprint != data.fingerprint:
             raise DataError(f"the text under {', '.join(data.sources)} is not what {checkpoint.name} was trained on")
-        path = Path(next(iter(data.sources))) / "tokenizer.json"
-        if not path.is_file():
-            raise DataError(f"{path} is missing: without it there is no text to show; restore the dataset")
-        tokenizer = Tokenizer.from_file(str(path))
+        if not data.tokenizer_file.is_file():
+            raise DataError(f"{data.tokenizer_file} is missing: there is no text to show; restore the dataset")
+        tokenizer = Tokenizer.from_file(str(data.tokenizer_file))
         model = load_model(checkpoint)
         model.set_stage(row["stage"])
         windows = rerun(model, data, tokenizer, samples_of(row, plan_batch(cfg.training, trained.world_size)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
@@ -21,7 +20,7 @@ def continuations(
 
     The model is left in training mode as it was found. beat: a sign of life, called before each prompt.
     """
-    tokenizer = Tokenizer.from_file(str(Path(next(iter(data.sources))) / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(str(data.tokenizer_file))
     was_training = engine.module.training
     engine.eval()
     greedy, found = Sampling(temperature=0.0), []

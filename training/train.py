@@ -250,7 +250,7 @@ def _require_plain(cfg: RunConfig) -> None:
 
 def _require_samples(cfg: RunConfig, data: PackedTokens) -> None:
     """A dataset without its tokenizer can be trained on, and has no text to show."""
-    path = Path(next(iter(data.sources))) / "tokenizer.json"
+    path = data.tokenizer_file
     if cfg.training.sample_interval and not path.is_file():
         raise DataError(f"training.sample_interval needs {path}, which is missing: restore the dataset, or set it to 0")
 

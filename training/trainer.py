@@ -117,10 +117,9 @@ class Trainer:
         self._unigram_bpb: float | None = None
 
         self.telemetry = Telemetry(cfg, plan, ds_config, world)
-        built = build_engine(
+        self.engine, self.backend, fault = build_engine(
             cfg, ds_config, world, init_from=cfg.training.init_from if start is None else None
         )
-        self.engine, self.backend, fault = built
         self.model: GSAForCausalLM = self.engine.module
 
         self.console = Console(world.is_main, self._end(), log_interval=cfg.training.log_interval, level=log_level)
