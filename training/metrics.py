@@ -135,7 +135,7 @@ EVENTS: dict[str, Event] = {
     }),
     "predicted": Event("a few steps in: training.plan's count beside what rank 0 measures", {
         "memory_gib": Metric("GiB", "counted"),
-        "measured_gib": Metric("GiB", "measured; on a CPU beyond what the process held before the model"),
+        "measured_gib": Metric("GiB", "measured; on a CPU what the process grew by since before the model"),
         "seconds": Metric("s", "predicted per step, on Triton's kernels and a device in the table"),
         "measured_seconds": Metric("s", "measured"),
     }),

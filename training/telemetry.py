@@ -85,6 +85,13 @@ class Telemetry:
             return torch.cuda.max_memory_allocated(self._world.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
+    def run_bytes(self) -> int:
+        """Peak memory of this run: allocated on its GPU; on a CPU what the process has grown by since this was made.
+
+        A process reuses freed pages and counts resident ones in batches: a model of a MiB or so may have 0.
+        """
+        return max(0, self.peak_bytes() - (0 if self._on_gpu else self._before))
+
     def predicted(self, seconds: float, backend: str) -> dict:
         """The "predicted" event: by count, beside what this process has measured. seconds: of a settled step.
 
@@ -101,7 +108,7 @@ class Telemetry:
             time = step_time(cfg.model, T, setting, known, bf16=bf16, rows=rows)
         return {
             "event": "predicted", "memory_gib": counted["allocated"] / GIB,
-            "measured_gib": (self.peak_bytes() - (0 if self._on_gpu else self._before)) / GIB,
+            "measured_gib": self.run_bytes() / GIB,
             "seconds": None if time is None else time.seconds,
             "measured_seconds": seconds,
         }  # fmt: skip
