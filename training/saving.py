@@ -76,7 +76,8 @@ class _InFlight:
     state: RunState
     job: _Job
     sealing: bool = False
-    published: bool = False
+    outcome: str = "was not saved"
+    """What is true of the checkpoint if an error ends its save now."""
     stall_s: float = 0.0
     cpu_s: float = 0.0
     since: float = field(default_factory=time.perf_counter)
@@ -152,8 +153,8 @@ class Saver:
             return str(err)
         return None
 
-    def _settled(self, flight: _InFlight) -> list[tuple[dict | None, str | None, bool]]:
-        """Waits until every rank's job is done; (files written, what went wrong, whether it is published) of each.
+    def _settled(self, flight: _InFlight) -> list[tuple[dict | None, str | None, str]]:
+        """Waits until every rank's job is done; (files written, what went wrong, outcome) of each.
 
         In rounds, with a sign of life in each: no rank sits in one collective for as long as another's disk takes.
         """
@@ -163,7 +164,7 @@ class Saver:
             self._beat()
             done = not job.is_alive()
             written = job.result if done and not flight.sealing else None
-            shared = self._world.gather((written, _words(job.error), flight.published) if done else None)
+            shared = self._world.gather((written, _words(job.error), flight.outcome) if done else None)
             if None not in shared:
                 return shared
 
@@ -175,9 +176,8 @@ class Saver:
         failed = [f"rank {rank}: {words}" for rank, (_, words, _) in enumerate(shared) if words is not None]
         if failed:
             self._flight = None
-            exists = any(published for *_, published in shared)
-            what = "was saved, and older ones stay, since reading it back failed" if exists else "was not saved"
-            raise CheckpointError(f"{tag} {what}:\n  " + "\n  ".join(failed)) from flight.job.error
+            outcome = shared[0][2]  # of rank 0, which seals
+            raise CheckpointError(f"{tag} {outcome}:\n  " + "\n  ".join(failed)) from flight.job.error
         if not flight.sealing:
             hashes = {name: entry for part, *_ in shared for name, entry in part.items()}
             flight.sealing = True
@@ -197,8 +197,9 @@ class Saver:
     def _seal(self, flight: _InFlight, hashes: dict[str, tuple[int, str]]) -> tuple[int, list[Removed]]:
         tag = f"step_{flight.state.step}"
         sealed = manifest.seal(self._dir / tag, hashes=hashes)
+        flight.outcome = "was saved, and `auto` finds it, but `latest` could not be set to it"
         manifest.publish(self._dir, tag)
-        flight.published = True
+        flight.outcome = "was saved, and older ones stay, since reading it back failed"
         removed: list[Removed] = []
         if self._retention.keep_last is not None:
             # one thread: what is read back here must not take the loop's cores

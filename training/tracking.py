@@ -260,21 +260,22 @@ class _Wandb:
         self._run = _WandbRun(cfg, name=folder.resolve().name, folder=folder, run_id=run_id, resume=resume)
         self._mode, self._folder, self._id, self._quiet = mode, folder, run_id, quiet
         self._config, self._step, self._segment, self._parent = config, step, segment, parent
+        self._files = folder / "wandb"
         self.advice = f"training goes on, metrics.jsonl has every row: python -m training.tracking rebuild {folder}"
 
     def open(self, guard: Callable[[], None]) -> int:
         self._note = Note.read(self._folder, self._id).with_segment(self._segment, self._step, self._config)
         self._note.write(self._folder)
         config = self._note.as_config(self._config, self._parent)
-        logged = logged_step(self._folder / "wandb", self._id)
+        logged = logged_step(self._files, self._id)
         if self._mode == "offline" and "WANDB_MODE" not in os.environ:
-            self._say("no key found, so this run is tracked offline")
+            self._say(f"no key found, so this run is tracked offline under {self._files}")
         try:
             self._run.start(self._mode, config, guard)
         except _NoConnection as err:
             if self._mode == "offline":
                 raise
-            self._say(f"no connection ({err}), so this segment is tracked offline")
+            self._say(f"no connection ({err}), so this segment is tracked offline under {self._files}")
             self._mode = "offline"
             self._run.start(self._mode, config, guard)
         if self._mode == "offline":
@@ -283,8 +284,14 @@ class _Wandb:
             self._last = self._run.server_step
             if not self._quiet:
                 print(f"W&B: {self._run.url}", flush=True)
-            if self._last < self._step and list((self._folder / "wandb").glob(f"offline-run-*-{self._id}")):
-                self._say("steps of offline segments are sent now too; do not `wandb sync` their fragments")
+            if self._last < self._step and list(self._files.glob(f"offline-run-*-{self._id}")):
+                self._say(f"steps of offline segments are sent now too; do not `wandb sync` those under {self._files}")
+        if self._last > self._step:
+            held, advice = f"{self._step + 1} to {self._last}", "; a new run is better off without its id"
+            self._say(
+                f"run {self._id} is there up to step {self._last} already, so steps {held} of this launch are not shown"
+                + ("" if self._segment else advice)
+            )
         self._looked, self._told = time.monotonic(), 0
         return self._last
 
@@ -314,7 +321,7 @@ class _Wandb:
         self._looked, self._told = time.monotonic(), self._last
 
     def _say(self, what: str) -> None:
-        print(f"W&B: {what} under {self._folder / 'wandb'}", file=sys.stderr, flush=True)
+        print(f"W&B: {what}", file=sys.stderr, flush=True)
 
 
 # -- what wandb has written ---------------------------------------------------------------------------

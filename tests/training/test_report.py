@@ -591,6 +591,18 @@ def test_several_runs_side_by_side(ablation, tmp_path):
     assert "| loss, last 100 steps (nats/token) |" in md and "| model.k_base | 512 | 256 | 512 |" in md
 
 
+def test_a_run_without_a_finite_loss_is_named_beside_the_chart_of_the_others(ablation, tmp_path):
+    dead = shutil.copytree(ablation[1], tmp_path / "dead")
+    rows = rows_of(dead / "metrics.jsonl")
+    write_rows(dead / "metrics.jsonl", [row | {"loss": "NaN", "lr": None} if "loss" in row else row for row in rows])
+    html = page.render([story_of(ablation[0]), story_of(dead)])
+    for title in ("Loss", "Learning rate"):
+        figure = next(figure for figure in html.split("<figure")[1:] if f"<h3>{title}" in figure)
+        assert "Without a finite value: dead." in figure and figure.count('class="line') == 1, title
+    assert html.count("Without a finite value") == 2  # every other chart has both
+    assert "Without a finite value" not in page.render([story_of(ablation[0])])
+
+
 def test_runs_with_other_batches_are_compared_over_tokens(ablation, tmp_path):
     other = shutil.copytree(ablation[0], tmp_path / "half")
     rows = rows_of(other / "metrics.jsonl")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -388,6 +389,23 @@ def test_a_checkpoint_that_cannot_be_read_back_is_not_said_to_be_unsaved_and_old
     assert str(err).startswith("step_2 was saved, and older ones stay, since reading it back failed:")
     assert "rank_0_optim_states.pt: its sha256 is not that of the manifest" in str(err)
     assert manifest.newest_good(tmp_path)[0] == tmp_path / "step_1"
+
+
+def test_a_checkpoint_that_latest_cannot_name_is_said_to_exist(tmp_path, monkeypatch):
+    ranks = Ranks(tmp_path, [SHARD, SHARD])
+    replace = os.replace
+
+    def full(source, target):
+        if Path(target).name == manifest.LATEST:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)
+
+    monkeypatch.setattr(manifest.os, "replace", full)
+    ranks.start(2)
+    for err in ranks.each(Saver.finish):
+        assert str(err).startswith("step_2 was saved, and `auto` finds it, but `latest` could not be set to it:\n  rank 0: ")
+        assert f"{tmp_path / 'latest'} could not be written: No space left on device" in str(err)
+    assert manifest.newest_good(tmp_path)[0] == tmp_path / "step_2" and manifest.latest_tag(tmp_path) is None
 
 
 def test_an_error_of_the_disk_before_a_save_reaches_every_rank(tmp_path, monkeypatch):

@@ -554,15 +554,25 @@ def server(monkeypatch) -> Iterator[Server]:
         running.shutdown()
 
 
-def test_an_online_run_goes_on_where_the_server_stands(tmp_path, server):
+def test_an_online_run_goes_on_where_the_server_stands(tmp_path, server, capfd):
     Life(tmp_path).train(1, 8).end()
-    assert server.steps() == list(range(1, 9))
+    assert server.steps() == list(range(1, 9)) and capfd.readouterr().err == ""
     Life(tmp_path, step=4, segment=1).train(5, 9).end()  # the server is ahead: steps 5 to 8 are held back
     assert server.steps() == list(range(1, 10))
+    assert capfd.readouterr().err == (
+        f"W&B: run {RUN} is there up to step 8 already, so steps 5 to 8 of this launch are not shown\n"
+    )
     del server.runs[RUN][6:]  # it never got the last ones
     Life(tmp_path, step=8, segment=2).train(9, 11).end()
-    assert server.steps() == list(range(1, 12))
+    assert server.steps() == list(range(1, 12)) and capfd.readouterr().err == ""
     assert server.runs[RUN][8]["eval_bpb"] == 1 / 9
+
+
+def test_a_new_run_with_the_id_of_one_that_is_ahead_says_what_is_not_shown(tmp_path, server, capfd):
+    Life(tmp_path / "old").train(1, 5).end()
+    Life(tmp_path / "new", LoggingConfig(wandb=True, run_id=RUN)).train(1, 7).end()
+    assert "steps 1 to 5 of this launch are not shown; a new run is better off without its id" in capfd.readouterr().err
+    assert server.steps() == list(range(1, 8))
 
 
 def test_a_named_run_that_the_server_does_not_have_is_refused(tmp_path, server, capfd):

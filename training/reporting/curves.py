@@ -122,12 +122,20 @@ def draw(plan: Plan, stories: Sequence[Story], by: By) -> str:
     for name, story, metric, colour in named:
         x, y = curve(story, metric, by)
         series.append(Series(name, x, factor * y, colour))
+    if len(stories) > 1:
+        note = _absent(series)
     return line_chart(
         plan.title, "%" if factor == 100 else described(first).unit, series, x_unit=by,
         about=plan.about or described(first).meaning, note=note, scale=plan.scale, from_zero=plan.from_zero,
         levels=_levels(first, stories),
         verticals=_resumed(stories[0]) if len(stories) == 1 and first == "tokens_per_s" else (),
     )  # fmt: skip
+
+
+def _absent(series: Sequence[Series]) -> str:
+    """Which runs a chart of several cannot show."""
+    names = [one.name for one in series if not np.isfinite(one.y).any()]
+    return f"Without a finite value: {', '.join(names)}." if names else ""
 
 
 def _multiple(story: Story, metric: str, first: str) -> float | None:
@@ -171,7 +179,8 @@ def loss_charts(stories: Sequence[Story], by: By) -> str:
     about = described("loss").meaning
     whole = line_chart(
         "Loss", "nats/token", series, x_unit=by, about=about, scale="log", wide=True,
-        note=_marked(one) if one else "", verticals=_resumed(one) if one else (), marks=_spikes(one) if one else (),
+        note=_marked(one) if one else _absent(series),
+        verticals=_resumed(one) if one else (), marks=_spikes(one) if one else (),
     )  # fmt: skip
     ends = [s.x[-1] for s in series if len(s.x)]
     if not ends or max(len(s.x) for s in series) < 40:
