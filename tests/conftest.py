@@ -12,8 +12,10 @@ from helpers_dataset import write_dataset
 from launching import ROOT, Case, run_cases
 
 # The suite tries the same examples every time, so that what landed stays green; HYPOTHESIS_PROFILE=soak draws others.
-hypothesis.settings.register_profile("suite", derandomize=True)
-hypothesis.settings.register_profile("soak", derandomize=False, print_blob=True)
+# The machine may pause: an example has no deadline.
+patient = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("suite", derandomize=True, **patient)
+hypothesis.settings.register_profile("soak", derandomize=False, print_blob=True, **patient)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "suite"))
 
 TINY_YAML = """

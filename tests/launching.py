@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import os
 import socket
@@ -23,10 +25,21 @@ class Case:
     code: int = 0
 
 
+_PORTS_EACH = 2000
+_ports = itertools.count(os.getpid())
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port for a launch, which binds it seconds after this has looked.
+
+    Of this pytest worker's own range, below the ports that the system hands out: those go to whoever listens meanwhile.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 12_000 + worker % 8 * _PORTS_EACH + next(_ports) % _PORTS_EACH
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def rank_environment() -> dict[str, str]:
@@ -36,7 +49,7 @@ def rank_environment() -> dict[str, str]:
     }  # fmt: skip
 
 
-def run_cases(ranks: int, cases: Sequence[Case], folder: Path, *, timeout_s: float = 300) -> str:
+def run_cases(ranks: int, cases: Sequence[Case], folder: Path, *, timeout_s: float = 900) -> str:
     """Runs the cases one after another on one set of `ranks` processes; returns what they printed.
 
     Fails, with the whole output, unless each case ended with its code.
@@ -84,7 +97,7 @@ def start_training(
     )  # fmt: skip
 
 
-def train_alone(argv: Sequence[str], *, timeout_s: float = 120) -> subprocess.CompletedProcess:
+def train_alone(argv: Sequence[str], *, timeout_s: float = 400) -> subprocess.CompletedProcess:
     """training/train.py under plain python: one rank."""
     return subprocess.run(
         [sys.executable, "training/train.py", *argv], cwd=ROOT, env=rank_environment(), capture_output=True,

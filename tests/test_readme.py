@@ -63,7 +63,7 @@ def quickstart(tmp_path_factory) -> tuple[Path, list[subprocess.CompletedProcess
         "training.indexer_warmup_steps=5", "training.warmup_steps=2", "training.eval_windows=16", "model.n_layers=2",
     ]  # fmt: skip
     runs = [
-        subprocess.run(command, cwd=ROOT, env=rank_environment(), capture_output=True, text=True, timeout=240)
+        subprocess.run(command, cwd=ROOT, env=rank_environment(), capture_output=True, text=True, timeout=900)
         for _ in range(2)
     ]
     for done in runs:

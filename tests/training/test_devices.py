@@ -202,9 +202,14 @@ def test_a_row_has_the_means_of_the_samples_since_the_last_row():
 def test_a_thread_samples_until_it_is_closed():
     nvml = StandIn()
     monitor = Monitor(interval_s=0.001, gpus=(A,), nvml=nvml)
-    time.sleep(0.1)
+    deadline = time.monotonic() + 30
+    while len(monitor._samples[0, "power_w"]) <= 10:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     monitor.close()
-    assert len(monitor._samples[0, "power_w"]) > 10
+    ended_with = len(monitor._samples[0, "power_w"])
+    time.sleep(0.05)
+    assert len(monitor._samples[0, "power_w"]) == ended_with
     assert not monitor._thread.is_alive() and monitor._thread.daemon
 
 

@@ -76,7 +76,7 @@ def lives(tmp_path_factory):
                 if link:  # and taken up without a step: what is saved again must be what was read
                     same = ("--output_dir", str(chained / chain / f"{link}_same"), f"training.stop_at_step={1 + link}")
                     cases.append(Case(f"{chain}_{link}_same", (*argv, *same)))
-            output = run_cases(ranks, cases, base / str(ranks), timeout_s=400)
+            output = run_cases(ranks, cases, base / str(ranks), timeout_s=1200)
             (base / f"{ranks}_{life}.txt").write_text(output)
     return base
 

@@ -33,7 +33,7 @@ def started(tmp_path: Path, tiny_yaml: Path, *extra: str):
     process = start_training(2, [
         "--config", str(tiny_yaml), "--output_dir", str(folder), "training.max_steps=1000000", "training.eval_interval=0", *extra,
     ])  # fmt: skip
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400
     while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count('"loss"') < 5:
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
@@ -133,7 +133,7 @@ def test_bad_input_is_refused_before_any_process_group(
 
 def test_a_refusal_under_a_launcher_is_said_once_with_its_exit_code(tmp_path, tiny_yaml):
     process = start_training(2, ["--config", str(tiny_yaml), "--output_dir", str(tmp_path / "x"), "training.seeed=1"])
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=240)[0]
     assert process.returncode == 2
     assert (
         output.count("error: override 'training.seeed=1': unknown key 'training.seeed'; did you mean training.seed")
@@ -264,7 +264,7 @@ def test_wandb_offline_without_a_key_and_never_fatal(tmp_path, tiny_yaml, monkey
         1, [Case("free", (*argv, str(tmp_path / "free"))), Case("blocked", (*argv, str(blocked)))], tmp_path
     )
     assert "no key found, so this run is tracked offline" in output
-    assert list((tmp_path / "free" / "wandb").glob("offline-run-*"))
+    assert list((tmp_path / "free" / "wandb").glob("offline-run-*")), output
     assert (blocked / "step_2" / "manifest.json").exists()
     assert output.count("W&B could not start (NotADirectoryError") == 1
     assert "training goes on, metrics.jsonl has every row" in output
@@ -294,7 +294,7 @@ def wrapped(tmp_path_factory, tiny_yaml) -> dict[str, tuple[Path, int, str]]:
     }  # fmt: skip
 
     def until(true, event: str) -> None:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 400
         while not true():
             assert processes[event].poll() is None and time.monotonic() < deadline, event
             time.sleep(0.05)
@@ -320,7 +320,7 @@ def wrapped(tmp_path_factory, tiny_yaml) -> dict[str, tuple[Path, int, str]]:
         until(lambda: watched(folder, 0)["count"] > still, "SIGHUP, then SIGTERM")  # it goes on to its boundary
         twice.send_signal(signal.SIGTERM)
         for event, process in processes.items():
-            output = process.communicate(timeout=60)[0]
+            output = process.communicate(timeout=240)[0]
             ended[event] = (folders[event], process.returncode, output)
     except BaseException:
         for folder in folders.values():

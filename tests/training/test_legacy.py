@@ -211,7 +211,7 @@ def test_torchrun_resumes_it(imported, tmp_path):
     process = start_training(4, ["--config", str(base / "run.yaml"), "--output_dir", str(tmp_path / "run"), "--resume_from",
                                  str(base / "omegaconf" / "step_5000"), *TUNED, "training.stop_at_step=5001"],
                              launcher="torchrun")  # fmt: skip
-    output = process.communicate(timeout=200)[0]
+    output = process.communicate(timeout=600)[0]
     assert process.returncode == 0, output
     assert "continuing at step 5001 of 5001" in output
 

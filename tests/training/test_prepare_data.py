@@ -428,7 +428,7 @@ prepare_data.UNIT_BYTES = 2000
 real = prepare_data._encode_unit
 if __name__ == "__main__":
     prepare_data._each = (lambda each: lambda pool, work, jobs, title: [
-        (time.sleep(0.3 if title == "encoding" else 0), r)[1] for j in jobs for r in [work(j)]])(prepare_data._each)
+        (time.sleep(1.0 if title == "encoding" else 0), r)[1] for j in jobs for r in [work(j)]])(prepare_data._each)
     sys.exit(prepare_data.main(sys.argv[1:]))
 """
 
@@ -671,20 +671,31 @@ def test_a_replacement_that_is_killed_can_be_repeated(tmp_path, monkeypatch):
     assert manifest(tmp_path / "out")["vocab_size"] == 310
 
 
+WAITS = """
+import sys, time
+from training import prepare_data
+if __name__ == "__main__":
+    prepare_data._each = (lambda each: lambda *args: (each(*args), time.sleep(1000)))(prepare_data._each)
+    prepare_data.main(sys.argv[1:])
+"""
+"""Its workers have read, and wait for what comes next."""
+
+
 def test_workers_end_with_a_parent_that_is_killed(tmp_path, many_units):
     import psutil
 
+    script = tmp_path / "waits.py"
+    script.write_text(WAITS)
     process = subprocess.Popen(
-        [sys.executable, "-m", "training.prepare_data", "--out", str(tmp_path / "out"), "--workers", "2"]
-        + ["--vocab-size", "20000", str(many_units)],
+        [sys.executable, str(script), "--out", str(tmp_path / "out"), "--workers", "2", str(many_units)],
         cwd=ROOT,
         env=rank_environment(),
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not list((tmp_path / "out" / "work").glob("scan_*.npz")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
     workers = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
-    assert workers and not psutil.wait_procs(workers, timeout=20)[1]
+    assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=60)[1]

@@ -47,7 +47,7 @@ def kills(tmp_path_factory, a_run, tiny_yaml):
     environment["PYTHONPATH"] += f":{ROOT / 'tests'}"
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "kill_runner.py"), str(tiny_yaml), str(base / "source"), str(base)],
-        capture_output=True, text=True, env=environment, cwd=ROOT, timeout=280,
+        capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     numbers = sorted(int(path.stem) for path in base.glob("*.json"))
@@ -125,7 +125,7 @@ def killed_launches(tmp_path_factory, tiny_yaml):
     processes = {  # at once: they mostly start
         victim: start_training(2, argv(victim), launcher=launcher) for victim, launcher in launchers.items()
     }
-    seen, deadline = {}, time.monotonic() + 180
+    seen, deadline = {}, time.monotonic() + 500
     while len(seen) < len(processes) and time.monotonic() < deadline:
         time.sleep(0.0005)
         for victim in processes.keys() - seen.keys():
@@ -140,7 +140,7 @@ def killed_launches(tmp_path_factory, tiny_yaml):
     for victim, process in processes.items():
         if victim not in seen:
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate(timeout=60)
+        process.communicate(timeout=240)
         good, passed_over = manifest.newest_good(base / victim)
         seen[victim] = (victim in seen, process.returncode, good and good.name, passed_over)
     cases = [Case(name, tuple(argv(name))) for name in (*seen, "calm")]
@@ -232,7 +232,7 @@ class Slow:
         self.event = event
 
     def __reduce__(self):
-        self.event.wait(timeout=20)
+        self.event.wait(timeout=60)
         return dict, ()
 
 
@@ -241,7 +241,7 @@ class Ranks:
 
     def __init__(self, folder: Path, files: list[dict[str, object]], keep_last: int | None = None) -> None:
         self.size, self.reports, self.beats = len(files), [], [0] * len(files)
-        self._meeting, self._values = threading.Barrier(len(files), timeout=20), [None] * len(files)
+        self._meeting, self._values = threading.Barrier(len(files), timeout=60), [None] * len(files)
         self.savers = [
             Saver(
                 SimpleNamespace(snapshot=lambda *_, buffers, rank=rank: self._snapshot(folder, rank, files[rank])),
@@ -299,7 +299,7 @@ class Ranks:
 SHARD = {"rank_{rank}_optim_states.pt": {"a": torch.ones(4)}}
 
 
-def until(true, seconds: float = 10) -> None:
+def until(true, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not true() and time.monotonic() < deadline:
         time.sleep(0.01)

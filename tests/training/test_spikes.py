@@ -54,7 +54,7 @@ def runs(tmp_path_factory, tiny_yaml) -> Path:
              "training.max_steps=2", "training.sample_prompts=[w3]", "training.sample_tokens=2"),
         case("replayed", "training.save_interval=3"), case("replay", "--resume_from", "step_3", into="replayed"),
         case("bent", "--resume_from", "step_3", "--allow_config_change", "training.learning_rate=1e-3", into="replayed"),
-    ], base, timeout_s=400)  # fmt: skip
+    ], base, timeout_s=900)  # fmt: skip
     return base
 
 

@@ -22,7 +22,7 @@ from training.step import indexer_rows, run_passes
 def waits(config, *argv: str) -> dict[str, dict[str, int]]:
     done = subprocess.run(
         [sys.executable, "tests/step_runner.py", str(config), *argv], cwd=ROOT, env=rank_environment(),
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("WAITS "))[6:])
@@ -71,10 +71,10 @@ def test_what_comes_after_the_last_micro_batch_is_not_the_update_s():
     plan = BatchPlan(1, 2, 2, 1)
     run_passes(FakeEngine(), iter([batch, batch]), cfg, plan, step=0, n_targets=1, probing=False, examining=False,
                phase=phase)  # fmt: skip
-    time.sleep(0.5)  # what the trainer does with what came out
+    time.sleep(2)  # what the trainer does with what came out
     seconds = clock.read()
     assert told == [*["data", "forward", "backward", "step"] * 2, "other"]
-    assert seconds["other"] > 0.45 and seconds["step"] < 0.25
+    assert seconds["other"] > 1.9 and seconds["step"] < 1.0
 
 
 def test_drawn_rows_are_sorted_unlike_from_step_to_step_and_alike_when_drawn_again():

@@ -193,8 +193,8 @@ def test_measured_memory_is_what_the_run_grew_by(tiny_yaml):
     telemetry = Telemetry(cfg, plan_batch(cfg.training, 1), {}, World(0, 1, 0, 1, torch.device("cpu")))
     assert telemetry.run_bytes() >= 0
     free = telemetry.peak_bytes() - psutil.Process().memory_info().rss  # a peak of this worker's earlier tests
-    held = torch.ones(max(0, free) + 64 * 2**20, dtype=torch.uint8)
-    assert held.numel() - 2**21 < telemetry.run_bytes() < held.numel() + 32 * 2**20
+    held = torch.ones(max(0, free) + 512 * 2**20, dtype=torch.uint8)
+    assert telemetry.run_bytes() == pytest.approx(held.numel(), abs=64 * 2**20)
 
 
 def timeless(row: dict) -> dict:
@@ -340,6 +340,7 @@ def test_a_run_at_its_end_resumes_to_nothing_and_stays_whole(runs):
 
 
 def test_rows_carry_what_the_table_says(runs):
+    known = whole = 0.0
     for row in rows_of(runs / "2" / "zero2_sparse"):
         probed = set(PROBE_METRICS) if row["step"] % 3 == 0 else set()
         assert set(STEP_METRICS) | probed == set(row)
@@ -351,7 +352,9 @@ def test_rows_carry_what_the_table_says(runs):
             assert row["indexer/coverage_worst"] == pytest.approx(min(layers["coverage"]))
             assert row["indexer/coverage_worst"] <= row["indexer/coverage"] <= row["indexer/oracle"]
         parts = sum(row[f"seconds_{part}"] for part in ("data", "forward", "backward", "step"))
-        assert 0.5 * row["seconds"] < parts <= row["seconds"]
+        assert parts <= row["seconds"]
+        known, whole = known + parts, whole + row["seconds"]
+    assert known > 0.5 * whole
     assert [r["epoch"] for r in rows_of(runs / "1" / "overfit")][:3] == [1.0, 2.0, 3.0]
     assert all("loss" not in row for row in read_rows(runs / "2" / "zero2_sparse" / "metrics.jsonl") if "event" in row)
 

@@ -22,6 +22,8 @@ RANK = textwrap.dedent("""
 
     folder, rank, mode = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     with Watchdog(folder, rank=rank, size=2, timeout_s=3.0, launch="L") as dog:
+        while mode in ("hang", "stop", "die") and len(list((folder / ".ranks").glob("rank_?.json"))) < 2:
+            time.sleep(0.01)  # both begin together, as ranks that have met in a process group
         for step in range(400):
             dog.beat("data")
             if mode == "hang" and rank == 1 and step == 3:
@@ -53,7 +55,7 @@ def start_pair(folder, mode):
     ]  # fmt: skip
 
 
-def outputs(pair, timeout=30):
+def outputs(pair, timeout=120):
     return [rank.communicate(timeout=timeout)[0] for rank in pair]
 
 
@@ -83,7 +85,7 @@ def test_a_dead_rank_is_named_by_the_living(tmp_path):
     time.sleep(1.5)  # the other rank has seen it
     os.kill(pair[1].pid, signal.SIGKILL)
     pair[1].wait()
-    text = pair[0].communicate(timeout=20)[0]
+    text = pair[0].communicate(timeout=60)[0]
     assert f"rank 1 (pid {pair[1].pid}" in text and "died" in text
     assert pair[0].returncode == 1
 
@@ -94,7 +96,7 @@ def test_a_stopped_rank_is_named_by_the_living(tmp_path):
         time.sleep(0.1)
     os.kill(pair[1].pid, signal.SIGSTOP)
     try:
-        text = pair[0].communicate(timeout=30)[0]
+        text = pair[0].communicate(timeout=60)[0]
     finally:
         os.kill(pair[1].pid, signal.SIGKILL)
         pair[1].communicate()
