@@ -16,6 +16,8 @@
 # A part that fails does not stop the others; the exit code is that of the first failure. Results go to
 # benchmarks/results/*_cuda*, and are copied to the folder $OUT where that is set. --smoke: what can run without a GPU,
 # on tiny sizes, to see that it runs.
+# Where a GPU is lent for minutes and has no network, use benchmarks/gpu_kit: it packs what is missing, and first checks
+# in a minute whether everything that the trainer relies on works.
 #
 # $PYTHON is what runs (default: python3). Packages that it lacks may come as wheels in the folder $WHEELS: they are
 # installed into a folder of their own, without a network, and put before what is there. Collect them where a network is;
