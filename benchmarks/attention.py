@@ -30,7 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.measuring import commit, peak_mib
 from gsa import kernels
 from gsa.kernels.choice import TRIALS, Shape, deviations, fault_of
-from training.run_folder import environment
+from training.record.run_folder import environment
 
 H, G, D, J, E, K = 8, 2, 64, 4, 64, 512
 WAYS = ("dense", "gsa", "gsa + KL", "naive gather")

@@ -25,12 +25,12 @@ from gsa import GSAForCausalLM, ModelConfig
 from gsa.checkpoint import manifest
 from gsa.checkpoint.state import RunState
 from gsa.model import count_params
+from training.checkpointing.saver import Retention, Saver, SaveReport
 from training.config import RunConfig, TrainingConfig, plan_batch, to_plain
-from training.ds_config import resolve_ds_config
-from training.engine import DEEPSPEED_VERSION, Engine, start
-from training.optimizer import build_optimizer, build_schedule
-from training.run_folder import PROJECT, environment, version
-from training.saving import Retention, Saver, SaveReport
+from training.config.deepspeed import resolve_ds_config
+from training.engine.engine import DEEPSPEED_VERSION, Engine, start
+from training.engine.optimizer import build_optimizer, build_schedule
+from training.record.run_folder import PROJECT, environment, version
 
 BYTES_PER_PARAMETER = 16  # float32 master and two moments, bf16 weights for DeepSpeed and for use
 

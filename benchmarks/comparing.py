@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from training.world import World
+from training.engine.world import World
 
 TOLERANCE = 1e-5
 """Largest difference of two losses in nats."""

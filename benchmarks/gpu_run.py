@@ -37,10 +37,10 @@ from benchmarks.layers import Layer
 from benchmarks.measuring import RESULTS, certificate, commit
 from benchmarks.synthetic import write_dataset
 from training.config import RunConfig, load_config, plan_batch
-from training.devices import DEVICES, Device, find
-from training.metrics import read_rows
+from training.observe.telemetry import SETTLED
 from training.plan import Option, Request
-from training.telemetry import SETTLED
+from training.planning.devices import DEVICES, Device, find
+from training.record.metrics_log import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "training" / "configs"
@@ -251,7 +251,7 @@ def what_is_planned(runs: dict[str, Measured], device_name: str) -> str:
         )
     tuned, here = runs.get("tuned"), find(device_name)
     if tuned is None or here is None:
-        lines.append(f"{device_name} has no figures in training/devices.py to plan from, or the tuned run is missing.")
+        lines.append(f"{device_name} has no figures in training/planning/devices.py to plan from, or the tuned run is missing.")
         return "\n".join(lines)
     one = planned(load_config(CONFIGS / TUNED, [f"{k}={v}" for k, v in PER_GPU.items()]), here, 1, ZERO2)
     off = tuned.seconds / one.time.seconds

@@ -21,8 +21,8 @@ from benchmarks.measuring import commit
 from gsa import GSAForCausalLM, ModelConfig
 from gsa.checkpoint.state import read_config_json
 from training.generate import load_model
-from training.metrics import read_rows
-from training.run_folder import environment
+from training.record.metrics_log import read_rows
+from training.record.run_folder import environment
 from training.selected_sets import (
     coverage_table,
     held_out,

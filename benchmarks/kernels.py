@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from benchmarks.measuring import commit
 from gsa import kernels
 from gsa.kernels.choice import Shape, fault_of
-from training.run_folder import environment
+from training.record.run_folder import environment
 
 H, G, D, J, E, K = 16, 4, 64, 4, 64, 512
 

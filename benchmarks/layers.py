@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gsa import kernels
 from training import train
-from training.world import exit_process
+from training.engine.world import exit_process
 
 Layer = Literal["naive_gather", "flash"]
 

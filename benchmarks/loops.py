@@ -16,17 +16,17 @@ from benchmarks.comparing import BF16_TOLERANCE, TOLERANCE
 from gsa import GSAForCausalLM
 from gsa.kernels.choice import Shape, resolve
 from training.config import BatchPlan, RunConfig, plan_batch, to_yaml
+from training.config.deepspeed import resolve_ds_config
 from training.data import PackedTokens, step_samples
-from training.ds_config import resolve_ds_config
-from training.optimizer import build_optimizer, build_schedule, parameter_groups
-from training.run_folder import RunFolder
-from training.step import indexer_rows
-from training.watchdog import Watchdog
-from training.world import World
+from training.engine.optimizer import build_optimizer, build_schedule, parameter_groups
+from training.engine.world import World
+from training.loop.step import indexer_rows
+from training.loop.watchdog import Watchdog
+from training.record.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from training.engine import Engine
-    from training.trainer import Trainer
+    from training.engine.engine import Engine
+    from training.loop.trainer import Trainer
 
 DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
@@ -105,7 +105,7 @@ class Bare:
     """`engine(batch); engine.backward(loss); engine.step()` at a ZeRO stage, and nothing else."""
 
     def __init__(self, case: Case, stage: int) -> None:
-        from training.engine import Engine
+        from training.engine.engine import Engine
 
         model = case.model()
         optimizer = build_optimizer(model, case.cfg.training)
@@ -183,7 +183,7 @@ class Plain:
 @contextmanager
 def trainer_of(case: Case, stage: int, folder: Path) -> Iterator[Trainer]:
     """A trainer as training/train.py makes it, in a new folder."""
-    from training.trainer import Trainer
+    from training.loop.trainer import Trainer
 
     ds_config = case.ds_config(stage)
     run = RunFolder(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from training.run_folder import environment
+from training.record.run_folder import environment
 
 RESULTS = Path(__file__).parent / "results"
 

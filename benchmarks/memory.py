@@ -1,9 +1,9 @@
-"""Memory that a forward pass leaves for its backward: predicted by training/cost_model.py against counted, on a CPU.
+"""Memory that a forward pass leaves for its backward: predicted by training/planning/cost_model.py against counted, on a CPU.
 
     python -m benchmarks.memory
 
 Counted: the bytes of every tensor that autograd saves (a hook sees each), that a checkpointed part holds, and that
-gsa/kernels/kept.py keeps; each storage once, parameters and inputs left out. Then the curve of activation
+gsa/kernels/recompute_cache.py keeps; each storage once, parameters and inputs left out. Then the curve of activation
 checkpointing: memory beside time, taking turns. Writes benchmarks/results/memory_cpu.md; exit code 1 when a
 prediction is off by 10 % or more.
 """
@@ -27,7 +27,7 @@ from benchmarks.comparing import ratio
 from benchmarks.measuring import RESULTS, certificate
 from gsa import GSAForCausalLM, ModelConfig
 from gsa.model import Recomputed
-from training.cost_model import saved_bytes
+from training.planning.cost_model import saved_bytes
 
 BASE = ModelConfig(
     d_model=256, n_layers=4, n_heads=8, n_kv_heads=2, d_ffn=768, vocab_size=4096, max_position_embeddings=1024,

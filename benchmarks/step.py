@@ -25,9 +25,9 @@ from gsa.kernels.choice import Shape, resolve
 from gsa.loss import IGNORE
 from gsa.model import count_params
 from training.config import load_config
-from training.optimizer import build_optimizer
-from training.run_folder import environment
-from training.step import indexer_rows
+from training.engine.optimizer import build_optimizer
+from training.loop.step import indexer_rows
+from training.record.run_folder import environment
 
 DEFAULT = Path("training/configs/pretrain_512m_low_memory.yaml")
 

@@ -51,14 +51,14 @@ from benchmarks.measuring import RESULTS, certificate
 from benchmarks.synthetic import write_dataset
 from gsa import ModelConfig
 from gsa.model import count_params
-from training.clock import StepClock
 from training.config import DataConfig, RunConfig, TrainingConfig, load_config
 from training.data import Loader
-from training.metrics import read_rows
-from training.world import World, exit_process
+from training.engine.world import World, exit_process
+from training.loop.step_clock import StepClock
+from training.record.metrics_log import read_rows
 
 if TYPE_CHECKING:
-    from training.trainer import Trainer
+    from training.loop.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("overhead", "watching", "zero", "tuned")
@@ -317,7 +317,7 @@ def main(argv: list[str]) -> int:
     if "RANK" not in os.environ:
         return launch(args.ranks or torch.cuda.device_count() or 2, argv)
 
-    from training.engine import start
+    from training.engine.engine import start
 
     world = start(timeout_s=600)
     with tempfile.TemporaryDirectory() as own:

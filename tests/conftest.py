@@ -8,8 +8,8 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
-from helpers_dataset import write_dataset
-from launching import ROOT, Case, run_cases
+from support.launching import ROOT, Case, run_cases
+from support.tiny_dataset import write_dataset
 
 # The suite tries the same examples every time, so that what landed stays green; HYPOTHESIS_PROFILE=soak draws others.
 # The machine may pause: an example has no deadline.

@@ -19,7 +19,7 @@ from benchmarks.synthetic import write_dataset
 from gsa import GSAForCausalLM, ModelConfig
 from training.config import load_config, plan_batch
 from training.data import PackedTokens
-from training.world import World
+from training.engine.world import World
 
 PARTS = {"comparing", "layers", "loops", "measuring", "synthetic"}
 """Of benchmarks/: what entries share. `layers` is an entry too, of training/train.py."""

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launching import ROOT, rank_environment
+from support.launching import ROOT, rank_environment
 
 FOLDER = ROOT / "benchmarks" / "gpu_kit"
 KIT = FOLDER / "kit"

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from launching import ROOT, rank_environment
+from support.launching import ROOT, rank_environment
 
 from training import prepare_data
 from training.config import load_config

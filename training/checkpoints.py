@@ -23,7 +23,7 @@ from gsa.checkpoint.full_state import read_full_state, read_run_state
 from gsa.checkpoint.manifest import CheckpointError
 from training import verify
 from training.config import config_changes
-from training.run_folder import RunFolder
+from training.record.run_folder import RunFolder
 
 
 def main(argv: Sequence[str]) -> int:

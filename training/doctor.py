@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-from training.run_summary import THROTTLED_SHARE, Gpu, Summary, read, read_mapping
+from training.reporting.summary import THROTTLED_SHARE, Gpu, Summary, read, read_mapping
 
 DATA_SHARE = 0.02
 """Of the time. A loader that reads ahead costs less than 0.5 %; four times that is no noise of the clock."""

@@ -17,12 +17,12 @@ from pathlib import Path
 
 from gsa.config import ModelConfig
 from gsa.model import count_params, flops_per_token
-from training import cost_model as cost
 from training.config import BatchPlan, ConfigError, RunConfig, load_config, plan_batch, to_yaml
-from training.cost_model import GIB, Setting, StepTime, setting_of
-from training.devices import Device, parse
-from training.ds_config import DEFAULT, resolve_ds_config
-from training.space import checkpoint_bytes
+from training.config.deepspeed import DEFAULT, resolve_ds_config
+from training.planning import cost_model as cost
+from training.planning.cost_model import GIB, Setting, StepTime, setting_of
+from training.planning.devices import Device, parse
+from training.planning.space import checkpoint_bytes
 
 USABLE = 0.90
 """Of a device's memory: what is left is for what no count knows, as other processes' contexts."""

@@ -30,8 +30,8 @@ import numpy as np  # noqa: E402
 from tokenizers import Tokenizer  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from training import tokenizer as bpe  # noqa: E402
-from training.corpus import (  # noqa: E402
+from training.data import tokenizer as bpe  # noqa: E402
+from training.data.corpus import (  # noqa: E402
     BadRecord,
     Document,
     PrepareError,

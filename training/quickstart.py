@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from gsa.checkpoint import manifest
-from training.console import format_seconds, text_chart
-from training.metrics import read_rows
+from training.observe.console import format_seconds, text_chart
+from training.record.metrics_log import read_rows
 
 CPU_RANKS = 2
 

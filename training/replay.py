@@ -26,8 +26,8 @@ from gsa.checkpoint.manifest import CheckpointError
 from training.config import BatchPlan, ConfigError, RunConfig, from_plain, load_config, plan_batch
 from training.data import DataError, PackedTokens, step_samples
 from training.generate import load_model
-from training.metrics import iter_rows
-from training.run_folder import RunFolder
+from training.record.metrics_log import iter_rows
+from training.record.run_folder import RunFolder
 
 SHOWN_CHARACTERS = 200
 """Of each end of a window's text."""

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from training.record.reader import NoRunError, labels, read
 from training.reporting import markdown, page
-from training.reporting.record import NoRunError, labels, read
-from training.reporting.story import tell
+from training.reporting.analysis import tell
 
 
 def write(folders: Sequence[Path], out: Path, *, verify: bool = False) -> list[Path]:

@@ -36,9 +36,9 @@ import psutil
 import yaml
 
 from training.config import ConfigError, LoggingConfig
-from training.metrics import iter_rows, read_rows
-from training.mirror import Fields, Limits, Mirror, Sink, by_step
-from training.tracking_note import Note, Parent
+from training.observe.tracking.mirror import Fields, Limits, Mirror, Sink, by_step
+from training.observe.tracking.tracking_state import Note, Parent
+from training.record.metrics_log import iter_rows, read_rows
 
 Mode = Literal["online", "offline", "disabled"]
 

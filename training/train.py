@@ -29,15 +29,15 @@ from gsa.checkpoint.manifest import CheckpointError, require_space  # noqa: E402
 from gsa.checkpoint.state import require_plain  # noqa: E402
 from gsa.weights import load_weights  # noqa: E402
 from training import config as run_config  # noqa: E402
+from training.checkpointing.resume import Start, decided_by, find_checkpoint, start_from  # noqa: E402
 from training.config import BatchPlan, ConfigError, RunConfig, config_changes, load_config, plan_batch  # noqa: E402
-from training.console import LogLevel  # noqa: E402
+from training.config.deepspeed import resolve_ds_config  # noqa: E402
 from training.data import DataError, PackedTokens  # noqa: E402
-from training.ds_config import resolve_ds_config  # noqa: E402
-from training.metrics import require_rows  # noqa: E402
-from training.resume import Start, decided_by, find_checkpoint, start_from  # noqa: E402
-from training.run_folder import FolderError, RunFolder  # noqa: E402
-from training.space import checkpoint_bytes  # noqa: E402
-from training.world import World, environment_rank, environment_world_size, exit_process  # noqa: E402
+from training.engine.world import World, environment_rank, environment_world_size, exit_process  # noqa: E402
+from training.observe.console import LogLevel  # noqa: E402
+from training.planning.space import checkpoint_bytes  # noqa: E402
+from training.record.metrics_log import require_rows  # noqa: E402
+from training.record.run_folder import FolderError, RunFolder  # noqa: E402
 
 FINISHED, FAILED, REFUSED_CONFIG, REFUSED_INPUT, DIVERGED = 0, 1, 2, 3, 4
 
@@ -131,7 +131,7 @@ def main(argv: list[str]) -> int:
         return _refuse(err, REFUSED_INPUT)
 
     # DeepSpeed takes seconds to import: not before the input is known to be good
-    from training.engine import start
+    from training.engine.engine import start
 
     world = start(
         timeout_s=max(600.0, 20 * prepared.cfg.training.hang_timeout_s), verbose=prepared.log_level == "debug"
@@ -188,8 +188,8 @@ def prepare(args: argparse.Namespace) -> Prepared:
 
 def run(prepared: Prepared, world: World) -> int:
     """Trains on every rank of `world` and returns the exit code."""
-    from training.trainer import Diverged, Trainer
-    from training.watchdog import Watchdog
+    from training.loop.trainer import Diverged, Trainer
+    from training.loop.watchdog import Watchdog
 
     folder = prepared.folder
     # rank 0 alone has read the checkpoint, which may decide some keys

@@ -30,12 +30,12 @@ from types import FrameType
 import torch
 
 from gsa.model import Recomputed
-from training import ds_config
 from training.config import BatchPlan, ConfigError, RunConfig, global_batch_size, load_config, to_plain, to_yaml
+from training.config import deepspeed as ds_config
 from training.data import DataError
-from training.run_folder import environment
+from training.loop.trial import Outcome, says_out_of_memory
+from training.record.run_folder import environment
 from training.train import FAILED, FINISHED, REFUSED_CONFIG, REFUSED_INPUT, open_data, require_backend
-from training.trial import Outcome, says_out_of_memory
 
 NOISE = 0.02
 """Of a step's seconds: differences below it, or below the trials' own spread, decide nothing."""
@@ -309,7 +309,7 @@ def try_setting(task: Task, setting: Setting, micro_batch_size: int, folder: Pat
     cap = [] if task.memory_cap_gib is None else ["--memory_cap_gib", str(task.memory_cap_gib)]
     words = task.words(setting, micro_batch_size)
     command = [
-        sys.executable, "-m", "training.trial", "--config", str(task.config), "--deepspeed_config",
+        sys.executable, "-m", "training.loop.trial", "--config", str(task.config), "--deepspeed_config",
         str(setting.ds_config), "--folder", str(folder), "--steps", str(task.steps), *cap, *words,
     ]  # fmt: skip
     # as in the watchdog: the first step may take ten times as long as a rank may be silent

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from gsa.kernels import chunked, reference
-from gsa.kernels.kept import kept, saved_by_checkpointing
+from gsa.kernels.recompute_cache import kept, saved_by_checkpointing
 from gsa.kernels.reference import attention_probabilities, choose, index_scores, pack, top_keys, unpack, visible
 
 __all__ = [

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import backend_checks as checks
 import pytest
 import torch
-from backend_checks import (
+from hypothesis import given
+from hypothesis import strategies as st
+from support import kernel_contract as checks
+from support.kernel_contract import (
     KINDS,
     TINY,
     WRONG,
@@ -22,8 +24,6 @@ from backend_checks import (
     tokens_of,
     trials,
 )
-from hypothesis import given
-from hypothesis import strategies as st
 
 from gsa import kernels
 from gsa.attention import probe, selection

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from launching import ROOT, rank_environment
+from support.launching import ROOT, rank_environment
 
 from training import config as run_config
 from training.doctor import CHECKS, diagnose, main
-from training.run_summary import read
+from training.reporting.summary import read
 
 STEPS = 60
 
@@ -426,9 +426,9 @@ def test_a_folder_without_a_run_or_a_step_is_refused_with_what_to_do(tmp_path, c
 SLOWED = """
 import json, sys, time
 from training.data import PackedTokens
-from training.engine import start
+from training.engine.engine import start
 from training.train import parse, prepare, run
-from training.world import exit_process
+from training.engine.world import exit_process
 
 read, world = PackedTokens.batch, start(timeout_s=60)
 for argv, read_s in json.loads(sys.argv[1]):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, Case, rank_environment, run_cases
+from support.launching import ROOT, Case, rank_environment, run_cases
 
 FIXTURE = ROOT / "tests" / "fixtures" / "run_625a451"
 RUNS = ("zero2_2ranks_fp32", "zero3_2ranks_bf16")

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from backend_checks import one_thread  # noqa: F401
+from support.kernel_contract import one_thread  # noqa: F401
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gsa import GSAForCausalLM, ModelConfig

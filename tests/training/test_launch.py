@@ -12,16 +12,16 @@ import time
 from functools import partial
 from pathlib import Path
 
-import launching
 import psutil
 import pytest
 import yaml
-from helpers_dataset import write_dataset
-from launching import ROOT, Case, free_port, rank_environment, run_cases, start_training, train_alone
+from support import launching
+from support.launching import ROOT, Case, free_port, rank_environment, run_cases, start_training, train_alone
+from support.tiny_dataset import write_dataset
 
 from gsa.checkpoint import manifest
 from training import launch, train
-from training.metrics import read_rows
+from training.record.metrics_log import read_rows
 
 WAIT_S = 60
 """The promise: a rank that dies or hangs is reported within a minute."""
@@ -124,7 +124,7 @@ def test_bad_input_is_refused_before_any_process_group(
         argv = argv[1:]
     argv = [word.replace("@finished", str(finished)) for word in argv]
     before = sorted(folder.rglob("*")) if folder.exists() else []
-    monkeypatch.setitem(sys.modules, "training.engine", None)  # importing the door to DeepSpeed would be an error
+    monkeypatch.setitem(sys.modules, "training.engine.engine", None)  # importing the door to DeepSpeed would be an error
     assert train.main(["--config", str(tiny_yaml), "--output_dir", str(folder), *argv]) == code
     said = capsys.readouterr().err
     assert words in said and said.count("error:") == 1 and "Traceback" not in said
@@ -230,7 +230,7 @@ def test_a_process_ends_with_its_code_and_its_handlers_but_without_the_interpret
     """Where gloo's threads abort: here something that aborts as surely as they do rarely."""
     program = """
 import atexit, os, sys
-from training.world import exit_process
+from training.engine.world import exit_process
 class AbortsAtTheEnd:
     def __del__(self):
         os.abort()

@@ -8,14 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from launching import ROOT
+from support.launching import ROOT
 
 from benchmarks.memory import BASE, case, counted
-from training import cost_model as cost
 from training.config import load_config, plan_batch
-from training.devices import DEVICES
-from training.ds_config import resolve_ds_config
+from training.config.deepspeed import resolve_ds_config
 from training.plan import DS_CONFIGS, Request, ds_config_for, main, ranked, why_not
+from training.planning import cost_model as cost
+from training.planning.devices import DEVICES
 
 CONFIGS = ROOT / "training" / "configs"
 TUNED = CONFIGS / "pretrain_512m_low_memory.yaml"

@@ -19,13 +19,13 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launching import ROOT, rank_environment
+from support.launching import ROOT, rank_environment
 from tokenizers import AddedToken, Tokenizer
 
-from training import corpus, prepare_data
-from training import tokenizer as bpe
-from training.corpus import PrepareError
-from training.data import PackedTokens
+from training import prepare_data
+from training.data import PackedTokens, corpus
+from training.data import tokenizer as bpe
+from training.data.corpus import PrepareError
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix odd potions at noon".split()
 
@@ -319,10 +319,10 @@ def test_a_200_mb_line_costs_little_memory(tmp_path):
         for _ in range(200):
             file.write(b"x" * (1 << 20))
         file.write(b'"}\n' + lines(GOOD))
-    from training.corpus import BadRecord, Reading, Source, read_documents
+    from training.data.corpus import BadRecord, Reading, Source, read_documents
 
     script = (
-        "import re, sys; from training.corpus import *; how = Reading('text', None, 8 << 20)\n"
+        "import re, sys; from training.data.corpus import *; how = Reading('text', None, 8 << 20)\n"
         "kinds = [getattr(d, 'kind', 'ok') for d in read_documents(Source(sys.argv[1], 'long.jsonl', None), how)]\n"
         "print(kinds, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
     )
@@ -348,7 +348,7 @@ def test_a_token_outside_the_vocabulary_is_refused_not_wrapped(tmp_path, monkeyp
     (work / "tokenizer.json").write_bytes((prepared / "tokenizer.json").read_bytes())
     np.save(work / "plan_00000.npy", np.ones(1, np.uint8))
     (tmp_path / "a.txt").write_text("some text")
-    from training.corpus import Reading, Source
+    from training.data.corpus import Reading, Source
 
     monkeypatch.setattr(bpe, "encode", lambda tokenizer, text: [70000])
     unit = prepare_data.Unit(0, (Source(str(tmp_path / "a.txt"), "a.txt", "a.txt"),))
@@ -548,7 +548,7 @@ def test_a_tiktoken_rank_file_becomes_the_same_tokenizer(tmp_path):
 
 
 def test_the_embedded_corpus_is_source_text_of_this_installation():
-    from training.corpus import LEFT_OUT, embedded_files
+    from training.data.corpus import LEFT_OUT, embedded_files
 
     files = embedded_files()
     size = sum(os.path.getsize(f.path) for f in files)

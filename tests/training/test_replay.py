@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from launching import ROOT, Case, run_cases
+from support.launching import ROOT, Case, run_cases
 
 from gsa.attention.cache import Cache
 from training.generate import load_model
-from training.metrics import read_rows
+from training.record.metrics_log import read_rows
 from training.replay import main
 
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from backend_checks import one_thread  # noqa: F401
+from support.kernel_contract import one_thread  # noqa: F401
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsa import GSAForCausalLM, ModelConfig

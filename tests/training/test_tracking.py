@@ -25,15 +25,15 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from launching import ROOT
+from support.launching import ROOT
 from wandb.util import get_core_path
 
 from training import tracking
 from training.config import LoggingConfig, RunConfig, to_plain
-from training.metrics import MetricsLog, read_rows
-from training.mirror import Limits, by_step, flat
+from training.observe.tracking.mirror import Limits, by_step, flat
+from training.observe.tracking.tracking_state import Note, Parent, segment_config
+from training.record.metrics_log import MetricsLog, read_rows
 from training.tracking import Tracker
-from training.tracking_note import Note, Parent, segment_config
 
 CONFIG = to_plain(RunConfig())
 RUN = "abcd1234"
@@ -182,7 +182,7 @@ def ended(tmp_path_factory) -> dict[str, tuple[Path, int, str]]:
     }  # fmt: skip
     program = """
 from test_tracking import *
-from training.world import exit_process
+from training.engine.world import exit_process
 life = Life(Path({folder!r}), limits=Limits(finish_s={finish_s})).train(1, 20)
 wait_for(lambda: told(life) == 19)  # the last one waits for its evaluation
 {end}

@@ -13,11 +13,11 @@ import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from launching import ROOT, rank_environment
+from support.launching import ROOT, rank_environment
 
 from training import tune
 from training.config import load_config, plan_batch
-from training.trial import Outcome
+from training.loop.trial import Outcome
 from training.tune import Setting, Stop, Trial, best, divisors, largest, read_ends, run_ranks, search, together
 
 ZERO2, ZERO3 = Path("zero2.json"), Path("zero3.json")
@@ -219,7 +219,7 @@ except Interrupted as err:
 def test_under_the_cap_torch_raises_as_it_does_on_a_gpu(tmp_path):
     program = """
 import torch
-from training.trial import GIB, is_out_of_memory, memory_cap, status_bytes
+from training.loop.trial import GIB, is_out_of_memory, memory_cap, status_bytes
 cpu, n = torch.device("cpu"), 150 * 2**20 // 4
 try:
     with memory_cap(0.01, cpu):
@@ -326,7 +326,7 @@ def search_under_a_cap(tmp_path_factory, tiny_yaml) -> tuple[Path, str]:
         zero = {"stage": stage, "reduce_bucket_size": 1000000, "allgather_bucket_size": 1000000}
         (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
     imported = subprocess.run(
-        [sys.executable, "-c", "import training.engine, training.trial as t; print(t.status_bytes('VmRSS') / t.GIB)"],
+        [sys.executable, "-c", "import training.engine.engine, training.loop.trial as t; print(t.status_bytes('VmRSS') / t.GIB)"],
         cwd=ROOT, env=rank_environment(), capture_output=True, text=True, check=True,
     )  # fmt: skip
     cap = float(imported.stdout) + 0.52

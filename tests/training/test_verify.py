@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, Case, run_cases
+from support.launching import ROOT, Case, run_cases
 
 from gsa.checkpoint import full_state, manifest, safe_load
 from gsa.checkpoint.full_state import read_full_state, read_run_state
@@ -25,7 +25,7 @@ from gsa.checkpoint.state import CLIENT_KEY, VERSION
 from gsa.weights import load_weights, save_weights
 from training import checkpoints, train, verify
 from training.config import ConfigError
-from training.metrics import read_rows
+from training.record.metrics_log import read_rows
 
 MODEL = "mp_rank_00_model_states.pt"
 OPTIMIZER = tuple(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1))

@@ -18,7 +18,7 @@ from typing import Literal
 
 import numpy as np
 
-from training.reporting.words import compact, number
+from training.reporting.format import compact, number
 
 STRETCHES, STRETCHES_WIDE = 150, 300
 """Of a chart of half the page's width, and of the whole: three pixels or so each, narrower than the eye tells apart."""

@@ -8,12 +8,12 @@ from typing import Literal
 
 import numpy as np
 
-from training.metrics import EVENTS, HEALTH_METRICS, PROBE_METRICS, STEP_METRICS, Metric
+from training.record.metrics_log import EVENTS, HEALTH_METRICS, PROBE_METRICS, STEP_METRICS, Metric
+from training.record.reader import finite, mapping
+from training.reporting.analysis import SPIKE_SIGMA, Story, utilisation
 from training.reporting.charts import Level, Series, heat_bins, heat_map, line_chart
-from training.reporting.record import finite, mapping
-from training.reporting.story import SPIKE_SIGMA, Story, utilisation
+from training.reporting.format import compact, count, number
 from training.reporting.style import PALETTE
-from training.reporting.words import compact, count, number
 
 By = Literal["step", "tokens"]
 

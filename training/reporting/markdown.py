@@ -10,10 +10,10 @@ import numpy as np
 
 from training.doctor import Verdict
 from training.reporting import tables
+from training.reporting.analysis import Story
 from training.reporting.curves import ATTENTION, BY_LAYER, LEARNING, SPEED, curve, described, in_percent
-from training.reporting.story import Story
+from training.reporting.format import NOTHING, count, moment, number, percent, sentence
 from training.reporting.tables import Table
-from training.reporting.words import NOTHING, count, moment, number, percent, sentence
 
 _MARKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from html import escape
 
 from training.reporting import tables
+from training.reporting.analysis import PARTS, Story
 from training.reporting.curves import ATTENTION, LEARNING, SPEED, Plan, axis_of, draw, heat_maps, loss_charts
-from training.reporting.story import PARTS, Story
+from training.reporting.format import count, moment, number, percent, plural, sentence
 from training.reporting.style import CSS, PALETTE, SCRIPT
 from training.reporting.tables import Setting, Table
-from training.reporting.words import count, moment, number, percent, plural, sentence
 
 _PART_COLOURS = {"productive": 0, "replayed": 5, "lost": 1, "data": 4, "save": 2, "evaluation": 3, "other": 6}
 _OLDER_SAMPLES = 10
@@ -54,7 +54,7 @@ def render(stories: Sequence[Story]) -> str:
         f'<title>{escape(title)}</title>\n<link rel=icon href="data:,">\n<style>{CSS}</style>\n</head>\n<body>\n'
         f"<div class=page>\n<header>{head}\n<nav aria-label=Sections><ul>{links}</ul></nav></header>\n<main>\n{body}"
         f"</main>\n<footer>Written {moment(stories[0].record.read_at)} by training.report. Names, units and meanings "
-        f"of the fields: training/metrics.py.</footer>\n</div>\n"
+        f"of the fields: training/record/metrics_log.py.</footer>\n</div>\n"
         f"<script>{SCRIPT}</script>\n</body>\n</html>\n"
     )
 

@@ -9,8 +9,9 @@ from datetime import datetime
 import numpy as np
 
 from training.config import RunConfig, to_plain
-from training.reporting.record import finite, flat, mapping
-from training.reporting.story import (
+from training.record.reader import finite, flat, mapping
+from training.record.spike_score import WINDOW
+from training.reporting.analysis import (
     LOSS_STEPS,
     PARTS,
     RECENT_STEPS,
@@ -22,8 +23,7 @@ from training.reporting.story import (
     gpus,
     recent,
 )
-from training.reporting.words import NOTHING, brief, compact, count, duration, moment, number, percent, sentence, size
-from training.spikes import WINDOW
+from training.reporting.format import NOTHING, brief, compact, count, duration, moment, number, percent, sentence, size
 
 
 @dataclass(frozen=True)

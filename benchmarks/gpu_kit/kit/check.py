@@ -91,7 +91,7 @@ def _():
 
 @probe("the device is in the table of devices, and NVML answers every query")
 def _():
-    from training.devices import Monitor, find
+    from training.planning.devices import Monitor, find
 
     if not GPU:
         return "no GPU"
@@ -234,10 +234,10 @@ def ten_steps(world, host_runs_ahead):
     from unittest.mock import patch
 
     from gsa import GSAForCausalLM, ModelConfig
-    from training import engine as door
     from training.config import RunConfig, TrainingConfig, plan_batch
-    from training.ds_config import resolve_ds_config
-    from training.optimizer import build_optimizer, build_schedule
+    from training.config.deepspeed import resolve_ds_config
+    from training.engine import engine as door
+    from training.engine.optimizer import build_optimizer, build_schedule
 
     cfg = RunConfig(
         model=ModelConfig(
@@ -298,7 +298,7 @@ def ten_steps(world, host_runs_ahead):
 @probe("DeepSpeed: a process group of one, ZeRO 2, ten steps, twice the same, and the same where the host waits")
 def _():
     began = time.perf_counter()
-    from training.engine import start
+    from training.engine.engine import start
 
     importing = time.perf_counter() - began
     world = start(timeout_s=60)

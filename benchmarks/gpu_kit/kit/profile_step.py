@@ -83,8 +83,8 @@ def main() -> int:
     from gsa import GSAForCausalLM
     from gsa.model import flops_per_token
     from training.config import load_config
-    from training.devices import find
-    from training.step import indexer_rows
+    from training.loop.step import indexer_rows
+    from training.planning.devices import find
 
     gpu = torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"

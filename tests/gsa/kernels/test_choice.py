@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backend_checks import one_thread  # noqa: F401
+from support.kernel_contract import one_thread  # noqa: F401
 
 from gsa.kernels import choice, chunked, reference
 from gsa.kernels.choice import TRIALS, Shape, deviations, fault_of, resolve, why_not_triton
@@ -102,7 +102,7 @@ def test_an_explicit_wish_is_met_or_refused():
 
 @pytest.mark.parametrize("dtype, widest", [(torch.bfloat16, 128), (torch.float32, 64)])
 def test_wider_heads_than_were_compiled_ahead_are_refused(dtype, widest):
-    """tests/triton_ahead.py compiles the widest of either dtype."""
+    """tests/support/compile_triton_ahead.py compiles the widest of either dtype."""
     fits = SHAPE._replace(d_head=widest, d_indexer=widest, dtype=dtype)
     assert why_not_triton(fits, GPU) is None
     for name in ("d_head", "d_indexer"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from backend_checks import (
+from hypothesis import given
+from support.kernel_contract import (
     GROUPS,
     MODES,
     Case,
@@ -19,7 +20,6 @@ from backend_checks import (
     outputs_and_gradients,
     trials,
 )
-from hypothesis import given
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsa import kernels

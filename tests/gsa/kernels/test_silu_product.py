@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import triton_here  # isort: skip  before anything imports triton
+from support import triton_interpreter  # isort: skip  before anything imports triton
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def differences(backend: str, dtype: torch.dtype, device: str) -> list[float]:
     return [((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*found, strict=True)]
 
 
-BACKENDS = [("chunked", "cpu"), ("triton", triton_here.DEVICE)]
+BACKENDS = [("chunked", "cpu"), ("triton", triton_interpreter.DEVICE)]
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
 
 
@@ -63,7 +63,7 @@ def test_only_the_operands_are_kept(backend, device):
 
 
 def test_operands_that_are_not_contiguous():
-    gate, up, d_out = (x.transpose(0, 1) for x in operands(torch.float32, triton_here.DEVICE))
+    gate, up, d_out = (x.transpose(0, 1) for x in operands(torch.float32, triton_interpreter.DEVICE))
     leaves = gate.requires_grad_(), up.requires_grad_()
     ours = torch.autograd.grad(kernels.silu_product("triton", *leaves), leaves, d_out)
     exact = torch.autograd.grad(kernels.silu_product("reference", *leaves), leaves, d_out)
@@ -79,8 +79,8 @@ def test_operands_that_are_not_contiguous():
      ("silu_backward", "tl.load(dOut + o, mask=inside", "tl.load(dOut + o, mask=o < numel - 1")],
 )  # fmt: skip
 def test_a_wrong_kernel_is_caught(kernel, there, instead, monkeypatch, tmp_path):
-    triton_here.garbage(monkeypatch)
-    wrong = triton_here.rewritten(triton_feed_forward, tmp_path, (there, instead))
+    triton_interpreter.garbage(monkeypatch)
+    wrong = triton_interpreter.rewritten(triton_feed_forward, tmp_path, (there, instead))
     monkeypatch.setattr(triton_feed_forward, kernel, getattr(wrong, kernel))
-    off = differences("triton", torch.float32, triton_here.DEVICE)
+    off = differences("triton", torch.float32, triton_interpreter.DEVICE)
     assert not all(value < 1e-5 for value in off)

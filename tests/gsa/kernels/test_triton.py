@@ -6,29 +6,29 @@ show is speed, and races between the warps of a program.
 
 from __future__ import annotations
 
-import triton_here  # isort: skip  before anything imports triton
+from support import triton_interpreter  # isort: skip  before anything imports triton
 
 import pytest
 import torch
-from backend_checks import GROUPS, Case, cases, check_attention, check_selection, one_thread, trials  # noqa: F401
 from hypothesis import given
+from support.kernel_contract import GROUPS, Case, cases, check_attention, check_selection, one_thread, trials  # noqa: F401
 
 from gsa.kernels import triton_alignment, triton_attention, triton_select
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 DTYPES = (torch.float32, torch.bfloat16)
-DEVICE = triton_here.DEVICE
+DEVICE = triton_interpreter.DEVICE
 
 
 @pytest.fixture(autouse=True)
 def garbage(monkeypatch):
-    triton_here.garbage(monkeypatch)
+    triton_interpreter.garbage(monkeypatch)
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(request, monkeypatch):
     if "shipped_tiles" not in request.keywords:
-        triton_here.small_tiles(monkeypatch)
+        triton_interpreter.small_tiles(monkeypatch)
 
 
 @trials(8)
@@ -127,7 +127,7 @@ def test_a_wrong_kernel_is_caught(monkeypatch, module, name, change):
 
 def test_reading_what_nobody_wrote_is_caught(monkeypatch, tmp_path):
     """The gradient by the logits exists where a tile of queries sees keys: early queries have none at late keys."""
-    wrong = triton_here.rewritten(
+    wrong = triton_interpreter.rewritten(
         triton_alignment, tmp_path, ("n[:, None], mask=seen, other=0.0)", "n[:, None], mask=ok[None, :] & n_ok[:, None])")
     )
     monkeypatch.setattr(triton_alignment, "align_keys", wrong.align_keys)
@@ -169,7 +169,7 @@ OLDEST_FIRST = (
 )
 def test_wrong_ties_are_caught(monkeypatch, tmp_path, changes, says):
     case = Case(B=1, T=48, S=48, k=8, tied=True, dtype=torch.float32, device=DEVICE)
-    wrong = triton_here.rewritten(triton_select, tmp_path, *changes)
+    wrong = triton_interpreter.rewritten(triton_select, tmp_path, *changes)
     monkeypatch.setattr(triton_select, "select_rows", wrong.select_rows)
     with pytest.raises(AssertionError, match=says):
         check_selection("triton", case)

@@ -44,14 +44,14 @@ MODELS = ("80", "89", "90")
 
 def test_every_kernel_compiles_ahead_without_spills_within_shared_memory(tmp_path):
     """The widest heads and float32 for the GPU with the least shared memory."""
-    printed = run(["tests/triton_ahead.py", *MODELS, "89:wide", "89:float32"], TRITON_CACHE_DIR=str(tmp_path))
+    printed = run(["tests/support/compile_triton_ahead.py", *MODELS, "89:wide", "89:float32"], TRITON_CACHE_DIR=str(tmp_path))
     check(printed, {(80, "model"), (89, "model"), (90, "model"), (89, "wide"), (89, "float32")})
 
 
 @pytest.mark.slow
 def test_the_widest_heads_and_float32_on_the_other_gpus(tmp_path):
     others = [f"{arch}:{sizes}" for arch in (80, 90) for sizes in ("wide", "float32")]
-    printed = run(["tests/triton_ahead.py", *others], TRITON_CACHE_DIR=str(tmp_path))
+    printed = run(["tests/support/compile_triton_ahead.py", *others], TRITON_CACHE_DIR=str(tmp_path))
     check(printed, {(arch, sizes) for arch in (80, 90) for sizes in ("wide", "float32")})
 
 
@@ -67,5 +67,5 @@ def test_the_oldest_supported_triton(tmp_path):
     tests = [f"tests/gsa/kernels/{name}.py" for name in ("test_triton", "test_triton_identities", "test_triton_loss", "test_silu_product")]
     run(["-m", "pytest", "-q", "-p", "no:xdist", *tests], **path)
     # 8 or 16 in attend_backward_keys, on sm_80 and sm_89
-    printed = run(["tests/triton_ahead.py", *MODELS], **path)
+    printed = run(["tests/support/compile_triton_ahead.py", *MODELS], **path)
     check(printed, {(80, "model"), (89, "model"), (90, "model")}, most_spilled=16)

@@ -5,23 +5,23 @@ On a GPU or under Triton's interpreter: see test_triton.py. tests/gsa/test_ident
 
 from __future__ import annotations
 
-import triton_here  # isort: skip  before anything imports triton
+from support import triton_interpreter  # isort: skip  before anything imports triton
 
-import backend_checks as checks
 import pytest
 import torch
-from backend_checks import KINDS, WRONG, Way, at_random_sizes, check_is_caught, one_thread  # noqa: F401
+from support import kernel_contract as checks
+from support.kernel_contract import KINDS, WRONG, Way, at_random_sizes, check_is_caught, one_thread  # noqa: F401
 
 from gsa.kernels import triton_backend
 
 # in the interpreter a forward pass of one layer takes a third of a second, nearly all of it for selection
-WAY = Way("triton", triton_backend, torch.float32, triton_here.DEVICE, bound=1e-4, n_layers=1, examples=2)
+WAY = Way("triton", triton_backend, torch.float32, triton_interpreter.DEVICE, bound=1e-4, n_layers=1, examples=2)
 
 
 @pytest.fixture(autouse=True)
 def small_tiles_and_garbage(monkeypatch):
-    triton_here.small_tiles(monkeypatch, rows=64, block=64, strip=24)
-    triton_here.garbage(monkeypatch)
+    triton_interpreter.small_tiles(monkeypatch, rows=64, block=64, strip=24)
+    triton_interpreter.garbage(monkeypatch)
 
 
 @pytest.mark.parametrize("mode, group, tied", KINDS)

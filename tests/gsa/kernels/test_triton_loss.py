@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import triton_here  # isort: skip  before anything imports triton
+from support import triton_interpreter  # isort: skip  before anything imports triton
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ from gsa.loss import linear_cross_entropy
 
 def problem(dtype: torch.dtype, n: int = 37, d: int = 16, v: int = 301):
     random = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(size, d, generator=random).to(triton_here.DEVICE, dtype) for size in (n, v))
-    targets = torch.randint(0, v, (n,), generator=random).to(triton_here.DEVICE)
+    hidden, weight = (torch.randn(size, d, generator=random).to(triton_interpreter.DEVICE, dtype) for size in (n, v))
+    targets = torch.randint(0, v, (n,), generator=random).to(triton_interpreter.DEVICE)
     targets[::5] = -100
     targets[1:3] = torch.tensor([0, v - 1])
     return hidden.requires_grad_(), weight.requires_grad_(), targets
@@ -67,7 +67,7 @@ def test_a_wrong_kernel_is_caught(kernel, there, instead, monkeypatch, tmp_path)
     wrong.write_text(f"{before}def {kernel}({body.replace(there, instead)}")
     spec = importlib.util.spec_from_file_location("wrong_loss", wrong)
     module = importlib.util.module_from_spec(spec)
-    monkeypatch.setenv("TRITON_INTERPRET", "1" if triton_here.DEVICE == "cpu" else "0")
+    monkeypatch.setenv("TRITON_INTERPRET", "1" if triton_interpreter.DEVICE == "cpu" else "0")
     spec.loader.exec_module(module)
     monkeypatch.setattr(triton_loss, kernel, getattr(module, kernel))
     off = differences(torch.float32)

@@ -1,0 +1,102 @@
+"""Waits of the host in one optimizer step of a real engine, as JSON: {"<ZeRO stage>/<accumulation>": {what: count}}.
+
+    python tests/support/count_waits.py CONFIG.yaml [--as-deepspeed-has-it]
+
+One rank. The CPU plays a device with streams: whatever DeepSpeed would order or wait for on a GPU is counted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from training.config import load_config, plan_batch
+from training.config.deepspeed import resolve_ds_config
+from training.data import Loader
+from training.engine import engine as engine_module
+from training.engine.build import build_engine
+from training.engine.world import World
+from training.loop.step import run_passes
+from training.train import open_data
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Reads(TorchDispatchMode):
+    """Counts numbers that are read from tensors, which on a GPU waits for them."""
+
+    def __init__(self, found: Counter) -> None:
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.found["numbers read"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Stream:
+    def __init__(self, name: str, found: Counter) -> None:
+        self.name, self._found = name, found
+
+    def wait_stream(self, other: "Stream") -> None:  # noqa: UP037
+        self._found[f"{self.name} waits for {other.name}"] += 1
+
+    def wait_event(self, event: object) -> None: ...
+
+
+def waits(accumulation: int, stage: int, config: Path, world: World) -> Counter:
+    """Of the third step of a new engine: the first ones allocate, and trace the order of ZeRO 3's gathers.
+
+    On the reference kernels: the chunked ones read the bounds of their chunks, as the fused ones for GPUs do not.
+    """
+    cfg = load_config(config, [
+        "training.micro_batch_size=1", f"training.global_batch_size={accumulation}", "training.backend=reference",
+    ])  # fmt: skip
+    plan = plan_batch(cfg.training, 1)
+    ds_config = resolve_ds_config(ROOT / "ds_configs" / f"zero{stage}.json", cfg, plan, config)
+    engine = build_engine(cfg, ds_config, world, init_from=None).engine
+    loader = Loader(open_data(cfg)[0], samples_consumed=0, plan=plan, rank=0, num_workers=1, pin_memory=False)
+
+    def step(number: int) -> None:
+        run_passes(
+            engine, loader, cfg.training, plan, step=number, n_targets=100, probing=True, examining=True,
+            phase=lambda name: None,
+        )  # fmt: skip
+
+    step(0)
+    step(1)
+    found: Counter = Counter()
+    with ExitStack() as patches:
+        put = patch.object
+        accelerator = engine_module.get_accelerator()
+        patches.enter_context(put(accelerator, "synchronize", lambda *_: found.update(["device waited for"])))
+        if stage == 2:  # what a GPU has
+            patches.enter_context(put(accelerator, "resolves_data_dependency", lambda: False))
+            patches.enter_context(put(accelerator, "current_stream", lambda *_: Stream("computing", found)))
+            patches.enter_context(put(engine._engine.optimizer, "reduction_stream", Stream("reducing", found)))
+            patches.enter_context(put(torch.Tensor, "record_stream", lambda *_: None))
+        with Reads(found):
+            step(2)
+    loader.close()
+    engine.destroy()
+    return found
+
+
+def main() -> None:
+    world = engine_module.start(timeout_s=60)
+    if "--as-deepspeed-has-it" in sys.argv:
+        engine_module._let_the_host_run_ahead = lambda optimizer: None
+    told = {f"{stage}/{n}": waits(n, stage, Path(sys.argv[1]), world) for stage in (1, 2, 3) for n in (1, 4)}
+    print("WAITS " + json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()

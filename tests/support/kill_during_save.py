@@ -1,0 +1,191 @@
+"""Kills a save at every moment of it, in forked children and without a launcher: the real engine's state is written.
+
+kill_during_save.py YAML RUN OUT: RUN has step_3. One life resumes a copy of it to step 4; where it would save, it forks a
+writer for each moment instead. OUT/<n>/ is a copy of RUN into which writer n saves and is killed, just before its n-th
+change to step_4 or `latest` or with half of a file written; what was left torn is saved again and killed there again.
+OUT/<n>.json says what stands. Then lives resume some of them by "auto": every eighth, and of those that were not left
+torn every third. OUT/calm/ is a whole life that nobody disturbs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch._dynamo  # what the first engine of a process imports: half of a short life, once for all of them here
+import torch.utils.cpp_extension
+
+import gsa.weights
+from gsa.checkpoint import manifest
+from gsa.checkpoint.state import RunState
+from training.checkpointing import saver as saving
+from training.engine import engine  # noqa: F401  imported once, before the forks
+from training.engine.snapshot import Snapshot
+from training.engine.world import World
+from training.loop import trainer  # noqa: F401
+from training.train import main
+
+
+class Alone(World):
+    """A forked child has none of the threads that a process group needs."""
+
+    def broadcast(self, value):
+        return value
+
+    def gather(self, value):
+        return [value]
+
+
+class Canned:
+    """In place of the engine: the snapshot that it took, to be written into any folder."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._taken = snapshot
+
+    def snapshot(self, output_dir: Path, tag: str, client_state: dict, *, buffers: object) -> Snapshot:
+        (output_dir / tag).mkdir(parents=True, exist_ok=True)  # DeepSpeed does
+        files = {output_dir / tag / path.name: content for path, content in self._taken.files.items()}
+        return Snapshot(files, self._taken.weights)
+
+
+def kill_at(number: int, diary: Path) -> None:
+    """This process dies at its change of this number to step_4 or latest, having written into `diary` which it was."""
+    left = number
+
+    def moment(words: str) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            diary.write_text(words)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def audit(event: str, args: tuple) -> None:
+        written = event == "open" and args[2] & (os.O_WRONLY | os.O_RDWR)
+        if written or event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir"):
+            path = Path(os.fsdecode(args[0])) if not isinstance(args[0], int) else Path()
+            if "step_4" in path.parts or path.name.startswith("latest"):
+                moment(f"before {event} of {path.name}")
+
+    write, save_file, write_bytes = saving._HashingFile.write, gsa.weights.save_file, Path.write_bytes
+
+    def write_by_halves(self, data):
+        if len(data) > 1000 and not hasattr(self, "halved"):  # in each file once, with half of a tensor written
+            self.halved = True
+            self._file.write(bytes(data)[: len(data) // 2])
+            self._file.flush()
+            moment(f"inside {Path(self._file.name).stem}")
+            self._file.seek(-(len(data) // 2), os.SEEK_CUR)
+        return write(self, data)
+
+    def save_file_by_halves(tensors, path, metadata):
+        save_file(tensors, path, metadata=metadata)
+        os.truncate(path, path.stat().st_size // 2)
+        moment(f"inside {path.stem}")
+        save_file(tensors, path, metadata=metadata)
+
+    def write_bytes_by_halves(self, data):
+        write_bytes(self, data[: len(data) // 2])
+        moment(f"inside {self.stem}")
+        return write_bytes(self, data)
+
+    saving._HashingFile.write = write_by_halves
+    gsa.weights.save_file = save_file_by_halves
+    Path.write_bytes = write_bytes_by_halves
+    sys.addaudithook(audit)
+
+
+def forked(call: Callable[[], int]) -> int:
+    """Exit code of a child that ends with what `call` returns; negative for a signal."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os._exit(call())
+        except BaseException:
+            traceback.print_exc()
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def life(yaml: str, folder: Path, resume: str) -> int:
+    """One training process, from step 3 or what it finds to step 4."""
+    torch.set_num_threads(1)
+    return main(["--config", yaml, "--output_dir", str(folder), "--resume_from", resume, "training.max_steps=6",
+                 "training.stop_at_step=4", "training.eval_interval=0", "training.keep_last=null"])  # fmt: skip
+
+
+def save(canned: Canned, state: RunState, folder: Path) -> int:
+    world = Alone(0, 1, 0, 1, torch.device("cpu"))
+    saver = saving.Saver(canned, world, folder, background=True, retention=saving.Retention(None, None), bytes_needed=0,
+                         published=lambda report: None)  # fmt: skip
+    saver.start(state)
+    saver.finish()
+    return 0
+
+
+def kill_every_moment(source: Path, out: Path, canned: Canned, state: RunState) -> None:
+    for number in itertools.count():
+        folder = out / str(number)
+        shutil.copytree(source, folder)
+
+        def killed(folder=folder, number=number) -> int:
+            kill_at(number, out / f"{number}.txt")
+            return save(canned, state, folder)
+
+        ended = [forked(killed)]
+        if ended[0] != 0 and (folder / "step_4").exists() and not (folder / "step_4" / "manifest.json").exists():
+            moment = (out / f"{number}.txt").read_text()
+            ended.append(forked(killed))  # now it begins by clearing what the first left
+            (out / f"{number}.txt").write_text(moment)
+        found, passed_over = manifest.newest_good(folder)
+        facts = {
+            "ended": ended, "found": found and found.name, "passed_over": passed_over,
+            "latest": manifest.latest_tag(folder), "moment": ended[0] and (out / f"{number}.txt").read_text(),
+            "torn": (folder / "step_4").exists() and not (folder / "step_4" / "manifest.json").exists(),
+        }  # fmt: skip
+        (out / f"{number}.json").write_text(json.dumps(facts))
+        if ended[0] == 0:
+            return
+
+
+def run(yaml: str, source: Path, out: Path) -> None:
+    def kills_instead_of_saving() -> int:
+        real_start = saving.Saver.start
+
+        def start(self: saving.Saver, state: RunState) -> None:
+            saving.Saver.start = real_start
+            taken = self._engine.snapshot(self._dir, f"step_{state.step}", state.to_dict(), buffers=self._buffers)
+            kill_every_moment(source, out, Canned(taken), state)
+            os._exit(0)
+
+        saving.Saver.start = start
+        return life(yaml, out / "maker", "step_3")
+
+    shutil.copytree(source, out / "maker")
+    shutil.copytree(source, out / "calm")
+    if forked(kills_instead_of_saving):
+        sys.exit("the life that was to kill its saves failed")
+
+    def resumed(path: Path) -> None:
+        facts, number = json.loads(path.read_text()), int(path.stem)
+        chosen = number % 8 == 0 or (number % 3 == 1 and not facts["torn"])  # they are alike to a resume
+        facts["resumed"] = forked(lambda: life(yaml, out / path.stem, "auto")) if chosen else None
+        path.write_text(json.dumps(facts))
+
+    with ThreadPoolExecutor(2) as pool:  # this machine has two cores
+        calm = pool.submit(lambda: forked(lambda: life(yaml, out / "calm", "step_3")))
+        list(pool.map(resumed, sorted(out.glob("*.json"))))
+        if calm.result():
+            sys.exit("the undisturbed life failed")
+
+
+if __name__ == "__main__":
+    run(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))

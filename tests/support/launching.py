@@ -1,0 +1,105 @@
+"""Starts ranks for tests. The first engine of a process costs seconds, so one launch runs many cases."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One life of a training run: the arguments of training/train.py, and the exit code it must end with."""
+
+    name: str
+    argv: tuple[str, ...]
+    code: int = 0
+
+
+_PORTS_EACH = 2000
+_ports = itertools.count(os.getpid())
+
+
+def free_port() -> int:
+    """A port for a launch, which binds it seconds after this has looked.
+
+    Of this pytest worker's own range, below the ports that the system hands out: those go to whoever listens meanwhile.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    while True:
+        port = 12_000 + worker % 8 * _PORTS_EACH + next(_ports) % _PORTS_EACH
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
+
+
+def rank_environment() -> dict[str, str]:
+    return {
+        **os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled",
+    }  # fmt: skip
+
+
+def run_cases(ranks: int, cases: Sequence[Case], folder: Path, *, timeout_s: float = 900) -> str:
+    """Runs the cases one after another on one set of `ranks` processes; returns what they printed.
+
+    Fails, with the whole output, unless each case ended with its code.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    script = folder / f"cases_{ranks}.json"
+    script.write_text(json.dumps([asdict(case) for case in cases]))
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port",
+        str(free_port()), str(ROOT / "tests" / "support" / "run_cases_on_rank.py"), str(script),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=rank_environment(), capture_output=True, text=True, timeout=timeout_s)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, f"{ranks} ranks:\n{output[-12000:]}"
+    return output
+
+
+def start_training(
+    ranks: int, argv: Sequence[str], *, launcher: str = "deepspeed", env: dict[str, str] | None = None
+) -> subprocess.Popen:
+    """training/train.py under a real launcher, in a process group of its own; stdout and stderr are one pipe."""
+    if launcher == "python":
+        head = [sys.executable]
+    elif launcher == "deepspeed":
+        head = [
+            str(Path(sys.executable).with_name("deepspeed")),
+            "--num_gpus",
+            str(ranks),
+            "--master_port",
+            str(free_port()),
+        ]
+    else:
+        head = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            str(ranks),
+            "--master_port",
+            str(free_port()),
+        ]
+    return subprocess.Popen(
+        [*head, "training/train.py", *argv], cwd=ROOT, env={**rank_environment(), **(env or {})}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def train_alone(argv: Sequence[str], *, timeout_s: float = 400) -> subprocess.CompletedProcess:
+    """training/train.py under plain python: one rank."""
+    return subprocess.run(
+        [sys.executable, "training/train.py", *argv], cwd=ROOT, env=rank_environment(), capture_output=True,
+        text=True, timeout=timeout_s,
+    )  # fmt: skip

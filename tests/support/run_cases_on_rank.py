@@ -1,0 +1,37 @@
+"""Runs the cases of a launching.run_cases script on this rank: real engines, one process group."""
+
+import gc
+import json
+import sys
+import traceback
+from pathlib import Path
+
+from training.engine.engine import start
+from training.engine.world import exit_process
+from training.train import parse, prepare, run
+
+
+def main() -> int:
+    cases = json.loads(Path(sys.argv[1]).read_text())
+    world = start(timeout_s=120)
+    freeze, gc.freeze, gc.unfreeze = gc.freeze, lambda: None, lambda: None  # no run freezes its engine, or thaws
+    for case in cases:
+        # Every start of an engine and every run collect garbage: all that is imported need not be walked, and the
+        # first case has imported much of it. What else is left of the last case is little.
+        gc.collect()
+        freeze()
+        try:
+            prepared = prepare(parse(case["argv"]))
+        except Exception:
+            print(f"case {case['name']}:\n{traceback.format_exc()}", flush=True)
+            return 1
+        code = run(prepared, world)
+        if code != case["code"]:
+            print(f"case {case['name']}: rank {world.rank} ended with {code}, wanted {case['code']}", flush=True)
+            return 1
+    world.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    exit_process(main())

@@ -1,0 +1,299 @@
+"""What a configuration may say, who owns what, and what the refusals tell."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.launching import ROOT
+
+from gsa.model import count_params
+from training.config import (
+    RESUME_EFFECT,
+    ConfigError,
+    TrainingConfig,
+    all_keys,
+    config_changes,
+    format_help,
+    global_batch_size,
+    load_config,
+    plan_batch,
+    to_plain,
+    to_yaml,
+)
+from training.config.deepspeed import resolve_ds_config
+
+QUICKSTART = ROOT / "training" / "configs" / "quickstart.yaml"
+YAMLS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
+JSONS = sorted((ROOT / "ds_configs").glob("*.json"))
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, overrides)
+    return str(caught.value)
+
+
+# -- reading ----------------------------------------------------------------------------------------------
+
+
+def test_overrides_stand_over_yaml_over_defaults(tmp_path):
+    path = written(tmp_path, "training:\n  max_steps: 70\n  learning_rate: 3e-4\nmodel: {d_model: 192, n_heads: 6}\n")
+    cfg = load_config(
+        path, ["training.max_steps=80", "training.stop_at_step=${training.max_steps}", "logging.wandb=true"]
+    )
+    assert (cfg.training.max_steps, cfg.training.stop_at_step, cfg.training.learning_rate) == (80, 80, 3e-4)
+    assert cfg.training.beta2 == 0.95 and cfg.logging.wandb is True
+    assert cfg.model.d_head == 32  # this model's, not the default model's
+
+
+def test_the_mixture_is_read_and_checked(tmp_path):
+    path = written(tmp_path, "data:\n  mixture: {a: 1, b/c: 0.5}\n")
+    assert load_config(path, []).data.mixture == {"a": 1.0, "b/c": 0.5}
+    assert "weight -1.0 of a must be above 0" in refusal(path, "data.mixture={a: -1}")
+    assert "data.mixture is empty" in refusal(path, "data.mixture={}")
+
+
+@pytest.mark.parametrize(
+    "text, override, words",
+    [
+        ("training:\n  micro_batch_sise: 3\n", None, ["run.yaml, line 2", "unknown key", "did you mean training.micro_batch_size"]),
+        ("training:\n  n_layers: 3\n", None, ["run.yaml, line 2", "did you mean model.n_layers?"]),
+        ("trainning:\n  seed: 3\n", None, ["run.yaml, line 1", "unknown section 'trainning'; did you mean training"]),
+        ("training:\n  seed: 3\n  seed: 4\n", None, ["line 3", "'seed' is set already in line 2"]),
+        ("training: {}\ntraining: {}\n", None, ["line 2", "set already in line 1"]),
+        ("data:\n  mixture: {a: 1, a: 2}\n", None, ["'a' is set already"]),
+        ("training:\n  max_steps: many\n", None, ["run.yaml, line 2", "training.max_steps", "could not be converted to Integer"]),
+        ("training:\n  max_steps: 2.5\n", None, ["could not be converted to Integer"]),
+        ("training:\n  seed: null\n", None, ["training.seed", "not Optional"]),
+        ("training: 5\n", None, ["section 'training' must be a mapping"]),
+        ("", None, ["a configuration is a mapping"]),
+        ("- a\n", None, ["a configuration is a mapping"]),
+        ("training: [\n", None, ["run.yaml, line 2", "not yaml"]),
+        ("training:\n  max_steps: 5\n", "training.stop_at_step=6", ["override 'training.stop_at_step=6'", "line 2", "lies beyond training.max_steps=5"]),
+        ("model:\n  n_heads: 8\n", "model.n_kv_heads=3", ["override 'model.n_kv_heads=3'", "choose one of [1, 2, 4, 8]"]),
+        ("{}", "training.max_steps", ["not key=value"]),
+        ("{}", "training.max_stepz=1", ["override 'training.max_stepz=1'", "did you mean training.max_steps"]),
+        ("{}", "training.precision=fp16", ["'fp16' is not one of bf16, fp32"]),
+        ("{}", "training.lr_scheduler=constant", ["not one of cosine, linear, wsd"]),
+        ("{}", "training.wsd_decay_steps=5", ["means nothing with training.lr_scheduler=cosine"]),
+        ("{}", "training.min_learning_rate=1", ["above training.learning_rate"]),
+        ("{}", "training.indexer_loss_rows=1.5", ["at most 1"]),
+        ("{}", "training.micro_batch_size=0", ["must be at least 1"]),
+        ("{}", "training.beta1=1.0", ["below 1"]),
+        ("{}", "training.max_seq_len=4096", ["above model.max_position_embeddings=2048"]),
+        ("{}", "training.hang_timeout_s=0", ["must be above 0"]),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_with_its_place(tmp_path, text, override, words):
+    message = refusal(written(tmp_path, text), *([override] if override else []))
+    for word in words:
+        assert word in message, message
+
+
+def test_a_missing_or_binary_file_is_named(tmp_path):
+    assert "nowhere.yaml: No such file" in refusal(tmp_path / "nowhere.yaml")
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "b.yaml: not UTF-8" in refusal(tmp_path / "b.yaml")
+
+
+def test_warmup_and_intervals_longer_than_the_run_are_allowed(tmp_path):
+    path = written(
+        tmp_path,
+        "training: {max_steps: 5, warmup_steps: 50, indexer_warmup_steps: 50, eval_interval: 99, save_interval: 99}\n",
+    )
+    assert load_config(path, []).training.warmup_steps == 50
+
+
+def test_help_lists_every_key_with_default_and_meaning():
+    text = format_help()
+    for key, field in all_keys().items():
+        assert f"  {key.split('.')[1]} (" in text and field.metadata["help"] in text, key
+    assert "max_steps (int, default 1000)" in text and "global_batch_size (int, default none)" in text
+
+
+def test_the_resolved_yaml_reads_back_the_same(tmp_path):
+    cfg = load_config(QUICKSTART, ["training.seed=9"])
+    assert load_config(written(tmp_path, to_yaml(cfg)), []) == cfg
+    assert json.loads(json.dumps(to_plain(cfg))) == to_plain(cfg)
+
+
+# -- batch arithmetic -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "micro, accumulation, total, ranks, expected",
+    [
+        (4, None, None, 2, (1, 8)),
+        (4, 3, None, 2, (3, 24)),
+        (4, None, 16, 1, (4, 16)),
+        (4, None, 16, 4, (1, 16)),
+        (8, 8, 256, 4, (8, 256)),
+        (8, 8, 256, 2, (16, 256)),
+    ],
+)
+def test_accumulation_follows_from_the_global_batch(micro, accumulation, total, ranks, expected):
+    cfg = TrainingConfig(micro_batch_size=micro, gradient_accumulation_steps=accumulation, global_batch_size=total)
+    plan = plan_batch(cfg, ranks)
+    assert (plan.accumulation_steps, plan.global_batch_size) == expected
+    assert plan.micro_batch_size * plan.accumulation_steps * ranks == plan.global_batch_size
+    changed = accumulation is not None and accumulation != expected[0]
+    assert (plan.note is not None) is changed
+    if changed:
+        assert plan.note == (
+            "training.gradient_accumulation_steps: 8 -> 16, so that 2 rank(s) x 8 windows make up training.global_batch_size=256"
+        )
+
+
+def test_the_quickstart_runs_on_any_number_of_ranks():
+    cfg = load_config(QUICKSTART, [])
+    assert [plan_batch(cfg.training, ranks).global_batch_size for ranks in range(1, 10)] == [
+        8 * r for r in range(1, 10)
+    ]
+
+
+def test_an_indivisible_batch_lists_what_fits():
+    with pytest.raises(ConfigError) as caught:
+        plan_batch(TrainingConfig(micro_batch_size=4, global_batch_size=24), 4)
+    assert "choose a micro_batch_size of 1, 2, 3, 6, or 1, 2, 3, 6 ranks, or a global_batch_size of 16 or 32" in str(
+        caught.value
+    )
+    for micro in (1, 2, 3, 6):
+        plan_batch(TrainingConfig(micro_batch_size=micro, global_batch_size=24), 4)
+    for ranks in (1, 2, 3, 6):
+        plan_batch(TrainingConfig(micro_batch_size=4, global_batch_size=24), ranks)
+
+
+# -- DeepSpeed's dict -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("yaml_path", YAMLS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("json_path", JSONS, ids=lambda p: p.stem)
+def test_every_shipped_pair_resolves_or_is_refused_with_its_reason(yaml_path, json_path):
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    cfg = load_config(yaml_path, [])
+    plan = plan_batch(cfg.training, 4)
+    if json_path.stem == "zero0" and cfg.training.precision == "bf16":
+        with pytest.raises(ConfigError, match="stray first step"):
+            resolve_ds_config(json_path, cfg, plan, yaml_path)
+        return
+    resolved = resolve_ds_config(json_path, cfg, plan, yaml_path)
+    assert '"auto"' not in json.dumps(resolved)
+    assert resolved["train_batch_size"] == plan.global_batch_size == 4 * plan.micro_batch_size * plan.accumulation_steps
+    assert resolved["gradient_clipping"] == cfg.training.grad_clip  # DeepSpeed's own default would be 1.0
+    DeepSpeedZeroConfig(**resolved["zero_optimization"])  # refuses unknown keys
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (
+            '{"gradient_clipping": 0.5}',
+            ["zero.json says gradient_clipping=0.5", "training.grad_clip of", "quickstart.yaml", "1.0"],
+        ),
+        ('{"train_batch_size": 99}', ["train_batch_size=99", "training.global_batch_size"]),
+        ('{"bf16": {"enabled": true}}', ["training.precision", "false"]),
+        ('{"optimizer": {"type": "Adam"}}', ["section 'optimizer' does not belong here"]),
+        ('{"fp16": {"enabled": true}}', ["use training.precision=bf16"]),
+        ('{"elasticity": {}}', ["removed from DeepSpeed 0.19.8"]),
+        (
+            '{"zero_optimisation": {"stage": 2}}',
+            ["unknown key 'zero_optimisation'", "did you mean zero_optimization"],
+        ),
+        (
+            '{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}',
+            ['zero_optimization.reduce_bucket_size is "auto"'],
+        ),
+        ('{"zero_optimization": {"stage": 4}}', ["stage must be 0, 1, 2 or 3, not 4"]),
+        (
+            '{"zero_optimization": {"stage": 1}, "zero_optimization": {}}',
+            ["'zero_optimization' is set twice"],
+        ),
+        ('{"a": 1,}', ["zero.json, line 1", "not JSON"]),
+        ("[]", ["is a JSON object"]),
+    ],
+)
+def test_a_json_that_oversteps_is_refused(tmp_path, content, words):
+    path = tmp_path / "zero.json"
+    path.write_text(content)
+    cfg = load_config(QUICKSTART, [])
+    with pytest.raises(ConfigError) as caught:
+        resolve_ds_config(path, cfg, plan_batch(cfg.training, 2), QUICKSTART)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_owned_keys_may_be_auto_or_agree(tmp_path):
+    path = tmp_path / "zero.json"
+    path.write_text(
+        '{"train_batch_size": "auto", "gradient_clipping": 1.0, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 1}}'
+    )
+    cfg = load_config(QUICKSTART, [])
+    resolved = resolve_ds_config(path, cfg, plan_batch(cfg.training, 2), QUICKSTART)
+    assert resolved["train_batch_size"] == 16 and resolved["bf16"] == {"enabled": False}
+    default = resolve_ds_config(None, cfg, plan_batch(cfg.training, 2), QUICKSTART)
+    assert default["zero_optimization"]["stage"] == 2
+
+
+# -- shipped runs, and what a change does -----------------------------------------------------------------
+
+
+def test_the_pretraining_run_is_what_its_name_says():
+    cfg = load_config(ROOT / "training" / "configs" / "pretrain_512m_low_memory.yaml", [])
+    m, t = cfg.model, cfg.training
+    assert (m.d_model, m.n_layers, m.n_heads, m.n_kv_heads, m.d_ffn, m.vocab_size, m.tie_embeddings) == (
+        1024,
+        26,
+        16,
+        4,
+        3072,
+        151936,
+        True,
+    )
+    assert count_params(m)["total"] == pytest.approx(511.9e6, rel=0.01)
+    plan = plan_batch(t, 4)
+    assert (plan.micro_batch_size, plan.accumulation_steps, plan.global_batch_size, t.max_seq_len) == (
+        8,
+        8,
+        256,
+        2048,
+    )
+    assert plan.note is None
+
+
+def test_every_key_has_one_effect_on_resume():
+    assert set(RESUME_EFFECT) == set(all_keys())
+
+
+def test_changes_are_sorted_into_their_effects():
+    old = to_plain(load_config(QUICKSTART, ["training.global_batch_size=16"]))
+    new = to_plain(load_config(QUICKSTART, [
+        "training.global_batch_size=16", "training.max_steps=999", "training.learning_rate=1e-3", "model.d_model=96", "training.micro_batch_size=2",
+    ]))  # fmt: skip
+    effects = {change.key: change.effect for change in config_changes(old, new)}
+    assert effects == {
+        "training.max_steps": "harmless", "training.learning_rate": "curve", "model.d_model": "impossible",
+        "model.d_head": "impossible", "training.micro_batch_size": "harmless",
+    }  # fmt: skip
+    assert config_changes(old, old) == []
+    shorter = to_plain(load_config(QUICKSTART, ["training.max_steps=2", "training.stop_at_step=null"]))
+    assert {c.key: c.effect for c in config_changes(new, shorter)}["training.max_steps"] == "curve"
+    del old["training"]["seed"]  # a key that an older version did not know
+    assert "training.seed" not in {c.key for c in config_changes(old, new)}
+
+
+def test_the_global_batch_is_told_from_its_parts_when_it_is_not_set():
+    plain = to_plain(load_config(QUICKSTART, ["training.global_batch_size=16"]))
+    assert global_batch_size(plain, 4) == 16
+    plain["training"].update(global_batch_size=None, micro_batch_size=3, gradient_accumulation_steps=None)
+    assert global_batch_size(plain, 4) == 12
+    plain["training"]["gradient_accumulation_steps"] = 2
+    assert global_batch_size(plain, 4) == 24

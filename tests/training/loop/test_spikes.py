@@ -1,0 +1,203 @@
+"""Loss spikes, dropped and rolled-back steps, health of training, and receipts of replays: real engines on two ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from pathlib import Path
+
+import pytest
+from support.launching import ROOT, Case, run_cases
+
+from gsa.checkpoint.full_state import read_run_state
+from training.data import past
+from training.record.metrics_log import HEALTH_METRICS, is_timing, read_rows
+from training.record.reader import read
+from training.record.replay_receipt import Receipt
+from training.record.spike_score import KNOWN, WINDOW, SpikeDetector
+from training.replay import trainings_of
+from training.reporting.analysis import tell
+
+STAGES = ("zero0", "zero1", "zero2", "zero3")
+SIGMA = 1.0
+STEPS = 64
+"""With losses that hardly fall, so that some of the last ones lie SIGMA above the rest."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, tiny_yaml) -> Path:
+    base = tmp_path_factory.mktemp("spikes")
+
+    def case(name, *extra, stage="zero2", into=None):
+        return Case(name, (
+            "--config", str(tiny_yaml), "--output_dir", str(base / (into or name)), "training.eval_interval=0",
+            "--deepspeed_config", str(ROOT / "ds_configs" / f"{stage}.json"), *extra,
+        ))  # fmt: skip
+
+    health = [case(f"health_{stage}", "training.health_interval=1", "training.max_steps=3", stage=stage) for stage in STAGES]
+    long = (
+        f"training.max_steps={STEPS}", "training.save_interval=10", "training.learning_rate=1e-5",
+        "training.min_learning_rate=1e-6", "training.keep_last=null", f"training.spike_sigmas={SIGMA}",
+        "training.global_batch_size=4",
+    )  # fmt: skip
+    skips = [case(f"skip_{stage}", *long, "training.on_spike=skip", "training.health_interval=1", stage=stage)
+             for stage in ("zero0", "zero2", "zero3")]  # fmt: skip
+    back = (*long, "training.on_spike=rollback")
+    run_cases(2, [
+        *health, *skips, case("log", *long), case("rollback", *back),
+        case("stopped", *back, "training.stop_at_step=60"), case("resumed", *back, "--resume_from", "latest", into="stopped"),
+        case("unevaluated", "training.save_interval=2", "training.max_steps=4"),
+        case("evaluated", "--resume_from", "step_2", "training.eval_interval=2", "training.max_steps=4", into="unevaluated"),
+        case("no_checkpoint", *back, "training.save_interval=0"),
+        case("sampled", "training.indexer_warmup_steps=5", "training.sample_interval=1", "training.save_interval=1",
+             "training.max_steps=2", "training.sample_prompts=[w3]", "training.sample_tokens=2"),
+        case("replayed", "training.save_interval=3"), case("replay", "--resume_from", "step_3", into="replayed"),
+        case("bent", "--resume_from", "step_3", "--allow_config_change", "training.learning_rate=1e-3", into="replayed"),
+    ], base, timeout_s=900)  # fmt: skip
+    return base
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+
+
+def events_of(folder: Path, kind: str) -> list[dict]:
+    return [row for row in read_rows(folder / "metrics.jsonl") if row.get("event") == kind]
+
+
+def timeless(row: dict) -> dict:
+    return {key: value for key, value in row.items() if not is_timing(key)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradient_norms_by_part_make_up_the_whole_and_updates_are_those_of_any_stage(runs, stage):
+    reference = rows_of(runs / "health_zero0")
+    for row, plain in zip(rows_of(runs / f"health_{stage}"), reference, strict=True):
+        parts = [row[f"grad_norm/{part}"] for part in ("indexer", "gates", "rest")]
+        assert math.hypot(*parts) == pytest.approx(row["grad_norm"], rel=1e-5) and min(parts) > 0
+        for name in HEALTH_METRICS:
+            assert row[name] == pytest.approx(plain[name], rel=1e-4), name
+        assert 1e-4 < row["update_ratio/main"] < 0.1
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
+def test_a_skipped_step_updates_nothing_and_the_run_goes_on(runs, stage):
+    folder = runs / f"skip_{stage}"
+    spikes, rows = events_of(folder, "spike"), rows_of(folder)
+    assert spikes and {event["action"] for event in spikes} == {"skip"} and len(rows) == STEPS
+    dropped = {event["step"] for event in spikes}
+    for row in rows:
+        assert (row["update_ratio/main"] == 0) == (row["step"] in dropped)
+        assert (row["spike_score"] > SIGMA) == (row["step"] in dropped)
+    for event in spikes:
+        assert event["samples"] == [4 * (event["step"] - 1), 4 * event["step"] - 1]
+    # the schedule counts a dropped step
+    assert [row["lr"] for row in rows] == [row["lr"] for row in rows_of(runs / "log")]
+
+
+def test_logging_changes_nothing_but_says_so(runs):
+    spikes = events_of(runs / "log", "spike")
+    assert spikes and {event["action"] for event in spikes} == {"log"}
+    scores = {row["step"]: row["spike_score"] for row in rows_of(runs / "log")}
+    assert {event["step"] for event in spikes} == {step for step, score in scores.items() if score > SIGMA}
+    assert all(scores[step] == 0 for step in range(1, KNOWN + 1))
+
+
+def test_a_rollback_goes_back_and_past_the_samples(runs):
+    folder = runs / "rollback"
+    first = events_of(folder, "spike")[0]
+    assert first["action"] == "rollback"
+    back_to = int(first["checkpoint"].removeprefix("step_"))
+    assert back_to == (first["step"] - 1) // 10 * 10
+    rows = rows_of(folder)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    skipped = read_run_state(folder / f"step_{STEPS}").skipped
+    assert [first["samples"][0], 4] in skipped
+    trained = [range(row["samples"] - 4, row["samples"]) for row in rows]
+    for start, count in skipped:
+        assert not any(set(samples) & set(range(start, start + count)) for samples in trained)
+    assert rows[-1]["samples"] == 4 * STEPS + 4 * len(skipped)
+    # up to the checkpoint nothing is different from a run that only looks
+    logged = rows_of(runs / "log")
+    assert [timeless(row) for row in rows[:back_to]] == [timeless(row) for row in logged[:back_to]]
+    # each step that was taken back has its row, samples and all, beside the curve
+    spikes = events_of(folder, "spike")
+    for event in spikes:
+        back = [t for t in trainings_of(folder, event["step"]) if t.segment is not None]
+        spans = [[t.row["samples"] - 4, t.row["samples"] - 1] for t in back if t.row["loss"] == event["spike_loss"]]
+        assert spans == [event["samples"]]
+    story = tell(read(folder, "rollback"), verify=False)
+    assert story.spikes.undone == len(spikes) > 0
+
+
+def test_the_stage_a_checkpoint_names_is_the_run_s_after_samples_too(runs):
+    state = read_run_state(runs / "sampled" / "step_2")
+    assert state.stage == rows_of(runs / "sampled")[1]["stage"] == "dense"
+    assert len(events_of(runs / "sampled", "sample")) == 2  # of the first and the second step
+
+
+def test_a_run_with_rollbacks_resumes_exactly(runs):
+    straight, resumed = (read_rows(runs / name / "metrics.jsonl") for name in ("rollback", "stopped"))
+    straight, resumed = ([timeless(row) for row in rows if "loss" in row] for rows in (straight, resumed))
+    assert straight == resumed
+    assert read_run_state(runs / "stopped" / f"step_{STEPS}").skipped == read_run_state(runs / "rollback" / f"step_{STEPS}").skipped
+
+
+def test_without_a_checkpoint_a_spike_is_logged(runs):
+    assert {event["action"] for event in events_of(runs / "no_checkpoint", "spike")} == {"log"}
+    assert len(rows_of(runs / "no_checkpoint")) == STEPS
+
+
+def test_the_receipt_of_an_identical_replay_and_of_another(runs):
+    bent, identical = events_of(runs / "replayed", "receipt"), []
+    for segment in (runs / "replayed" / "segments").glob("metrics_*.jsonl"):
+        identical += [row for row in read_rows(segment) if row.get("event") == "receipt"]
+    assert [(r["compared"], r["identical"], r["first_difference"]) for r in identical] == [(3, True, None)]
+    (receipt,) = bent
+    assert receipt["compared"] == 3 and not receipt["identical"] and receipt["step"] == 6
+    assert receipt["first_difference"]["field"] == "lr" and receipt["first_difference"]["step"] == 4
+    resume = events_of(runs / "replayed", "resume")[-1]
+    assert resume["config_diff"]["training.learning_rate"] == [0.003, 0.001] and resume["segment"] == 2
+
+
+def test_a_resume_evaluates_where_a_kill_came_before_the_evaluation(runs):
+    """As when a signal's checkpoint was there and the evaluation of its step was not."""
+    assert [row["step"] for row in events_of(runs / "unevaluated", "eval")] == [2, 4]
+
+
+def test_a_replayed_step_without_a_number_is_as_before():
+    receipt = Receipt([{"step": 2, "loss": "nan", "layers": {"coverage": [0.5, "inf"]}}])
+    told = receipt.compare({"step": 2, "loss": math.nan, "layers": {"coverage": (0.5, math.inf)}})
+    assert told["identical"] and told["compared"] == 1
+
+
+def test_lost_steps_count_as_spikes_in_the_report(runs, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    rows = [{"step": n, "loss": 1.0, "spike_score": 0.0} for n in range(1, 81)]
+    rows[60] |= {"loss": "nan", "spike_score": "nan"}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spikes = tell(read(folder, "lost"), verify=False).spikes
+    assert spikes.at.tolist() == [60] and spikes.share == pytest.approx(1 / 80)
+
+
+def test_a_score_is_the_distance_in_deviations_of_the_window():
+    losses = [math.sin(i) for i in range(WINDOW + 200)]
+    detector = SpikeDetector(losses)
+    window = losses[-WINDOW:]
+    expected = (3.0 - statistics.fmean(window)) / statistics.pstdev(window)
+    assert detector.score(3.0) == pytest.approx(expected)
+    one_by_one = SpikeDetector()
+    for loss in losses:
+        one_by_one.add(loss)
+    assert one_by_one.score(3.0) == detector.score(3.0)
+    assert SpikeDetector(losses[: KNOWN - 1]).score(99.0) == 0 < SpikeDetector(losses[:KNOWN]).score(99.0)
+
+
+@pytest.mark.parametrize(
+    "skipped, first, expected",
+    [([], 16, 16), ([(16, 8)], 16, 24), ([(16, 8)], 8, 8), ([(24, 8), (16, 8)], 16, 32), ([(20, 8)], 16, 28)],
+)
+def test_no_step_touches_a_skipped_range(skipped, first, expected):
+    assert past(skipped, first, 8) == expected

@@ -1,0 +1,100 @@
+"""What the terminal shows: start banner, progress, levels, closing summary, from a real run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+
+import pytest
+from support.launching import start_training, train_alone
+
+from training import train
+from training.observe.console import Console
+from training.record.metrics_log import read_rows
+
+
+@pytest.mark.parametrize("launcher", ["python", "deepspeed"])
+def test_ctrl_c_saves_and_ends_in_order(launcher, tmp_path, tiny_yaml):
+    """A terminal signals every process of its foreground group, and DeepSpeed's launcher signals the ranks twice more."""
+    run = tmp_path / "run"
+    argv = ["--config", str(tiny_yaml), "--output_dir", str(run), "training.max_steps=100000", "training.eval_interval=1"]
+    process = start_training(1, argv, launcher=launcher)
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    while len(read_rows(run / "metrics.jsonl")) < 8:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=180)[0]
+    rows = read_rows(run / "metrics.jsonl")
+    assert rows[-1]["event"] == "stop" and rows[-1]["reason"] in ("SIGINT", "SIGTERM"), output
+    assert (run / "latest").read_text().strip() == f"step_{rows[-1]['step']}" and "error:" not in output, output
+    told = [row["event"] for row in rows if row["step"] == rows[-1]["step"] and row.get("event") in ("save", "eval")]
+    assert told == ["save", "eval"]  # nobody waits for an evaluation to have a checkpoint
+    if launcher == "python":  # DeepSpeed's launcher ends with a traceback of its own, and 1
+        assert process.returncode == 0 and "Traceback" not in output
+
+
+def test_a_damaged_line_of_metrics_is_refused_before_anything_starts(a_run, tmp_path, tiny_yaml, capsys):
+    shutil.copytree(a_run, tmp_path / "run")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join([*lines[:4], "nonsense\n", *lines[4:]]))
+    code = train.main(["--config", str(tiny_yaml), "--output_dir", str(tmp_path / "run"), "--resume_from", "auto"])
+    assert code == 3 and "metrics.jsonl, line 5: not JSON" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["status"] == "finished"  # untouched
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory, tiny_yaml) -> dict[str, str]:
+    """What each level prints for two steps of one rank."""
+    folder = tmp_path_factory.mktemp("console")
+    found = {}
+    for level in ("info", "warning"):
+        done = train_alone([
+            "--config", str(tiny_yaml), "--output_dir", str(folder / level), "--log_level", level, "training.max_steps=2",
+            "training.log_interval=1",
+        ])  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        found[level] = done.stdout + done.stderr
+    return found
+
+
+def test_the_banner_fits_one_screen_and_says_what_runs(said):
+    lines = said["info"].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("GSA trainer"))
+    names = [re.match(r"  (\w+) +\S", line)[1] for line in lines[start + 1 : start + 8]]
+    assert names == ["model", "data", "batch", "zero", "device", "predicted", "folder"]
+    assert all(len(line) <= 200 for line in lines[start : start + 8])
+    assert "8 windows = 1 ranks x 2 x 4 accumulation; 256 tokens per step, 2 steps" in said["info"]
+    assert re.search(r"device +1 x CPU, \d+ GiB, [\d.]+ TFLOP/s \(measured\); kernels: chunked", said["info"])
+
+
+def test_steps_evaluations_saves_and_the_end_have_a_line_each(said):
+    for pattern in (r"^step 1/2  loss", r"^step 2/2  loss", r"^step 2: held-out [\d.]+ bits per byte", r"^saved step_2:",
+                    r"^done$", r"^  ended +finished at step 2, 2 steps", r"^  checkpoint +step_2$"):  # fmt: skip
+        assert len(re.findall(pattern, said["info"], re.M)) == 1, pattern
+
+
+def test_nothing_but_warnings_at_that_level(said):
+    assert said["warning"].strip() == ""
+
+
+def test_warnings_pass_every_level_on_rank_0_alone(capsys):
+    Console(True, 10, level="warning").warn("beware")
+    Console(False, 10).warn("not here")
+    Console(True, 10, level="warning").line("not this")
+    assert capsys.readouterr().out == "warning: beware\n"
+
+
+def test_no_bar_under_ci(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("CI", "true")
+    row = {"step": 10, "loss": 1.0, "indexer_loss": 0.1, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_s": 5.0, "epoch": 0.1}
+    Console(True, 20).step(row, eta_s=1)
+    out = capsys.readouterr()
+    assert out.out.startswith("step 10/20") and not out.err

@@ -1,0 +1,1 @@
+"""Saving in the background, choosing what to resume, proving a checkpoint."""

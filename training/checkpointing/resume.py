@@ -1,0 +1,235 @@
+"""Which checkpoint a run continues, what has changed since, and where in the data it goes on.
+
+All on rank 0, before any process group exists.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from gsa.checkpoint import legacy, manifest
+from gsa.checkpoint.full_state import read_ds_config, read_layout, read_run_state, require_own_name
+from gsa.checkpoint.state import RunState
+from training import config as run_config
+from training.config import BatchPlan, Change, ConfigError, RunConfig, config_changes
+from training.data import DataError, PackedTokens
+from training.engine.optimizer import schedule_factor
+from training.record.run_folder import FolderError, RunFolder
+
+
+@dataclass(frozen=True)
+class Start:
+    """A verified checkpoint, and the state of the run that goes on from it, in this run's units.
+
+    legacy: it is one of the predecessor's.
+    """
+
+    checkpoint: Path
+    state: RunState
+    legacy: bool
+
+
+def find_checkpoint(resume_from: str, folder: RunFolder) -> Path | None:
+    """The checkpoint a person means, every byte verified; None when "auto" finds none and the run starts afresh.
+
+    Prints what it passes over. Raises CheckpointError or FolderError.
+    """
+    if resume_from == "auto":
+        found, passed_over = manifest.newest_good(folder.path)
+        for line in passed_over:
+            print(f"passed over: {line}", flush=True)
+        if found is None and (old := legacy.newest_legacy(folder.path)) is not None:
+            print(f"no checkpoint of this project under {folder.path}, but one of its predecessor's", flush=True)
+            return old
+        if found is None:
+            print(f"no good checkpoint under {folder.path}: starting afresh", flush=True)
+        return found
+    meant = manifest.named(resume_from, folder.path)
+    if not legacy.is_legacy(meant):
+        meant = manifest.resolve(resume_from, folder.path)
+        manifest.verify(meant)
+    if meant.parent.resolve() != folder.path.resolve() and folder.holds_a_run():
+        raise FolderError(
+            f"--output_dir {folder.path} already holds a run, and {meant} belongs to another; "
+            f"give a new --output_dir for its continuation"
+        )
+    return meant
+
+
+def decided_by(checkpoint: Path, cfg: RunConfig) -> RunConfig:
+    """`cfg` with the keys set that the checkpoint decides over the yaml: those of an imported architecture."""
+    decided = legacy.DECIDED if legacy.is_legacy(checkpoint) else read_run_state(checkpoint).decided
+    plain = run_config.to_plain(cfg)
+    for key, value in decided.items():
+        section, name = key.split(".")
+        if plain[section][name] != value:
+            print(f"{checkpoint.name} decides {key}: {value!r}, not {plain[section][name]!r}", flush=True)
+            cfg = replace(cfg, **{section: replace(getattr(cfg, section), **{name: value})})
+    return cfg
+
+
+def start_from(
+    checkpoint: Path,
+    cfg: RunConfig,
+    plan: BatchPlan,
+    ds_config: dict[str, Any],
+    data: PackedTokens,
+    allow_change: bool,
+    *,
+    quiet: bool = False,
+) -> Start:
+    """Compares the checkpoint's configuration, text and layout with this run's, and prints every difference.
+
+    quiet: not those that change no number.
+
+    Raises ConfigError for a change that is impossible, or bends the curve and is not allowed; CheckpointError
+    for a file that is refused.
+    """
+    if legacy.is_legacy(checkpoint):
+        return _start_from_legacy(checkpoint, cfg, plan, data, allow_change, quiet)
+    state = read_run_state(checkpoint)
+    require_own_name(checkpoint, state)
+    changes = config_changes(state.config, run_config.to_plain(cfg))
+    before = run_config.global_batch_size(state.config, state.world_size)
+    changes = _batch_judged(changes, before, plan.global_batch_size)
+    same_text = state.data_fingerprint == data.fingerprint
+    if same_text:  # wherever it lies
+        changes = [replace(c, effect="harmless") if c.key in _WHERE_TEXT_LIES else c for c in changes]
+    changes += _ds_changes(read_ds_config(checkpoint), ds_config)
+    _refuse_or_print(checkpoint, changes, allow_change, quiet)
+    if not same_text:
+        said = (
+            f"{checkpoint.name} was trained on other text: the data's fingerprint is {data.fingerprint[:16]}, "
+            f"the checkpoint's {state.data_fingerprint[:16]}"
+        )
+        if not allow_change:
+            raise DataError(f"{said}; restore the dataset, or accept with --allow_config_change")
+        print(said, flush=True)
+    layout, zero_stage = read_layout(checkpoint), ds_config["zero_optimization"]["stage"]
+    if (state.world_size, state.zero_stage) != (plan.world_size, zero_stage):
+        print(
+            f"{checkpoint.name} was saved by {state.world_size} rank(s) at ZeRO {state.zero_stage} ({layout}); "
+            f"taking it up on {plan.world_size} at ZeRO {zero_stage}",
+            flush=True,
+        )
+    length = state.config["training"]["max_seq_len"]
+    return Start(checkpoint, replace(state, samples_consumed=_carried(state.samples_consumed, length, cfg)), False)
+
+
+def _start_from_legacy(
+    checkpoint: Path, cfg: RunConfig, plan: BatchPlan, data: PackedTokens, allow_change: bool, quiet: bool
+) -> Start:
+    legacy.require_whole(checkpoint)
+    old = legacy.read_legacy_run(checkpoint)
+    said = run_config.to_plain(cfg)
+    theirs = {**said, "training": {**said["training"], **old.training}, "model": {**said["model"], **(old.model or {})}}
+    total = run_config.global_batch_size({"training": old.training}, plan.world_size)
+    changes = _batch_judged(config_changes(theirs, said), total, plan.global_batch_size)
+    changes = [replace(c, effect="harmless") if c.key in legacy.ANNOUNCED else c for c in changes]
+    print(f"{checkpoint} is a checkpoint of the predecessor's: step {old.step}, epoch {old.epoch}", flush=True)
+    _refuse_or_print(checkpoint, changes, allow_change, quiet)
+    if cfg.model.adaptive_k != "off":
+        print(f"warning: {legacy.ADAPTIVE_WARNING}", flush=True)
+    if old.next_learning_rate is not None:
+        ours = cfg.training.learning_rate * schedule_factor(cfg.training)(old.step)
+        print(
+            f"the learning rate of step {old.step + 1} is {ours:.6e} here, {old.next_learning_rate:.6e} there: the "
+            f"schedule stands at the same step, and rounds its ends otherwise (docs/checkpoints.md)",
+            flush=True,
+        )
+    length = old.training.get("max_seq_len") or cfg.training.max_seq_len
+    samples = _carried(old.step * total, length, cfg)
+    state = RunState(
+        step=old.step, epoch=float(old.epoch), samples_consumed=samples, tokens_seen=old.step * total * length,
+        config=said, data_fingerprint=data.fingerprint, tracking_id=None, stage="sparse", versions={},
+        world_size=plan.world_size, zero_stage=0, created=datetime.now(UTC).isoformat(timespec="seconds"),
+        epoch_offset=old.epoch - data.epoch(samples), indexer_start=old.step, decided=dict(legacy.DECIDED),
+    )  # fmt: skip
+    legacy.read_legacy(checkpoint, cfg.model, state)  # refuses now what does not fit
+    return Start(checkpoint, state, True)
+
+
+# -- what has changed --------------------------------------------------------------------------------------
+
+_WHERE_TEXT_LIES = ("data.data_dir", "data.mixture")
+"""Keys that the data's fingerprint judges."""
+
+_DS_CURVE = (
+    "communication_data_type", "seq_parallel_communication_data_type", "data_types", "prescale_gradients",
+    "gradient_predivide_factor", "sparse_gradients", "zero_optimization.zero_quantized_weights",
+    "zero_optimization.zero_quantized_nontrainable_weights", "zero_optimization.zero_quantized_gradients",
+)  # fmt: skip
+"""What in a ds_configs/*.json changes the numbers: how gradients are kept, scaled and sent. The rest is layout."""
+
+_DS_OWNED = (
+    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
+    "zero_optimization.stage",
+)  # fmt: skip
+"""What follows from the run's yaml, or is announced with the layout."""
+
+
+def _batch_judged(changes: list[Change], before: int, now: int) -> list[Change]:
+    """`changes` with global_batch_size judged by the windows per step, which other keys may make up alike."""
+    key = "training.global_batch_size"
+    said = [replace(c, effect="harmless") for c in changes if c.key == key]
+    others = [c for c in changes if c.key != key]
+    return others + (said if before == now else [Change(key, before, now, "curve")])
+
+
+def _ds_changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
+    """Differences between two resolved DeepSpeed configurations; none where the checkpoint does not tell its own."""
+    before, after = _leaves(old), _leaves(new)
+    keys = sorted(before.keys() | after.keys()) if old else []
+    changed = [key for key in keys if before.get(key) != after.get(key) and not _under(key, _DS_OWNED)]
+    return [
+        Change(f"deepspeed_config.{k}", before.get(k), after.get(k), "curve" if _under(k, _DS_CURVE) else "harmless")
+        for k in changed
+    ]
+
+
+def _leaves(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in section.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves
+
+
+def _under(key: str, names: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)
+
+
+def _refuse_or_print(checkpoint: Path, changes: list[Change], allow_change: bool, quiet: bool) -> None:
+    for change in changes:
+        if quiet and change.effect == "harmless":
+            continue
+        effect = run_config.EFFECT_WORDS[change.effect]
+        print(f"changed since {checkpoint.name}: {change.key}: {change.old!r} -> {change.new!r} ({effect})", flush=True)
+    impossible = [c.key for c in changes if c.effect == "impossible"]
+    if impossible:
+        raise ConfigError(
+            f"{checkpoint} was made with another {', '.join(impossible)}: its tensors do not fit; "
+            f"restore the value(s), or start a new run"
+        )
+    curve = [f"{c.key} ({c.old!r} there, {c.new!r} here)" for c in changes if c.effect == "curve"]
+    if curve and not allow_change:
+        raise ConfigError(
+            f"{', '.join(curve)} differ from those of {checkpoint} and would bend the curve; "
+            f"restore the value(s), or accept with --allow_config_change"
+        )
+
+
+def _carried(samples: int, length: int, cfg: RunConfig) -> int:
+    """The position in the data as a number of windows of this run's length: the same number of tokens, rounded up."""
+    now = cfg.training.max_seq_len
+    if now == length:
+        return samples
+    carried = -(-samples * length // now)
+    print(
+        f"the data goes on after the same {samples * length:,} tokens: {samples:,} windows of {length} are "
+        f"{carried:,} of {now}",
+        flush=True,
+    )
+    return carried

@@ -1,0 +1,140 @@
+"""The one DeepSpeed dict of a run: ds_configs/*.json for ZeRO, the run's yaml for everything else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from training.config.schema import BatchPlan, ConfigError, RunConfig, did_you_mean
+
+DEFAULT = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
+
+_OURS = "it belongs to the run's yaml"
+REFUSED = {
+    "optimizer": f"{_OURS}: training.learning_rate and its kin",
+    "scheduler": f"{_OURS}: training.lr_scheduler and its kin",
+    "fp16": "float16 is not supported; use training.precision=bf16",
+    "amp": "apex amp is not supported; use training.precision=bf16",
+    "torch_autocast": "use training.precision=bf16",
+    "checkpoint": "checkpoints are written by this project, which verifies them",
+    "wandb": "tracking belongs to logging.wandb",
+    "tensorboard": "metrics.jsonl has every number",
+    "csv_monitor": "metrics.jsonl has every number",
+    "gradient_accumulation_dtype": "set it as data_types.grad_accum_dtype",
+    "zero_allow_untested_optimizer": "set by this project",
+    "zero_force_ds_cpu_optimizer": "set by this project: torch's AdamW serves offload too, and needs no compiler",
+    "timers": "metrics.jsonl has the seconds of every phase; DeepSpeed's timers wait for the device all the time",
+    "elasticity": "removed from DeepSpeed 0.19.8; this project resizes by itself",
+    "curriculum_learning": "removed from DeepSpeed 0.19.8",
+    "compression_training": "removed from DeepSpeed 0.19.8",
+    "sparse_attention": "removed from DeepSpeed 0.19.8; the layer is model.sparse",
+    "progressive_layer_drop": "removed from DeepSpeed 0.19.8",
+    "nebula": "removed from DeepSpeed 0.19.8",
+    "datastates_ckpt": "checkpoints are written by this project, which verifies them",
+    "managed_gradient_accumulation": "the engine counts accumulation in this project",
+}
+ALLOWED = (
+    "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "data_types", "seq_parallel_communication_data_type", "comms_logger", "flops_profiler", "memory_breakdown",
+    "dump_state", "disable_allgather", "disable_python_gc", "aio", "compile", "sparse_gradients",
+)  # fmt: skip
+"""Top-level sections that a json may set. DeepSpeed itself ignores an unknown one in silence."""
+
+
+def resolve_ds_config(path: Path | None, cfg: RunConfig, plan: BatchPlan, config_path: Path) -> dict[str, Any]:
+    """A complete DeepSpeed configuration, nothing "auto".
+
+    path: a ds_configs/*.json, or None for ZeRO 2. A key that the run's yaml owns may be left out there, be
+    "auto", or say the same; another value is a ConfigError that names both files.
+    """
+    path = path or DEFAULT
+    given = _read(path)
+    owned: dict[str, Any] = {
+        "train_batch_size": plan.global_batch_size,
+        "train_micro_batch_size_per_gpu": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.accumulation_steps,
+        "gradient_clipping": cfg.training.grad_clip,
+        "bf16": {"enabled": cfg.training.precision == "bf16"},
+    }
+    sources = {
+        "train_batch_size": "training.global_batch_size",
+        "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+        "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+        "gradient_clipping": "training.grad_clip",
+        "bf16": "training.precision",
+    }
+    result: dict[str, Any] = {}
+    for key, value in given.items():
+        if key in REFUSED:
+            raise ConfigError(f"{path}: section {key!r} does not belong here: {REFUSED[key]}")
+        if key in owned:
+            if _differs(value, owned[key]):
+                raise ConfigError(
+                    f"{path} says {key}={json.dumps(value)}, but {sources[key]} of {config_path} makes it "
+                    f'{json.dumps(owned[key])}; leave {key!r} out of the json, or say "auto"'
+                )
+        elif key in ALLOWED or key in ("steps_per_print", "wall_clock_breakdown"):
+            result[key] = value
+        else:
+            raise ConfigError(f"{path}: unknown key {key!r}{_close(key, [*ALLOWED, *owned])}")
+    _refuse_auto(result, path)
+    zero = result.setdefault("zero_optimization", {"stage": 0})
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else None
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage!r}")
+    if stage == 0 and cfg.training.precision == "bf16":
+        raise ConfigError(
+            f"{path} has ZeRO stage 0 and {config_path} training.precision=bf16: DeepSpeed 0.19.8 takes a stray first "
+            f"step in this pair; use stage 1, or training.precision=fp32"
+        )
+    if stage == 3 and cfg.training.compile:
+        raise ConfigError(
+            f"{path} has ZeRO stage 3 and {config_path} training.compile=true: compiled parts cannot hold weights that "
+            f"are gathered around them; use stage 1 or 2, or training.compile=false"
+        )
+    return {
+        "steps_per_print": 2**31 - 1, "wall_clock_breakdown": False, **result, **owned,
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "timers": {"throughput": {"enabled": False}},
+    }  # fmt: skip
+
+
+def _read(path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for i, (key, _) in enumerate(pairs):
+            if key in (k for k, _ in pairs[:i]):
+                raise ConfigError(f"{path}: {key!r} is set twice; keep one")
+        return dict(pairs)
+
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except OSError as err:
+        raise ConfigError(f"--deepspeed_config {path}: {err.strerror}") from err
+    except json.JSONDecodeError as err:
+        raise ConfigError(f"{path}, line {err.lineno}: not JSON: {err.msg}") from err
+    if not isinstance(given, dict):
+        raise ConfigError(f"{path}: a DeepSpeed configuration is a JSON object")
+    return given
+
+
+def _differs(said: Any, owned: Any) -> bool:
+    if said == "auto":
+        return False
+    if isinstance(owned, dict):
+        return not isinstance(said, dict) or any(_differs(value, owned.get(key)) for key, value in said.items())
+    return said != owned
+
+
+def _refuse_auto(section: dict[str, Any], path: Path, prefix: str = "") -> None:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            _refuse_auto(value, path, f"{prefix}{key}.")
+        elif value == "auto":
+            # DeepSpeed would put its default there, and say nothing
+            raise ConfigError(f'{path}: {prefix}{key} is "auto", which nobody resolves; give a value or leave it out')
+
+
+def _close(key: str, known: list[str]) -> str:
+    hint = did_you_mean(key, known)
+    return hint if "did you mean" in hint else f"; a json may set {', '.join(ALLOWED)}"

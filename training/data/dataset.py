@@ -1,0 +1,308 @@
+"""Prepared text as training batches: a batch is a pure function of (seed, samples consumed, rank, ranks).
+
+Source: docs/data.md for the files, docs/gsa.md 2 and 7 for doc_start and targets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from training.config import BatchPlan
+from training.data import packing
+from training.data.order import BLOCK, Order, permute
+
+__all__ = ["Batch", "DataError", "Loader", "PackedTokens", "permute", "step_samples"]
+
+IGNORE = -100
+FORMAT = 1
+MANIFEST_KEYS = ("dtype", "vocab_size", "eod_id", "tokenizer_sha256", "fingerprint", "splits")
+
+
+class DataError(ValueError):
+    """A dataset that is missing, damaged or does not fit; the message names the file and what to do."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """tokens, targets, doc_start: (B, T) int64. Targets are the next token of the same document, or -100."""
+
+    tokens: torch.Tensor
+    targets: torch.Tensor
+    doc_start: torch.Tensor
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        return Batch(*(x.to(device, non_blocking=non_blocking) for x in (self.tokens, self.targets, self.doc_start)))
+
+    def pin_memory(self) -> Batch:
+        return Batch(self.tokens.pin_memory(), self.targets.pin_memory(), self.doc_start.pin_memory())
+
+
+@dataclass(frozen=True)
+class _Shard:
+    tokens: np.ndarray
+    windows: packing.Windows
+
+
+class _Source:
+    """One split of one prepared dataset."""
+
+    def __init__(self, folder: Path, split: str, window_tokens: int) -> None:
+        self.folder, self.split = folder, split
+        self.manifest = read_manifest(folder)
+        dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
+        self.shards = []
+        for entry in self.manifest["splits"][split]["shards"]:
+            path = folder / entry["file"]
+            ends_path = path.with_name(path.stem + ".ends.npy")
+            _require_size(path, entry["tokens"] * dtype.itemsize)
+            _require_sha256(ends_path, entry["ends_sha256"], folder)
+            try:
+                ends = np.load(ends_path)
+            except (OSError, ValueError) as err:
+                raise DataError(f"{ends_path}: {err}; {_mend(folder)}") from err
+            if len(ends) != entry["documents"] or (len(ends) and ends[-1] != entry["tokens"]):
+                raise DataError(f"{ends_path} does not describe {path.name}; {_mend(folder)}")
+            if entry["tokens"]:
+                windows = packing.cached_windows(path, ends, entry["ends_sha256"], window_tokens)
+                self.shards.append(_Shard(_map(path, dtype, entry["tokens"]), windows))
+        self.first_window = np.cumsum([0, *(len(shard.windows) for shard in self.shards)])
+        self.n_windows = int(self.first_window[-1])
+        if not self.n_windows:
+            raise DataError(f"{folder}: its {split} split holds no text; prepare it again with more documents")
+        self.targets = np.concatenate([shard.windows.targets for shard in self.shards])
+
+    def fill(self, window: int, tokens: np.ndarray, targets: np.ndarray, doc_start: np.ndarray) -> None:
+        """Writes one window into rows of T that are padding already."""
+        at = int(np.searchsorted(self.first_window, window, side="right")) - 1
+        shard = self.shards[at]
+        w = shard.windows
+        local = window - int(self.first_window[at])
+        position = 0
+        for piece in range(w.first[local], w.first[local + 1]):
+            start, length, whole = int(w.start[piece]), int(w.length[piece]), bool(w.whole[piece])
+            here = slice(position, position + length)
+            tokens[here] = shard.tokens[start : start + length]
+            predicted = length - whole
+            targets[position : position + predicted] = shard.tokens[start + 1 : start + 1 + predicted]
+            doc_start[here] = position
+            position += length
+
+
+class PackedTokens:
+    """One split of one or several prepared datasets, as packed windows in a seeded order.
+
+    sources: folder -> weight. Opens memory maps; holds the window tables and no text. `fingerprint` names the
+    text and its mixture; with seed and max_seq_len it decides every batch. DataError when a
+    dataset is missing, incomplete, of another format or size, or made with another tokenizer than the first.
+    """
+
+    def __init__(self, sources: Mapping[str, float], *, split: str, max_seq_len: int, seed: int) -> None:
+        self.sources, self.split, self.max_seq_len = dict(sources), split, max_seq_len
+        for folder, weight in self.sources.items():
+            if not 0 < weight < math.inf:
+                raise DataError(f"data.mixture: weight {weight} of {folder} must be above 0 and finite")
+        for folder, weight in self.sources.items():
+            if weight < sum(self.sources.values()) / BLOCK:
+                raise DataError(
+                    f"data.mixture: weight {weight} of {folder} is below 1/{BLOCK} of the sum, and shares are exact in "
+                    f"every {BLOCK} samples; raise it or leave it out"
+                )
+        self._sources = [_Source(Path(folder), split, max_seq_len) for folder in self.sources]
+        manifests = [source.manifest for source in self._sources]
+        for folder, manifest in zip(self.sources, manifests, strict=True):
+            if manifest["tokenizer_sha256"] != manifests[0]["tokenizer_sha256"]:
+                raise DataError(
+                    f"{folder} and {next(iter(self.sources))} were made with different tokenizers; prepare one "
+                    f"again with --tokenizer of the other"
+                )
+        self.vocab_size: int = manifests[0]["vocab_size"]
+        self.eod_id: int = manifests[0]["eod_id"]
+        self.n_windows = sum(source.n_windows for source in self._sources)
+        self.token_bytes: np.ndarray = np.load(Path(next(iter(self.sources))) / "token_bytes.npy")
+        self._order = Order([source.n_windows for source in self._sources], list(self.sources.values()), seed)
+        described = [
+            [[m["fingerprint"], part] for m, part in zip(manifests, self._order.parts, strict=True)], split,
+            packing.VERSION,
+        ]  # fmt: skip
+        self.fingerprint: str = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+    def batch(self, samples: np.ndarray) -> Batch:
+        """The windows of the given sample numbers, in training order over all epochs. samples: (B,) int64."""
+        place = self._order(samples)
+        B, T = len(place.window), self.max_seq_len
+        tokens = np.full((B, T), self.eod_id, dtype=np.int64)
+        targets = np.full((B, T), IGNORE, dtype=np.int64)
+        # a padding position is a document of its own: nothing sees it, and it sees nothing else
+        doc_start = np.tile(np.arange(T), (B, 1))
+        for row in range(B):
+            self._sources[place.source[row]].fill(int(place.window[row]), tokens[row], targets[row], doc_start[row])
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(doc_start))
+
+    def n_targets(self, first: int, count: int) -> int:
+        """Valid targets of `count` samples from `first` on, from the window tables, without reading text."""
+        place = self._order(np.arange(first, first + count))
+        return int(sum(
+            source.targets[place.window[place.source == number]].sum() for number, source in enumerate(self._sources)
+        ))  # fmt: skip
+
+    def describe(self, samples: np.ndarray) -> list[str]:
+        """Where each sample comes from, for messages: folder, pass, window."""
+        place = self._order(samples)
+        return [
+            f"{self._sources[s].folder}/{self.split}, pass {e + 1}, window {w}"
+            for s, e, w in zip(place.source, place.epoch, place.window, strict=True)
+        ]
+
+    @property
+    def tokenizer_file(self) -> Path:
+        """Where prepare_data leaves the tokenizer. Only what shows text needs it: it may be missing."""
+        return Path(next(iter(self.sources))) / "tokenizer.json"
+
+    def epoch(self, samples: int) -> float:
+        """Passes over the text after `samples` samples; over the most repeated source of a mixture."""
+        return max(self._order.epochs(samples))
+
+    def epochs_by_source(self, samples: int) -> dict[str, float]:
+        return dict(zip(self.sources, self._order.epochs(samples), strict=True))
+
+    def verify(self) -> None:
+        """Reads every shard and compares its sha256 with the manifest. DataError naming the file."""
+        for source in self._sources:
+            for entry in source.manifest["splits"][self.split]["shards"]:
+                path = source.folder / entry["file"]
+                with open(path, "rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                        raise DataError(f"{path}: its sha256 is not that of the manifest; {_mend(source.folder)}")
+
+
+def read_manifest(folder: Path) -> dict:
+    """The manifest of a prepared dataset. DataError when there is none or it cannot be used."""
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as err:
+        raise DataError(f"{folder} is not a prepared dataset (no manifest.json); {_mend(folder)}") from err
+    except json.JSONDecodeError as err:
+        raise DataError(f"{path} is not JSON ({err}); {_mend(folder)}") from err
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        manifest = manifest if isinstance(manifest, dict) else {}
+        raise DataError(f"{path} has format {manifest.get('format')!r}, this project reads {FORMAT}; {_mend(folder)}")
+    missing = [key for key in MANIFEST_KEYS if key not in manifest]
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(missing)}; {_mend(folder)}")
+    return manifest
+
+
+def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    """The tokens of a shard, read from disk when touched. Holds no descriptor: a process has about 1000."""
+    assert sys.byteorder == "little"
+    return torch.from_file(str(path), shared=False, size=count, dtype=getattr(torch, dtype.name)).numpy()
+
+
+def _require_size(path: Path, expected: int) -> None:
+    try:
+        found = path.stat().st_size
+    except OSError as err:
+        raise DataError(f"{path}: {err.strerror}; {_mend(path.parent.parent)}") from err
+    if found != expected:
+        raise DataError(f"{path} has {found} bytes, its manifest says {expected}; {_mend(path.parent.parent)}")
+
+
+def _require_sha256(path: Path, expected: str, folder: Path) -> None:
+    """A moved document end would give wrong targets, and a wrong window table under a good name."""
+    try:
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as err:
+        raise DataError(f"{path}: {err.strerror}; {_mend(folder)}") from err
+    if found != expected:
+        raise DataError(f"{path}: its sha256 is not that of the manifest; {_mend(folder)}")
+
+
+def _mend(folder: Path) -> str:
+    return f"make it with: python -m training.prepare_data --out {folder} ... (the quickstart's: make data)"
+
+
+def step_samples(samples_consumed: int, plan: BatchPlan, rank: int) -> list[np.ndarray]:
+    """Sample numbers of each micro-batch of one rank in the step that begins at samples_consumed.
+
+    Micro-batch m of all ranks together is a run of consecutive samples, so the samples of a step are the same
+    for any number of ranks.
+    """
+    width = plan.micro_batch_size
+    starts = [samples_consumed + (m * plan.world_size + rank) * width for m in range(plan.accumulation_steps)]
+    return [np.arange(start, start + width) for start in starts]
+
+
+def past(skipped: Iterable[tuple[int, int]], first: int, count: int) -> int:
+    """The first sample from `first` on from which `count` samples avoid every skipped (first, count) range."""
+    for start, length in sorted(skipped):
+        if first < start + length and start < first + count:
+            first = start + length
+    return first
+
+
+class Loader:
+    """Micro-batches of one rank, step after step, read ahead by threads.
+
+    The sequence is the same for any num_workers; 0 reads in line. skipped: (first, count) ranges of samples that no
+    step may touch. An error in a reader is raised by the
+    `next` that would have returned its batch, with its sample numbers.
+    """
+
+    def __init__(
+        self,
+        data: PackedTokens,
+        *,
+        samples_consumed: int,
+        plan: BatchPlan,
+        rank: int,
+        num_workers: int,
+        pin_memory: bool,
+        skipped: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self._data, self._pin = data, pin_memory
+        self._numbers = self._forever(samples_consumed, plan, rank, skipped)
+        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="loader") if num_workers else None
+        self._ahead: deque[Future[Batch]] = deque()
+        if self._pool is not None:
+            self._ahead.extend(self._pool.submit(self._read, next(self._numbers)) for _ in range(2 * num_workers))
+
+    @staticmethod
+    def _forever(
+        consumed: int, plan: BatchPlan, rank: int, skipped: Sequence[tuple[int, int]]
+    ) -> Iterator[np.ndarray]:
+        while True:
+            consumed = past(skipped, consumed, plan.global_batch_size)
+            yield from step_samples(consumed, plan, rank)
+            consumed += plan.global_batch_size
+
+    def _read(self, samples: np.ndarray) -> Batch:
+        try:
+            batch = self._data.batch(samples)
+        except Exception as err:
+            raise DataError(f"samples {samples[0]}..{samples[-1]} cannot be read: {type(err).__name__}: {err}") from err
+        return batch.pin_memory() if self._pin else batch
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._pool is None:
+            return self._read(next(self._numbers))
+        self._ahead.append(self._pool.submit(self._read, next(self._numbers)))
+        return self._ahead.popleft().result()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,142 @@
+"""Gradient norms by part, updates beside weights, and dropping a step's gradient, inside DeepSpeed's optimizers.
+
+It knows the insides of DeepSpeed 0.19.8's three optimizers, and is given one, as training/engine/reshape.py is. Nothing here
+is a collective: the trainer sums what each rank finds with the numbers it sums anyway, and the rows' measures of
+health are made of the sums here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from gsa.attention.probe import PROBES
+
+PARTS = ("indexer", "gates", "rest")
+"""Parts of a model by the name of a parameter, for norms of the gradient."""
+UPDATED = ("main", "indexer")
+"""Groups of matrices whose updates are measured."""
+_GROUPS = {"decay": "main", "indexer": "indexer"}
+SAMPLE = 1 << 18
+"""Numbers of a tensor of the optimizer that are watched at most, evenly spread."""
+
+
+def part_of(name: str) -> str:
+    """Which of PARTS a parameter belongs to."""
+    return "indexer" if ".indexer." in name else "gates" if "_gate." in name else "rest"
+
+
+def gradient_squares(model: nn.Module, optimizer: Any, zero_stage: int) -> torch.Tensor | None:
+    """(len(PARTS),) float64, this rank's share of the squared gradient by part; summed over ranks it is the whole.
+
+    Between the last backward pass of a step and the step. None where gradients are offloaded.
+    """
+    if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
+        return None
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = torch.zeros(len(PARTS), dtype=torch.float64, device=next(model.parameters()).device)
+    for parameter, gradient in _gradients(model, optimizer, zero_stage):
+        squares = torch.linalg.vector_norm(gradient, dtype=torch.float32).double() ** 2
+        found[PARTS.index(part_of(names[id(parameter)]))] += squares
+    if zero_stage == 0:  # every rank holds all of it
+        found /= torch.distributed.get_world_size()
+    return found
+
+
+def _gradients(model: nn.Module, optimizer: Any, zero_stage: int) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+    if zero_stage == 0:
+        yield from ((p, p.grad) for p in model.parameters() if p.grad is not None)
+        return
+    groups = optimizer.fp16_groups if zero_stage == 3 else optimizer.params_in_partition
+    for number, parameters in enumerate(groups):
+        # padding follows the last parameter
+        yield from zip(parameters, optimizer.averaged_gradients[number], strict=False)
+
+
+class UpdateSample:
+    """Remembers a sample of the masters before a step; `squares` compares it with what they are after it."""
+
+    def __init__(self, optimizer: Any, zero_stage: int) -> None:
+        self._whole = zero_stage == 0
+        self._masters = [(_GROUPS[name], flat) for name, flat in _masters(optimizer, zero_stage) if name in _GROUPS]
+        self._before = [_sampled(flat).clone() for _, flat in self._masters]
+
+    def squares(self) -> torch.Tensor:
+        """(len(UPDATED), 2) float64: squared change and squared weights of this rank's sample."""
+        device = self._before[0].device if self._before else "cpu"
+        found = torch.zeros(len(UPDATED), 2, dtype=torch.float64, device=device)
+        for (name, flat), before in zip(self._masters, self._before, strict=True):
+            now = _sampled(flat)
+            found[UPDATED.index(name), 0] += (now - before).double().square().sum()
+            found[UPDATED.index(name), 1] += now.double().square().sum()
+        return found / torch.distributed.get_world_size() if self._whole else found
+
+
+def _sampled(flat: torch.Tensor) -> torch.Tensor:
+    return flat.detach().flatten()[:: max(1, flat.numel() // SAMPLE)]
+
+
+def _masters(optimizer: Any, zero_stage: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name of the group and a tensor of masters."""
+    if zero_stage == 0:
+        yield from ((group["name"], p) for group in optimizer.param_groups for p in group["params"])
+    elif zero_stage == 3:
+        for number, flat in enumerate(optimizer.fp32_partitioned_groups_flat):
+            yield optimizer.param_groups[optimizer.sub_group_to_group_id[number]]["name"], flat
+    else:
+        for group, flat in zip(optimizer.param_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+            yield group["name"], flat
+
+
+def drop_gradients(optimizer: Any, zero_stage: int) -> None:
+    """Forgets the accumulated gradient, as the optimizers do where an fp16 gradient overflows."""
+    if zero_stage == 0:
+        optimizer.zero_grad(set_to_none=True)
+    elif zero_stage == 3:
+        optimizer._pre_step()
+        optimizer._partition_all_parameters()
+        optimizer._overflow_clean_up(optimizer.loss_scale)
+    else:
+        optimizer.zero_grad(set_to_none=True)
+        optimizer._release_preflattened_grad_buffers()
+        if optimizer.cpu_offload:
+            optimizer.reset_cpu_buffers()
+            return
+        for number in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[number] = None
+            optimizer.all_grad_tensors[number] = None
+
+
+def probe_metrics(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, object]:
+    """The row's PROBE_METRICS from sums over ranks, and how many ranks had each, (n_layers, len(PROBES)) twice.
+
+    A rank whose sequence has nothing to measure in a layer counts for nothing there; what no layer has is left out.
+    """
+    by_name = dict(zip(PROBES, (sums / counts).cpu().unbind(1), strict=True))
+    found = {
+        "indexer/coverage": by_name["coverage"].nanmean(),
+        "indexer/coverage_worst": by_name["coverage"].nan_to_num(torch.inf).min(),
+        "indexer/oracle": by_name["oracle"].nanmean(), "indexer/recall": by_name["recall"].nanmean(),
+        "gate/value_saturation": by_name["value_saturation"].nanmean(),
+        "gate/output_saturation": by_name["output_saturation"].nanmean(),
+        "attention/first_token": by_name["first_token"].nanmean(),
+    }  # fmt: skip
+    layers = {
+        name: [value if math.isfinite(value) else None for value in column.tolist()] for name, column in by_name.items()
+    }
+    return {name: value.item() for name, value in found.items() if value.isfinite()} | {"layers": layers}
+
+
+def health_metrics(squares: torch.Tensor | None, updates: torch.Tensor) -> dict[str, float]:
+    """HEALTH_METRICS from what training/engine/zero_internals.py found, summed over ranks. squares: by part; updates: by group."""
+    row = {}
+    if squares is not None:
+        row |= {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, squares.tolist(), strict=True)}
+    for name, (change, weight) in zip(UPDATED, updates.tolist(), strict=True):
+        if weight > 0:
+            row[f"update_ratio/{name}"] = math.sqrt(change / weight)
+    return row

@@ -1,0 +1,35 @@
+"""Fixed prompts continued by the model while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from tokenizers import Tokenizer
+
+from training.data import PackedTokens
+from training.engine.engine import Engine
+from training.generate import Sampling, generate
+
+
+@torch.no_grad()
+def continuations(
+    engine: Engine, data: PackedTokens, prompts: Sequence[str], max_new_tokens: int, beat: Callable[[], None]
+) -> list[tuple[str, str]]:
+    """Each prompt with the text the model adds, greedily. Every rank must call it; the stage is the caller's.
+
+    The model is left in training mode as it was found. beat: a sign of life, called before each prompt.
+    """
+    tokenizer = Tokenizer.from_file(str(data.tokenizer_file))
+    was_training = engine.module.training
+    engine.eval()
+    greedy, found = Sampling(temperature=0.0), []
+    for prompt in prompts:
+        beat()
+        tokens = tokenizer.encode(prompt, add_special_tokens=False).ids or [data.eod_id]
+        # the model's own vocabulary may be padded beyond the tokenizer's: such tokens have no text
+        new = list(generate(engine.module, tokens, max_new_tokens=max_new_tokens, eod_id=data.eod_id, sampling=greedy))
+        found.append((prompt, tokenizer.decode([token for token in new if token < data.vocab_size])))
+    if was_training:
+        engine.train()
+    return found

@@ -1,0 +1,1 @@
+"""What a live run shows and sends: terminal, trackers, GPU samples."""

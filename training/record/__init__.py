@@ -1,0 +1,1 @@
+"""What a run leaves on disk besides checkpoints, and how anyone reads it back."""

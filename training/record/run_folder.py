@@ -1,0 +1,121 @@
+"""The folder of a run: what lies where, who may write into it, and what it says of itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from gsa.checkpoint import manifest
+from gsa.checkpoint.manifest import CheckpointError
+from gsa.checkpoint.state import read_json_object
+from training.engine.world import environment_rank
+
+PROJECT = "gsa-trainer"
+
+
+class FolderError(ValueError):
+    """The output folder cannot take this run; the message says why and what to do."""
+
+
+class RunFolder:
+    """config.yaml ds_config.json env.json run.json metrics.jsonl step_N/ latest, all relative: it can be moved."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metrics = path / "metrics.jsonl"
+        self.run_json = path / "run.json"
+        self._told_damage = False
+
+    def holds_a_run(self) -> bool:
+        return self.run_json.exists() or any(self.path.glob("step_*"))
+
+    def claim(self, resume_from: str | None) -> None:
+        """Refuses a folder that already holds a run, unless one is to be resumed. Writes nothing."""
+        if self.path.exists() and not self.path.is_dir():
+            raise FolderError(f"--output_dir {self.path} is a file; give a folder")
+        if resume_from is None and self.holds_a_run():
+            raise FolderError(
+                f"--output_dir {self.path} already holds a run; continue it with --resume_from auto, "
+                f"or give another --output_dir"
+            )
+
+    def write_inputs(self, *, config_yaml: str, ds_config: dict) -> None:
+        """The resolved configuration and the environment, before step 0. CheckpointError when the disk refuses."""
+        with manifest.writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        _write(self.path / "config.yaml", config_yaml)
+        _write(self.path / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+        _write(self.path / "env.json", json.dumps(environment(), indent=2) + "\n")
+
+    def read_run(self) -> dict:
+        """run.json; an empty dict for a new folder, or when it is damaged, which rank 0 says once."""
+        if not self.run_json.exists():
+            return {}
+        try:
+            return read_json_object(self.run_json)
+        except CheckpointError as err:
+            if not self._told_damage and environment_rank() == 0:
+                print(f"warning: {err}; going on without what it said of the run", flush=True)
+            self._told_damage = True
+            return {}
+
+    def update_run(self, **fields: object) -> None:
+        """Sets fields of run.json: status ("running"|"finished"|"stopped"|"failed"), reason, step, tracking_id, ...
+
+        Raises CheckpointError when the disk refuses.
+        """
+        _write(self.run_json, json.dumps({**self.read_run(), **fields, "updated": time.time()}, indent=2) + "\n")
+
+    def set_aside(self, after_step: int) -> list[str]:
+        """Moves checkpoints of steps after `after_step` to segments/, so that nothing resumes a dead branch.
+
+        What an interrupted save left there is removed. Returns a line for each folder.
+        """
+        moved = []
+        for found in sorted(self.path.glob("step_*")):
+            number = found.name.removeprefix("step_")
+            if not number.isdigit() or int(number) <= after_step:
+                continue
+            if found.is_dir() and manifest.is_torn(found):
+                manifest.clear_torn(found)
+                moved.append(f"{found.name} lies after the step resumed from, and its save was interrupted: removed")
+                continue
+            segments = self.path / "segments"
+            segments.mkdir(exist_ok=True)
+            copy = next(p for i in range(10**6) if not (p := segments / f"{found.name}.{i}").exists())
+            os.replace(found, copy)
+            moved.append(f"{found.name} lies after the step resumed from: moved to {copy.relative_to(self.path)}")
+        return moved
+
+
+def environment() -> dict:
+    """What a result depends on: versions and the machine, without its names and paths."""
+    return {
+        "project": version(PROJECT),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "deepspeed": version("deepspeed"),
+        "cuda": torch.version.cuda,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [platform.machine()],
+        "cpus": os.cpu_count(),
+        "argv": sys.argv[1:],
+    }
+
+
+def version(package: str) -> str:
+    """The installed version of a package; "unknown" when it runs from a checkout without being installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _write(path: Path, text: str) -> None:
+    manifest.write_durably(path, text.encode())
