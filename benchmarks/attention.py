@@ -175,8 +175,9 @@ def measure_peak(name: str, T: int, args: argparse.Namespace) -> float:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.attention", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.attention", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--backend", default="chunked", choices=["chunked", "triton"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
@@ -205,19 +206,32 @@ def main(argv: list[str]) -> int:
         runs.clear()
         for n in names:
             ratios = [ours / dense for ours, dense in zip(seconds[n], seconds["dense"], strict=True)]
-            results.append({
-                "T": T, "way": n, "seconds": seconds[n], "median_s": statistics.median(seconds[n]),
-                "to_dense": statistics.median(ratios), "to_dense_range": [min(ratios), max(ratios)],
-                "peak_mib": peak_of(n, T, args),
-            })  # fmt: skip
+            results.append(
+                {
+                    "T": T,
+                    "way": n,
+                    "seconds": seconds[n],
+                    "median_s": statistics.median(seconds[n]),
+                    "to_dense": statistics.median(ratios),
+                    "to_dense_range": [min(ratios), max(ratios)],
+                    "peak_mib": peak_of(n, T, args),
+                }
+            )
             print(row_of(results[-1]), flush=True)
     env = environment()
     command = f"python -m benchmarks.attention {' '.join(argv)}".strip()
     birth = {
-        "command": command, "commit": commit(), "date": f"{datetime.now(UTC):%Y-%m-%d}", "devices": env["devices"],
-        "cpus": env["cpus"], "threads": args.threads, "torch": env["torch"], "dtype": args.dtype,
-        "backend": args.backend, "check_error": error,
-    }  # fmt: skip
+        "command": command,
+        "commit": commit(),
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        "devices": env["devices"],
+        "cpus": env["cpus"],
+        "threads": args.threads,
+        "torch": env["torch"],
+        "dtype": args.dtype,
+        "backend": args.backend,
+        "check_error": error,
+    }
     out = Path(__file__).parent / "results" / f"attention_{args.device}"
     out.with_suffix(".json").write_text(json.dumps({"birth": birth, "results": results}, indent=1) + "\n")
     out.with_suffix(".md").write_text(report(birth, results))

@@ -45,8 +45,9 @@ def model_of(gib: float) -> ModelConfig:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.checkpoint", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gib", type=float, default=1.0, help="size of a checkpoint (default: %(default)s)")
     parser.add_argument("--saves", type=int, default=5, help="counted saves of each kind (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="folder to write checkpoints into (default: a temporary one)")
@@ -74,10 +75,17 @@ def main(argv: list[str]) -> int:
     folder = Path(tempfile.mkdtemp(dir=args.out))
     reports: dict[bool, list[SaveReport]] = {False: [], True: []}
     savers = {
-        kind: Saver(engine, world, folder, background=kind, retention=Retention(None, None), bytes_needed=0,
-                    published=reports[kind].append)
+        kind: Saver(
+            engine,
+            world,
+            folder,
+            background=kind,
+            retention=Retention(None, None),
+            bytes_needed=0,
+            published=reports[kind].append,
+        )
         for kind in (False, True)
-    }  # fmt: skip
+    }
     step, slowed, calm = 0, [], []
     try:
         for turn in range(args.saves + 1):
@@ -111,9 +119,19 @@ def main(argv: list[str]) -> int:
 
 def state_of(cfg: RunConfig, step: int) -> RunState:
     return RunState(
-        step=step, epoch=0.0, samples_consumed=step, tokens_seen=step, config=to_plain(cfg), data_fingerprint="none",
-        tracking_id=None, stage="sparse", versions={}, world_size=1, zero_stage=2, created="now",
-    )  # fmt: skip
+        step=step,
+        epoch=0.0,
+        samples_consumed=step,
+        tokens_seen=step,
+        config=to_plain(cfg),
+        data_fingerprint="none",
+        tracking_id=None,
+        stage="sparse",
+        versions={},
+        world_size=1,
+        zero_stage=2,
+        created="now",
+    )
 
 
 def report(args, cfg: RunConfig, reports: dict, slowed: list[float], calm: list[float]) -> str:

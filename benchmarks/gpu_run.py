@@ -50,14 +50,24 @@ LIMIT_S = 300.0
 PER_GPU = {"training.global_batch_size": 64}
 """A quarter of the global batch of both configurations: the share of one of four GPUs."""
 QUIET = {
-    "logging.wandb": "false", "training.eval_interval": 0, "training.save_interval": 0,
+    "logging.wandb": "false",
+    "training.eval_interval": 0,
+    "training.save_interval": 0,
     "training.indexer_warmup_steps": 0,
-}  # fmt: skip
+}
 TINY = {
-    "model.d_model": 64, "model.n_layers": 2, "model.n_heads": 4, "model.n_kv_heads": 2, "model.d_ffn": 128,
-    "model.vocab_size": 512, "model.d_indexer": 16, "model.k_base": 16, "model.k_min": 4, "model.k_max": 32,
+    "model.d_model": 64,
+    "model.n_layers": 2,
+    "model.n_heads": 4,
+    "model.n_kv_heads": 2,
+    "model.d_ffn": 128,
+    "model.vocab_size": 512,
+    "model.d_indexer": 16,
+    "model.k_base": 16,
+    "model.k_min": 4,
+    "model.k_max": 32,
     "training.precision": "fp32",
-}  # fmt: skip
+}
 """Of --smoke. The lengths are a thirty-second of the real ones."""
 SMOKE_SHRINK = 32
 SMOKE_SECONDS = 1.0
@@ -135,9 +145,13 @@ def measure(run: Run, folder: Path, data_dir: Path, seconds: float, smoke: bool)
     log = folder.with_suffix(".log")
     with open(log, "w") as out:
         process = subprocess.Popen(
-            command_of(run, folder, given), cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT,
+            command_of(run, folder, given),
+            cwd=ROOT,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
             start_new_session=True,
-        )  # fmt: skip
+        )
     try:
         rows = steady_rows(process, folder / "metrics.jsonl", log, seconds)
     finally:
@@ -171,13 +185,20 @@ def summary(cfg: RunConfig, rows: Sequence[dict], everything: Sequence[dict]) ->
     predicted = next((row for row in everything if row.get("event") == "predicted"), {})
     plan = plan_batch(cfg.training, 1)
     return Measured(
-        shape=f"{plan.micro_batch_size} x {cfg.training.max_seq_len}, {plan.accumulation_steps}", steps=len(rows),
-        steady_s=sum(row["seconds"] for row in rows), tokens_per_s=middle("tokens_per_s"),
-        seconds=middle("seconds"), mfu=middle("mfu"), utilisation=middle("gpu/0/utilisation"),
-        power_w=middle("gpu/0/power_w"), memory_gib=max(row["memory_gib"] for row in rows),
-        predicted_gib=predicted.get("memory_gib"), predicted_s=predicted.get("seconds"),
-        seconds_data=sum(row["seconds_data"] for row in rows), throttled=middle("gpu/0/throttled"),
-    )  # fmt: skip
+        shape=f"{plan.micro_batch_size} x {cfg.training.max_seq_len}, {plan.accumulation_steps}",
+        steps=len(rows),
+        steady_s=sum(row["seconds"] for row in rows),
+        tokens_per_s=middle("tokens_per_s"),
+        seconds=middle("seconds"),
+        mfu=middle("mfu"),
+        utilisation=middle("gpu/0/utilisation"),
+        power_w=middle("gpu/0/power_w"),
+        memory_gib=max(row["memory_gib"] for row in rows),
+        predicted_gib=predicted.get("memory_gib"),
+        predicted_s=predicted.get("seconds"),
+        seconds_data=sum(row["seconds_data"] for row in rows),
+        throttled=middle("gpu/0/throttled"),
+    )
 
 
 # -- telling ---------------------------------------------------------------------------------------------
@@ -222,10 +243,20 @@ def row_of(name: str, m: Measured) -> str:
         return "" if value is None else f"{value:{form}}"
 
     cells = [
-        name, m.shape, f"{m.tokens_per_s:,.0f}", f"{m.seconds:.3f}", number(m.predicted_s, ".2f"), f"{m.mfu:.1%}",
-        number(m.utilisation, ".1%"), number(m.power_w, ".0f"), number(m.throttled, ".0%"), f"{m.memory_gib:.2f}",
-        number(m.predicted_gib, ".2f"), f"{m.seconds_data / m.steady_s:.2%}", f"{m.steps} in {m.steady_s:.0f} s",
-    ]  # fmt: skip
+        name,
+        m.shape,
+        f"{m.tokens_per_s:,.0f}",
+        f"{m.seconds:.3f}",
+        number(m.predicted_s, ".2f"),
+        f"{m.mfu:.1%}",
+        number(m.utilisation, ".1%"),
+        number(m.power_w, ".0f"),
+        number(m.throttled, ".0%"),
+        f"{m.memory_gib:.2f}",
+        number(m.predicted_gib, ".2f"),
+        f"{m.seconds_data / m.steady_s:.2%}",
+        f"{m.steps} in {m.steady_s:.0f} s",
+    ]
     return f"| {' | '.join(cells)} |"
 
 
@@ -251,7 +282,9 @@ def what_is_planned(runs: dict[str, Measured], device_name: str) -> str:
         )
     tuned, here = runs.get("tuned"), find(device_name)
     if tuned is None or here is None:
-        lines.append(f"{device_name} has no figures in training/planning/devices.py to plan from, or the tuned run is missing.")
+        lines.append(
+            f"{device_name} has no figures in training/planning/devices.py to plan from, or the tuned run is missing."
+        )
         return "\n".join(lines)
     one = planned(load_config(CONFIGS / TUNED, [f"{k}={v}" for k, v in PER_GPU.items()]), here, 1, ZERO2)
     off = tuned.seconds / one.time.seconds
@@ -308,8 +341,9 @@ def earlier(path: Path) -> dict[str, dict]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu_run", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.gpu_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--seconds", type=float, default=60.0, help="of steady steps, each run (default: %(default)s)")
     parser.add_argument("--smoke", action="store_true", help="a tiny model, on any device: does the benchmark run?")

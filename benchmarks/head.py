@@ -104,8 +104,9 @@ def beyond_gradients_mib(way: str, args: argparse.Namespace) -> float:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.head", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.head", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=2048, help="micro-batch x length (default: %(default)s)")
     parser.add_argument("--vocab_size", type=int, default=151936)
     parser.add_argument("--d_model", type=int, default=1024)

@@ -37,18 +37,32 @@ RUN = Path("outputs/indexer")
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.indexer", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.indexer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--windows", type=int, default=32, help="held-out windows (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2)
     args = parser.parse_args(argv)
     began = time.perf_counter()
     subprocess.run(
-        [sys.executable, "-m", "training.launch", "--num_gpus", str(args.ranks), "training/train.py", "--config",
-         str(CONFIG), "--output_dir", str(RUN), "--resume_from", "auto", f"training.max_steps={args.steps}"],
+        [
+            sys.executable,
+            "-m",
+            "training.launch",
+            "--num_gpus",
+            str(args.ranks),
+            "training/train.py",
+            "--config",
+            str(CONFIG),
+            "--output_dir",
+            str(RUN),
+            "--resume_from",
+            "auto",
+            f"training.max_steps={args.steps}",
+        ],
         check=True,
-    )  # fmt: skip
+    )
     seconds = time.perf_counter() - began
     step_dir = RUN / f"step_{args.steps}"
     model = load_model(step_dir)

@@ -60,8 +60,9 @@ def operations(T: int, device: str, dtype: torch.dtype, backend: str) -> dict[st
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.kernels", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--backend", default="chunked", choices=["chunked", "triton"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])

@@ -192,9 +192,16 @@ def trainer_of(case: Case, stage: int, folder: Path) -> Iterator[Trainer]:
     case.world.barrier()
     with Watchdog(folder, rank=case.world.rank, size=case.world.size, timeout_s=600, launch="one") as watchdog:
         trainer = Trainer(
-            case.cfg, ds_config=ds_config, plan=case.plan, world=case.world, folder=run, data=case.data,
-            held_out=case.data, start=None, watchdog=watchdog,
-        )  # fmt: skip
+            case.cfg,
+            ds_config=ds_config,
+            plan=case.plan,
+            world=case.world,
+            folder=run,
+            data=case.data,
+            held_out=case.data,
+            start=None,
+            watchdog=watchdog,
+        )
         try:
             yield trainer
         finally:

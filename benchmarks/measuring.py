@@ -22,8 +22,9 @@ def commit() -> str:
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=no", "--", "gsa", "training", "benchmarks/*.py"],
-        capture_output=True, text=True,
-    ).stdout.strip()  # fmt: skip
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
     return head + ("+" if changed else "")
 
 

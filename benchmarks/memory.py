@@ -30,9 +30,19 @@ from gsa.model import Recomputed
 from training.planning.cost_model import saved_bytes
 
 BASE = ModelConfig(
-    d_model=256, n_layers=4, n_heads=8, n_kv_heads=2, d_ffn=768, vocab_size=4096, max_position_embeddings=1024,
-    d_indexer=32, n_indexer_heads=4, k_base=128, k_min=32, k_max=256,
-)  # fmt: skip
+    d_model=256,
+    n_layers=4,
+    n_heads=8,
+    n_kv_heads=2,
+    d_ffn=768,
+    vocab_size=4096,
+    max_position_embeddings=1024,
+    d_indexer=32,
+    n_indexer_heads=4,
+    k_base=128,
+    k_min=32,
+    k_max=256,
+)
 MODELS = {
     "base": BASE,
     "dense": replace(BASE, sparse=False),

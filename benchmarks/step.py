@@ -33,8 +33,9 @@ DEFAULT = Path("training/configs/pretrain_512m_low_memory.yaml")
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.step", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, default=DEFAULT)
     parser.add_argument("--micro_batch_size", type=int, help="sequences (default: that of the configuration)")
     parser.add_argument("--repeats", type=int, default=10)

@@ -36,10 +36,16 @@ def write_dataset(folder: Path, lengths: np.ndarray, *, vocab_size: int) -> None
     np.save(folder / "token_counts.npy", np.bincount(tokens, minlength=vocab_size).astype(np.int64))
     (folder / "tokenizer.json").write_text("{}")
     manifest = {
-        "format": 1, "dtype": dtype.name, "vocab_size": vocab_size, "eod_id": eod_id,
-        "tokenizer_sha256": _sha256(folder / "tokenizer.json"), "splits": splits, "sources": [], "skipped": {},
+        "format": 1,
+        "dtype": dtype.name,
+        "vocab_size": vocab_size,
+        "eod_id": eod_id,
+        "tokenizer_sha256": _sha256(folder / "tokenizer.json"),
+        "splits": splits,
+        "sources": [],
+        "skipped": {},
         "overlap": {},
-    }  # fmt: skip
+    }
     manifest["fingerprint"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
@@ -50,12 +56,19 @@ def _split(folder: Path, name: str, tokens: np.ndarray, ends: np.ndarray) -> dic
     tokens.tofile(shard)
     np.save(shard_ends, ends)
     return {
-        "documents": len(ends), "tokens": len(tokens), "bytes": len(tokens) - len(ends),
-        "shards": [{
-            "file": f"{name}/{shard.name}", "tokens": len(tokens), "documents": len(ends), "sha256": _sha256(shard),
-            "ends_sha256": _sha256(shard_ends),
-        }],
-    }  # fmt: skip
+        "documents": len(ends),
+        "tokens": len(tokens),
+        "bytes": len(tokens) - len(ends),
+        "shards": [
+            {
+                "file": f"{name}/{shard.name}",
+                "tokens": len(tokens),
+                "documents": len(ends),
+                "sha256": _sha256(shard),
+                "ends_sha256": _sha256(shard_ends),
+            }
+        ],
+    }
 
 
 def _sha256(path: Path) -> str:

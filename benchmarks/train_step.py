@@ -68,9 +68,20 @@ GOAL_OVERHEAD, GOAL_DATA = 0.02, 0.005
 CLOCKS = {"wall_s": "wall time", "cpu_s": "CPU time of rank 0"}
 
 CPU_MODEL = ModelConfig(
-    d_model=192, n_layers=3, n_heads=6, n_kv_heads=2, d_ffn=512, vocab_size=4096, max_position_embeddings=256,
-    d_indexer=32, n_indexer_heads=4, k_base=64, k_min=16, k_max=128, adaptive_k="off",
-)  # fmt: skip
+    d_model=192,
+    n_layers=3,
+    n_heads=6,
+    n_kv_heads=2,
+    d_ffn=512,
+    vocab_size=4096,
+    max_position_embeddings=256,
+    d_indexer=32,
+    n_indexer_heads=4,
+    k_base=64,
+    k_min=16,
+    k_max=128,
+    adaptive_k="off",
+)
 CPU_LENGTH = 256
 
 
@@ -152,10 +163,13 @@ def overhead(case: Case, folder: Path, pairs: int, steps: int) -> dict:
         bare.close()
     rows = turns.rows[WARM:]
     return {
-        **compared(turns.ours, turns.theirs), "steps_per_turn": steps, "losses_apart": turns.apart,
-        "seconds": [row["seconds"] for row in rows], "seconds_data": [row["seconds_data"] for row in rows],
+        **compared(turns.ours, turns.theirs),
+        "steps_per_turn": steps,
+        "losses_apart": turns.apart,
+        "seconds": [row["seconds"] for row in rows],
+        "seconds_data": [row["seconds_data"] for row in rows],
         "seconds_other": [row["seconds_other"] for row in rows],
-    }  # fmt: skip
+    }
 
 
 WATCHED = {"probe_interval": "the indexer measured", "health_interval": "norms by part and updates measured"}
@@ -229,20 +243,34 @@ def cpu_config(data_dir: Path, *, micro_batch_size: int, accumulation: int, leng
     return RunConfig(
         CPU_MODEL,
         TrainingConfig(
-            micro_batch_size=micro_batch_size, gradient_accumulation_steps=accumulation, max_seq_len=length,
-            precision="fp32", max_steps=10**6, warmup_steps=100, eval_interval=0, save_interval=0,
+            micro_batch_size=micro_batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_seq_len=length,
+            precision="fp32",
+            max_steps=10**6,
+            warmup_steps=100,
+            eval_interval=0,
+            save_interval=0,
         ),
         DataConfig(str(data_dir)),
-    )  # fmt: skip
+    )
 
 
 def gpu_config(name: str, data_dir: Path, *, micro_batch_size: int, accumulation: int, ranks: int) -> RunConfig:
-    return load_config(ROOT / "training" / "configs" / f"{name}.yaml", [
-        f"data.data_dir={data_dir}", "logging.wandb=false", "model.adaptive_k='off'",
-        f"training.micro_batch_size={micro_batch_size}", f"training.gradient_accumulation_steps={accumulation}",
-        f"training.global_batch_size={micro_batch_size * accumulation * ranks}",
-        "training.eval_interval=0", "training.save_interval=0", "training.indexer_warmup_steps=0",
-    ])  # fmt: skip
+    return load_config(
+        ROOT / "training" / "configs" / f"{name}.yaml",
+        [
+            f"data.data_dir={data_dir}",
+            "logging.wandb=false",
+            "model.adaptive_k='off'",
+            f"training.micro_batch_size={micro_batch_size}",
+            f"training.gradient_accumulation_steps={accumulation}",
+            f"training.global_batch_size={micro_batch_size * accumulation * ranks}",
+            "training.eval_interval=0",
+            "training.save_interval=0",
+            "training.indexer_warmup_steps=0",
+        ],
+    )
 
 
 def cases_of(world: World, data_dir: Path) -> tuple[Case, Case, Case]:
@@ -307,8 +335,9 @@ def measure(args: argparse.Namespace, world: World, folder: Path) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.train_step", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.train_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, help="processes (default: one per GPU, 2 on a CPU)")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--pairs", type=int, default=60, help="of overhead's turns (default: %(default)s)")
@@ -379,9 +408,7 @@ def tell_overhead(part: dict) -> str:
         r = Ratio(**part[clock]["ratio"])
         ours, theirs = (statistics.median(part[clock][side]) / per_turn for side in ("ours", "theirs"))
         within = "too few pairs" if r.interval is None else " to ".join(f"{end - 1:+.2%}" for end in r.interval)
-        rows.append(
-            f"| {words} | {ours:.4f} | {theirs:.4f} | {r.median - 1:+.2%} [{within}] | {r.of_sums - 1:+.2%} |"
-        )
+        rows.append(f"| {words} | {ours:.4f} | {theirs:.4f} | {r.median - 1:+.2%} [{within}] | {r.of_sums - 1:+.2%} |")
     found = Ratio(**part["wall_s"]["ratio"]).median - 1
     data = sum(part["seconds_data"]) / sum(part["seconds"])
     other = statistics.median(part["seconds_other"])
@@ -419,9 +446,10 @@ def tell_zero(part: dict) -> str:
     rows = [f"| data-parallel | {' | '.join(cells)} | |"]
     for name, found in part.items():
         cells = [
-            cell for clock in CLOCKS
+            cell
+            for clock in CLOCKS
             for cell in (f"{statistics.median(found[clock]['ours']):.3f}", str(Ratio(**found[clock]["ratio"])))
-        ]  # fmt: skip
+        ]
         rows.append(f"| {name} | {' | '.join(cells)} | {found['losses_apart']:.1e} |")
     return f"""## ZeRO
 

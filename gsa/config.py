@@ -44,9 +44,22 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         positive = (
-            "d_model", "n_layers", "n_heads", "n_kv_heads", "d_ffn", "vocab_size", "max_position_embeddings",
-            "rope_base", "norm_eps", "init_std", "d_indexer", "n_indexer_heads", "k_base", "k_min", "k_max",
-        )  # fmt: skip
+            "d_model",
+            "n_layers",
+            "n_heads",
+            "n_kv_heads",
+            "d_ffn",
+            "vocab_size",
+            "max_position_embeddings",
+            "rope_base",
+            "norm_eps",
+            "init_std",
+            "d_indexer",
+            "n_indexer_heads",
+            "k_base",
+            "k_min",
+            "k_max",
+        )
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ValueError(f"model.{name}={getattr(self, name)} must be above 0")

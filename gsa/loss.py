@@ -73,9 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         scale = torch.where(targets != IGNORE, grad / divisor, 0.0)
         for block in _blocks(weight, len(targets), exact):
             logits = kernels.product(hidden, weight[block].t(), exact)
-            by_logit = kernels.logits_gradient(
-                ctx.backend, logits, targets, block.start, log_z, scale, hidden.dtype
-            )
+            by_logit = kernels.logits_gradient(ctx.backend, logits, targets, block.start, log_z, scale, hidden.dtype)
             if need_hidden:
                 kernels.add_product(ctx.backend, d_hidden, by_logit, weight[block])
             if need_weight:

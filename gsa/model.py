@@ -12,13 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gsa import kernels
 from gsa.attention.cache import Cache, LayerCache
-from gsa.attention.gated_sparse import (
-    AttentionOutput,
-    Backend,
-    GatedSparseAttention,
-    Stage,
-    saved_by_checkpointing,
-)
+from gsa.attention.gated_sparse import AttentionOutput, Backend, GatedSparseAttention, Stage, saved_by_checkpointing
 from gsa.attention.gates import GATE_BIAS, Gate
 from gsa.attention.positions import Positions, positions
 from gsa.config import ModelConfig
@@ -215,9 +209,15 @@ class GSAForCausalLM(nn.Module):
             if self._checkpointing and torch.is_grad_enabled():
                 # nothing here draws random numbers
                 part = checkpoint(
-                    layer, x, at, rows, probe_rows, use_reentrant=False, preserve_rng_state=False,
+                    layer,
+                    x,
+                    at,
+                    rows,
+                    probe_rows,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
                     context_fn=saved_by_checkpointing,
-                )  # fmt: skip
+                )
             else:
                 part = layer(x, at, rows, probe_rows, None if cache is None else cache.layers[i])
             x = part.out

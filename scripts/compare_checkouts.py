@@ -53,17 +53,43 @@ def record(checkout: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "empty.yaml").write_text("model: {}\n")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "PYTEST_", "RANK", "WORLD_SIZE"))}
-    env = inherited | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore",
-                       "PYTHONPATH": str(checkout)}
+    env = inherited | {
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": str(checkout),
+    }
     for stage, ranks, precision in CASES:
         folder = out / f"zero{stage}_{ranks}ranks_{precision}"
         on_spike = "rollback" if ranks == 2 else "skip"
-        given = ["--config", str(out / "empty.yaml"), "--output_dir", str(folder), "--log_level", "warning",
-                 "--deepspeed_config", str(checkout / "ds_configs" / f"zero{stage}.json"), f"data.data_dir={DATA}",
-                 f"training.precision={precision}", f"training.on_spike={on_spike}", *SHAPE, *RUN]
+        given = [
+            "--config",
+            str(out / "empty.yaml"),
+            "--output_dir",
+            str(folder),
+            "--log_level",
+            "warning",
+            "--deepspeed_config",
+            str(checkout / "ds_configs" / f"zero{stage}.json"),
+            f"data.data_dir={DATA}",
+            f"training.precision={precision}",
+            f"training.on_spike={on_spike}",
+            *SHAPE,
+            *RUN,
+        ]
         for extra in ([f"training.stop_at_step={STOP}"], ["--resume_from", "latest"]):
-            command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port",
-                       str(free_port()), str(checkout / "training" / "train.py"), *given, *extra]
+            command = [
+                sys.executable,
+                "-m",
+                "torch.distributed.run",
+                "--nproc_per_node",
+                str(ranks),
+                "--master_port",
+                str(free_port()),
+                str(checkout / "training" / "train.py"),
+                *given,
+                *extra,
+            ]
             done = subprocess.run(command, cwd=checkout, env=env, capture_output=True, text=True, timeout=600)
             if done.returncode:
                 sys.exit(f"{folder.name} {extra}: exit {done.returncode}\n{(done.stdout + done.stderr)[-6000:]}")
@@ -92,15 +118,26 @@ def differences(old, new, where: str) -> list[str]:
     if where.endswith(("['created']", ".created")):
         return []
     if isinstance(old, torch.Tensor) or isinstance(new, torch.Tensor):
-        same = type(old) is type(new) and old.dtype == new.dtype and old.shape == new.shape and torch.equal(
-            old.contiguous().view(torch.uint8) if old.dim() else old, new.contiguous().view(torch.uint8) if new.dim() else new)
+        same = (
+            type(old) is type(new)
+            and old.dtype == new.dtype
+            and old.shape == new.shape
+            and torch.equal(
+                old.contiguous().view(torch.uint8) if old.dim() else old,
+                new.contiguous().view(torch.uint8) if new.dim() else new,
+            )
+        )
         return [] if same else [f"{where}: tensors differ"]
     if isinstance(old, dict) and isinstance(new, dict):
         found = [f"{where}: only one has {key!r}" for key in old.keys() ^ new.keys()]
-        return found + [d for key in old.keys() & new.keys() for d in differences(old[key], new[key], f"{where}[{key!r}]")]
+        return found + [
+            d for key in old.keys() & new.keys() for d in differences(old[key], new[key], f"{where}[{key!r}]")
+        ]
     if isinstance(old, (list, tuple)) and isinstance(new, (list, tuple)) and len(old) == len(new):
-        return [d for i, pair in enumerate(zip(old, new)) for d in differences(*pair, f"{where}[{i}]")]
-    return [] if old == new or (old != old and new != new) or repr(old) == repr(new) else [f"{where}: {old!r} -> {new!r}"]
+        return [d for i, pair in enumerate(zip(old, new, strict=True)) for d in differences(*pair, f"{where}[{i}]")]
+    return (
+        [] if old == new or (old != old and new != new) or repr(old) == repr(new) else [f"{where}: {old!r} -> {new!r}"]
+    )
 
 
 def compare_file(old: Path, new: Path) -> list[str]:
@@ -111,7 +148,11 @@ def compare_file(old: Path, new: Path) -> list[str]:
     if old.suffix == ".json":
         # a manifest holds the hash of the file with the time of the save, which is compared value by value itself
         one, two = (json.loads(p.read_text()) for p in (old, new))
-        return [d for d in differences(one, two, old.name) if "mp_rank_00_model_states" not in d and "['digest']" not in d and "created" not in d]
+        return [
+            d
+            for d in differences(one, two, old.name)
+            if "mp_rank_00_model_states" not in d and "['digest']" not in d and "created" not in d
+        ]
     return [f"{old.name}: bytes differ"]
 
 
@@ -123,7 +164,7 @@ def compare(old: Path, new: Path) -> int:
         n_rows += len(one)
         if len(one) != len(two):
             found.append(f"{len(one)} rows -> {len(two)}")
-        for i, pair in enumerate(zip(one, two)):
+        for i, pair in enumerate(zip(one, two, strict=False)):
             found += differences(*pair, f"row {i} (step {pair[0].get('step')}, {pair[0].get('event', 'step')})")
         files = {p.relative_to(folder) for p in folder.glob("step_*/**/*") if p.is_file()}
         others = {p.relative_to(other) for p in other.glob("step_*/**/*") if p.is_file()}
@@ -140,8 +181,9 @@ def compare(old: Path, new: Path) -> int:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/compare_checkouts.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="scripts/compare_checkouts.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record", help="train the tiny runs with one checkout")
     recording.add_argument("--checkout", type=Path, required=True, help="root of the checkout that trains")

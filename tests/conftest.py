@@ -58,11 +58,7 @@ def documents(count: int, seed: int) -> list[list[int]]:
     random = np.random.Generator(np.random.PCG64(seed))
     walks = []
     for _ in range(count):
-        length, start, stride = (
-            int(random.integers(3, 60)),
-            int(random.integers(40)),
-            int(random.integers(1, 4)),
-        )
+        length, start, stride = (int(random.integers(3, 60)), int(random.integers(40)), int(random.integers(1, 4)))
         walks.append([(start + stride * i) % 40 + 1 for i in range(length)])
     return walks
 
@@ -85,9 +81,17 @@ def tiny_yaml(tmp_path_factory, corpus) -> Path:
 def a_run(tmp_path_factory, tiny_yaml) -> Path:
     """A finished run of two ranks at ZeRO 2 with checkpoints step_3 and step_6. Copy before you change it."""
     folder = tmp_path_factory.mktemp("a_run")
-    case = Case("a run", (
-        "--config", str(tiny_yaml), "--output_dir", str(folder / "run"), "training.save_interval=3",
-        "--deepspeed_config", str(ROOT / "ds_configs" / "zero2.json"),
-    ))  # fmt: skip
+    case = Case(
+        "a run",
+        (
+            "--config",
+            str(tiny_yaml),
+            "--output_dir",
+            str(folder / "run"),
+            "training.save_interval=3",
+            "--deepspeed_config",
+            str(ROOT / "ds_configs" / "zero2.json"),
+        ),
+    )
     run_cases(2, [case], folder)
     return folder / "run"

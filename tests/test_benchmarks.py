@@ -27,9 +27,21 @@ MODULES = sorted(path.stem for path in Path(comparing.__file__).parent.glob("*.p
 ENTRIES = [name for name in MODULES if name not in PARTS] + ["layers"]
 
 TINY = ModelConfig(
-    d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=64, vocab_size=64, max_position_embeddings=64, d_indexer=8,
-    n_indexer_heads=2, k_base=8, k_min=4, k_max=16, adaptive_k="off", init_std=0.2,
-)  # fmt: skip
+    d_model=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    d_ffn=64,
+    vocab_size=64,
+    max_position_embeddings=64,
+    d_indexer=8,
+    n_indexer_heads=2,
+    k_base=8,
+    k_min=4,
+    k_max=16,
+    adaptive_k="off",
+    init_std=0.2,
+)
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -40,11 +40,7 @@ def test_every_command_is_understood(command):
     else:
         assert words[:2] == ["python", "-m"]
         done = subprocess.run(
-            [sys.executable, "-m", words[2], "--help"],
-            cwd=ROOT,
-            env=rank_environment(),
-            capture_output=True,
-            text=True,
+            [sys.executable, "-m", words[2], "--help"], cwd=ROOT, env=rank_environment(), capture_output=True, text=True
         )
         assert done.returncode == 0
         options = [word for word in words[3:] if word.startswith("--")]
@@ -58,10 +54,22 @@ def quickstart(tmp_path_factory) -> tuple[Path, list[subprocess.CompletedProcess
     text = [str(ROOT / "docs"), str(ROOT / "README.md"), str(ROOT / "ds_configs")]
     assert prepare_data.main([*text, "--out", str(base / "data"), "--vocab-size", "600", "--workers", "1"]) == 0
     command = [
-        sys.executable, "-m", "training.quickstart", "--output_dir", str(base / "run"), "--stop_at", "10",
-        f"data.data_dir={base / 'data'}", "training.max_steps=20", "training.max_seq_len=64", "model.vocab_size=600",
-        "training.indexer_warmup_steps=5", "training.warmup_steps=2", "training.eval_windows=16", "model.n_layers=2",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "training.quickstart",
+        "--output_dir",
+        str(base / "run"),
+        "--stop_at",
+        "10",
+        f"data.data_dir={base / 'data'}",
+        "training.max_steps=20",
+        "training.max_seq_len=64",
+        "model.vocab_size=600",
+        "training.indexer_warmup_steps=5",
+        "training.warmup_steps=2",
+        "training.eval_windows=16",
+        "model.n_layers=2",
+    ]
     runs = [
         subprocess.run(command, cwd=ROOT, env=rank_environment(), capture_output=True, text=True, timeout=900)
         for _ in range(2)
@@ -73,8 +81,17 @@ def quickstart(tmp_path_factory) -> tuple[Path, list[subprocess.CompletedProcess
 
 def test_quickstart_trains_stops_resumes_evaluates_and_generates(quickstart):
     base, (first, _) = quickstart
-    for words in ("deepspeed", "ds_configs/zero2.json", "saved step_10", "resumed step_10: continuing at step 11 of 20", "saved step_20",
-                  "bits per byte; a unigram model:", "training loss, nats per token, 20 steps", "def main(", "where everything lies"):  # fmt: skip
+    for words in (
+        "deepspeed",
+        "ds_configs/zero2.json",
+        "saved step_10",
+        "resumed step_10: continuing at step 11 of 20",
+        "saved step_20",
+        "bits per byte; a unigram model:",
+        "training loss, nats per token, 20 steps",
+        "def main(",
+        "where everything lies",
+    ):
         assert words in first.stdout, first.stdout
     score = re.search(r"held-out text: ([\d.]+) bits per byte; a unigram model: ([\d.]+)", first.stdout)
     assert 0 < float(score[1]) < 12 and 0 < float(score[2]) < 8

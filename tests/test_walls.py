@@ -32,8 +32,10 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "gsa/weights.py": ({"gsa.config", "gsa.checkpoint"}, {"torch", "safetensors"}),
 }
 ONLY_DOOR = {
-    "deepspeed": "training/engine/engine.py", "wandb": "training/tracking.py", "tensorboard": "training/tracking.py",
-}  # fmt: skip
+    "deepspeed": "training/engine/engine.py",
+    "wandb": "training/tracking.py",
+    "tensorboard": "training/tracking.py",
+}
 
 
 def imports(source: str, file: str) -> Iterator[tuple[int, str]]:
@@ -51,10 +53,7 @@ def imports(source: str, file: str) -> Iterator[tuple[int, str]]:
             base = ".".join([*parts, *([node.module] if node.module else [])])
             for name in node.names:
                 yield node.lineno, f"{base}.{name.name}"
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
-            "importlib.import_module",
-            "__import__",
-        ):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
             target = node.args[0]
             yield node.lineno, target.value if isinstance(target, ast.Constant) else "<computed>"
 
@@ -124,10 +123,7 @@ def test_a_hole_in_a_wall_is_seen(file, source):
     [
         ("gsa/kernels/triton_attend.py", "import triton.language as tl"),
         ("gsa/kernels/chunked.py", "from .reference import attend"),
-        (
-            "gsa/model.py",
-            "import math\nimport torch.nn.functional as F\nfrom gsa.attention.rope import rotate",
-        ),
+        ("gsa/model.py", "import math\nimport torch.nn.functional as F\nfrom gsa.attention.rope import rotate"),
         ("gsa/checkpoint/legacy.py", "import yaml"),
         ("training/engine/engine.py", "import deepspeed\nfrom gsa import GSAForCausalLM"),
         ("training/tracking.py", "import wandb\nfrom torch.utils.tensorboard import SummaryWriter"),
@@ -138,4 +134,6 @@ def test_doors_are_open(file, source):
 
 
 def test_the_walls_are_about_files_that_are_there():
-    assert {"gsa/model.py", "gsa/kernels/reference.py", "training/engine/engine.py", "training/tracking.py"} <= set(FILES)
+    assert {"gsa/model.py", "gsa/kernels/reference.py", "training/engine/engine.py", "training/tracking.py"} <= set(
+        FILES
+    )

@@ -54,10 +54,20 @@ GPU_AT_WORK = 0.05
 # -- what it means ------------------------------------------------------------------------------------
 
 Name = Literal[
-    "data-bound", "launch-bound", "communication-bound", "offload-bound", "memory pressure", "throttled card",
-    "mismatched card", "slow rank", "too small micro-batch", "slow kernels", "saving too often",
-    "evaluating too often", "nothing to gain",
-]  # fmt: skip
+    "data-bound",
+    "launch-bound",
+    "communication-bound",
+    "offload-bound",
+    "memory pressure",
+    "throttled card",
+    "mismatched card",
+    "slow rank",
+    "too small micro-batch",
+    "slow kernels",
+    "saving too often",
+    "evaluating too often",
+    "nothing to gain",
+]
 
 
 @dataclass(frozen=True)
@@ -109,10 +119,13 @@ def saving_too_often(s: Summary) -> Verdict | None:
         "saving too often",
         without(share),
         f"{_percent(share)} of the time the loop stood still for {s.saves} saves, {stall:.3g} s each",
-        (*background, f"training.save_interval={_interval(stall, s.step_seconds, SAVE_GOAL)} "
-         f"(now {s.settings.save_interval}): then saves cost {_percent(SAVE_GOAL)}"),
+        (
+            *background,
+            f"training.save_interval={_interval(stall, s.step_seconds, SAVE_GOAL)} "
+            f"(now {s.settings.save_interval}): then saves cost {_percent(SAVE_GOAL)}",
+        ),
         _said(share),
-    )  # fmt: skip
+    )
 
 
 def evaluating_too_often(s: Summary) -> Verdict | None:
@@ -124,10 +137,13 @@ def evaluating_too_often(s: Summary) -> Verdict | None:
         "evaluating too often",
         without(share),
         f"{_percent(share)} of the time went into {s.evals} evaluations, {stall:.3g} s each",
-        (f"training.eval_interval={_interval(stall, s.step_seconds, EVAL_GOAL)} (now {s.settings.eval_interval}): "
-         f"then evaluations cost {_percent(EVAL_GOAL)}", "training.eval_windows, fewer of them"),
+        (
+            f"training.eval_interval={_interval(stall, s.step_seconds, EVAL_GOAL)} (now {s.settings.eval_interval}): "
+            f"then evaluations cost {_percent(EVAL_GOAL)}",
+            "training.eval_windows, fewer of them",
+        ),
         _said(share),
-    )  # fmt: skip
+    )
 
 
 def _interval(stall: float, step_seconds: float, goal: float) -> int:
@@ -307,10 +323,12 @@ def slow_rank(s: Summary) -> Verdict | None:
         without(share),
         f"the slowest of {s.settings.world_size} ranks needs {s.rank_wait:.3g} s more than the median for its data and "
         f"forward passes, in a step of {s.step_seconds:.3g} s, and all wait for it",
-        ("the machine of that rank: other jobs on its cores or GPU, its disk, its card's clock; data.num_workers, when "
-         "only its reading is slow",),
+        (
+            "the machine of that rank: other jobs on its cores or GPU, its disk, its card's clock; data.num_workers, when "
+            "only its reading is slow",
+        ),
         _said(share),
-    )  # fmt: skip
+    )
 
 
 def idle(s: Summary) -> float | None:
@@ -391,10 +409,12 @@ def too_small_micro_batch(s: Summary) -> Verdict | None:
         without(saved),
         f"micro-batch {size} takes {s.memory_gib:.1f} of {s.device_memory_gib:.1f} GiB and does not fill the GPU"
         + ("" if mfu is None else f" ({_percent(mfu)} of its peak while computing)"),
-        (f"training.micro_batch_size={factor * size} (now {size}), with training.gradient_accumulation_steps="
-         f"{s.settings.accumulation_steps // factor}: the same global batch. training.plan counts whether more fits",),
+        (
+            f"training.micro_batch_size={factor * size} (now {size}), with training.gradient_accumulation_steps="
+            f"{s.settings.accumulation_steps // factor}: the same global batch. training.plan counts whether more fits",
+        ),
         arithmetic,
-    )  # fmt: skip
+    )
 
 
 def slow_kernels(s: Summary) -> Verdict | None:
@@ -412,9 +432,19 @@ def slow_kernels(s: Summary) -> Verdict | None:
 
 
 CHECKS: tuple[Callable[[Summary], Verdict | None], ...] = (
-    data_bound, launch_bound, communication_bound, offload_bound, memory_pressure, throttled_card, mismatched_card,
-    slow_rank, too_small_micro_batch, slow_kernels, saving_too_often, evaluating_too_often,
-)  # fmt: skip
+    data_bound,
+    launch_bound,
+    communication_bound,
+    offload_bound,
+    memory_pressure,
+    throttled_card,
+    mismatched_card,
+    slow_rank,
+    too_small_micro_batch,
+    slow_kernels,
+    saving_too_often,
+    evaluating_too_often,
+)
 
 
 def diagnose(s: Summary) -> list[Verdict]:
@@ -504,10 +534,19 @@ def main(argv: Sequence[str]) -> int:
     run = read_mapping(args.run / "run.json", json.loads, [])
     verdicts, notes = diagnose(summary), notes + unseen(summary)
     if args.json:
-        print(json.dumps({
-            "run": str(args.run), "status": run.get("status"), "summary": asdict(summary), "budget": budget(summary),
-            "verdicts": [asdict(verdict) for verdict in verdicts], "notes": notes,
-        }, indent=2))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "run": str(args.run),
+                    "status": run.get("status"),
+                    "summary": asdict(summary),
+                    "budget": budget(summary),
+                    "verdicts": [asdict(verdict) for verdict in verdicts],
+                    "notes": notes,
+                },
+                indent=2,
+            )
+        )
     else:
         print(tell(args.run, run, summary, verdicts, notes))
     return 0

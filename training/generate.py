@@ -164,9 +164,12 @@ def main(argv: list[str]) -> int:
     for prompt in args.prompt:
         print(prompt, end="", flush=True)
         new = generate(
-            model, tokenizer.encode(prompt, add_special_tokens=False).ids, max_new_tokens=args.max_new_tokens,
-            eod_id=-1 if eod_id is None else eod_id, sampling=sampling,
-        )  # fmt: skip
+            model,
+            tokenizer.encode(prompt, add_special_tokens=False).ids,
+            max_new_tokens=args.max_new_tokens,
+            eod_id=-1 if eod_id is None else eod_id,
+            sampling=sampling,
+        )
         for piece in stream_text(tokenizer, new):
             print(piece, end="", flush=True)
         print("\n", flush=True)

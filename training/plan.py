@@ -115,9 +115,7 @@ def alternatives(request: Request) -> Iterator[Setting]:
             if per_rank % micro:
                 continue
             for recomputed in ("none", "ffn", "block"):
-                yield replace(
-                    base, micro_batch_size=micro, accumulation_steps=per_rank // micro, recomputed=recomputed
-                )
+                yield replace(base, micro_batch_size=micro, accumulation_steps=per_rank // micro, recomputed=recomputed)
 
 
 def ranked(request: Request) -> list[Option]:
@@ -180,8 +178,9 @@ def attention_comparison(c: ModelConfig, device: Device, rows: float) -> list[st
         lines.append(
             f"{T:>7,}  {flops:>36.2f}   {seconds / cost.attention_seconds(dense, T, peak, sparse=False):>27.2f}"
         )
-    wins = next((T for T in range(256, 2**20, 256) if _attention_flops(c, T, rows) < _attention_flops(dense, T, rows)),
-                None)  # fmt: skip
+    wins = next(
+        (T for T in range(256, 2**20, 256) if _attention_flops(c, T, rows) < _attention_flops(dense, T, rows)), None
+    )
     lines.append(
         f"By arithmetic GSA is cheaper from {wins:,} tokens on." if wins else "By arithmetic GSA is never cheaper."
     )
@@ -206,28 +205,36 @@ def as_json(cfg: RunConfig, given: Option, best: Option, others: list[Option], d
     return {
         "parameters": count_params(cfg.model)["total"],
         "parameters_by_part": {k: v for k, v in count_params(cfg.model).items() if k != "total"},
-        "gpu": asdict(device), "gpus": given.setting.world_size, "tokens_per_step": tokens,
+        "gpu": asdict(device),
+        "gpus": given.setting.world_size,
+        "tokens_per_step": tokens,
         **_figures(given, tokens),
         "memory_gib": {name: size / GIB for name, size in given.memory.items()},
         "seconds_by_part": given.time.parts,
-        "communication_seconds": given.time.communication, "communication_exposed_seconds": given.time.exposed,
+        "communication_seconds": given.time.communication,
+        "communication_exposed_seconds": given.time.exposed,
         "flops_per_token": flops_per_token(cfg.model, T, indexer_rows=cfg.training.indexer_loss_rows),
         "days": cfg.training.max_steps * given.time.seconds / 86400,
         "checkpoint_gib": checkpoint_bytes(cfg, None) / GIB,
         "assumed": asdict(cost.ASSUMED),
         "recommended": _figures(best, tokens),
         "alternatives": [_figures(o, tokens) | {"why": why_not(o, best, device)} for o in others],
-    }  # fmt: skip
+    }
 
 
 def _figures(o: Option, tokens: int) -> dict:
     s = o.setting
     return {
-        "zero_stage": s.zero_stage, "offload": s.offload, "micro_batch_size": s.micro_batch_size,
-        "accumulation_steps": s.accumulation_steps, "recomputed": s.recomputed,
-        "peak_gib_per_gpu": o.peak_gib, "seconds_per_step": o.time.seconds, "mfu": o.time.mfu,
+        "zero_stage": s.zero_stage,
+        "offload": s.offload,
+        "micro_batch_size": s.micro_batch_size,
+        "accumulation_steps": s.accumulation_steps,
+        "recomputed": s.recomputed,
+        "peak_gib_per_gpu": o.peak_gib,
+        "seconds_per_step": o.time.seconds,
+        "mfu": o.time.mfu,
         "tokens_per_s": tokens / o.time.seconds,
-    }  # fmt: skip
+    }
 
 
 def report(request: Request, given: Option, best: Option, others: list[Option]) -> str:
@@ -306,10 +313,13 @@ def write(request: Request, best: Option, folder: Path) -> tuple[Path, Path]:
         if path.exists():
             raise ConfigError(f"--write: {path} is there already; give another folder, or remove it")
     training = replace(
-        cfg.training, micro_batch_size=s.micro_batch_size, gradient_accumulation_steps=s.accumulation_steps,
-        global_batch_size=s.global_batch_size, gradient_checkpointing=s.recomputed != "none",
+        cfg.training,
+        micro_batch_size=s.micro_batch_size,
+        gradient_accumulation_steps=s.accumulation_steps,
+        global_batch_size=s.global_batch_size,
+        gradient_checkpointing=s.recomputed != "none",
         checkpointing_scope="block" if s.recomputed == "none" else s.recomputed,
-    )  # fmt: skip
+    )
     ds_config = request.files()[kind_of(s)].read_text()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -324,15 +334,18 @@ def write(request: Request, best: Option, folder: Path) -> tuple[Path, Path]:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training.plan", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m training.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, required=True, help="the run's yaml")
     parser.add_argument("--deepspeed_config", type=Path, help="a ds_configs/*.json (default: ZeRO 2's for this link)")
     parser.add_argument("--gpus", type=int, default=4, help="how many (default: %(default)s)")
     parser.add_argument(
-        "--gpu", default="A40", metavar="NAME|GiB,TFLOPs,GB/s",
+        "--gpu",
+        default="A40",
+        metavar="NAME|GiB,TFLOPs,GB/s",
         help="A40, L40S, A100-80, H100, H200, ..., or memory, bf16 peak and link (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--json", action="store_true", help="print everything for machines")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="write the recommended yaml and DeepSpeed json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, over the yaml")

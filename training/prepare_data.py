@@ -88,15 +88,10 @@ def main(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="training.prepare_data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="training.prepare_data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "inputs",
-        nargs="*",
-        metavar="INPUT",
-        help=".txt .md .jsonl .jsonl.gz .jsonl.zst .parquet, folders, globs",
+        "inputs", nargs="*", metavar="INPUT", help=".txt .md .jsonl .jsonl.gz .jsonl.zst .parquet, folders, globs"
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the prepared dataset")
     parser.add_argument(
@@ -154,9 +149,15 @@ def _prepare(args: argparse.Namespace) -> int:
         )
     vocab = None if given else args.vocab_size or 8192
     options = {
-        "code": CODE_VERSION, "reading": asdict(how), "skip_bad": skip_bad, "held_out": args.held_out,
-        "limit_mb": args.limit_mb, "vocab_size": vocab, "tokenizer": bpe.sha256(given) if given else None, "eod": eod,
-    }  # fmt: skip
+        "code": CODE_VERSION,
+        "reading": asdict(how),
+        "skip_bad": skip_bad,
+        "held_out": args.held_out,
+        "limit_mb": args.limit_mb,
+        "vocab_size": vocab,
+        "tokenizer": bpe.sha256(given) if given else None,
+        "eod": eod,
+    }
     key = _key([options, [_stamp(source) for source in sources]])
     finished = _finished(args.out, key, args.force)
     if finished:
@@ -183,11 +184,7 @@ def _prepare(args: argparse.Namespace) -> int:
             jobs.append(Job(unit, str(work), encode_key, how, skip_bad, eod_id))
         encoded = _each(pool, _encode_unit, jobs, "encoding")
     manifest = _assemble(args.out, work, tokenizer, eod, units, encoded)
-    manifest |= {
-        "skipped": dict(sorted(skipped.items())),
-        "sources": _sources(units, scans, keep),
-        "key": key,
-    }
+    manifest |= {"skipped": dict(sorted(skipped.items())), "sources": _sources(units, scans, keep), "key": key}
     manifest["overlap"] = _overlap(args.out, manifest)
     manifest["fingerprint"] = _fingerprint(manifest)
     _write(args.out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
@@ -312,9 +309,13 @@ def _scan(job: Job) -> dict:
         origin.append(job.unit.sources.index(source))
     result = {
         "hashes": np.frombuffer(b"".join(hashes), dtype=np.dtype("<u8")).reshape(-1, 2),
-        "groups": np.frombuffer(b"".join(groups), dtype="<u8"), "sizes": np.asarray(sizes, np.int64),
-        "origin": np.asarray(origin, np.int64), "bad": json.dumps(bad), "error": error, "key": job.key,
-    }  # fmt: skip
+        "groups": np.frombuffer(b"".join(groups), dtype="<u8"),
+        "sizes": np.asarray(sizes, np.int64),
+        "origin": np.asarray(origin, np.int64),
+        "bad": json.dumps(bad),
+        "error": error,
+        "key": job.key,
+    }
     if not error:
         _save(path, result)
     return result
@@ -359,10 +360,13 @@ def _held_out_groups(scans: list[dict], keep: list[np.ndarray], share: float) ->
         raise PrepareError(
             "all documents are of one group: nothing can be held out; give more files, or name a --group-field"
         )
-    keyed = np.array([
-        int.from_bytes(hashlib.blake2b(g.tobytes(), key=b"held-out 1", digest_size=8).digest(), "little")
-        for g in groups
-    ], dtype=np.uint64)  # fmt: skip
+    keyed = np.array(
+        [
+            int.from_bytes(hashlib.blake2b(g.tobytes(), key=b"held-out 1", digest_size=8).digest(), "little")
+            for g in groups
+        ],
+        dtype=np.uint64,
+    )
     chosen = groups[keyed < np.uint64(min(share * 2.0**64, 2.0**64 - 2**12))]
     if len(chosen) == len(groups):
         chosen = groups[keyed != keyed.max()]
@@ -397,10 +401,7 @@ def _trained(
                 documents = (d for s in unit.sources for d in read_documents(s, how) if isinstance(d, Document))
                 yield from (d.text for d, want in zip(documents, wanted, strict=True) if want)
 
-    print(
-        f"training a byte-level BPE of {vocab} entries on {sizes[first <= limit].sum() / 1e6:.0f} MB",
-        flush=True,
-    )
+    print(f"training a byte-level BPE of {vocab} entries on {sizes[first <= limit].sum() / 1e6:.0f} MB", flush=True)
     tokenizer = bpe.train(texts(), vocab)
     _write(path, tokenizer.to_str())
     return tokenizer
@@ -480,16 +481,24 @@ def _assemble(out: Path, work: Path, tokenizer: Tokenizer, eod: str, units: list
                 writer.add(tokens, np.load(work / f"{stem}.ends.npy"))
         shards = writer.close()
         splits[split] = {
-            "documents": sum(s["documents"] for s in shards), "tokens": sum(s["tokens"] for s in shards),
-            "bytes": sum(r["splits"][split]["bytes"] for r in encoded), "shards": shards,
-        }  # fmt: skip
+            "documents": sum(s["documents"] for s in shards),
+            "tokens": sum(s["tokens"] for s in shards),
+            "bytes": sum(r["splits"][split]["bytes"] for r in encoded),
+            "shards": shards,
+        }
     _save(out / "token_counts.npy", counts)
     names = [name for result in encoded for name in result["splits"]["held_out"]["names"]]
     return {
-        "format": FORMAT, "dtype": dtype, "vocab_size": vocab, "eod_id": tokenizer.token_to_id(eod),
-        "tokenizer_sha256": _sha256(out / "tokenizer.json"), "token_bytes_sha256": _sha256(out / "token_bytes.npy"),
-        "token_counts_sha256": _sha256(out / "token_counts.npy"), "splits": splits, "held_out_names": names,
-    }  # fmt: skip
+        "format": FORMAT,
+        "dtype": dtype,
+        "vocab_size": vocab,
+        "eod_id": tokenizer.token_to_id(eod),
+        "tokenizer_sha256": _sha256(out / "tokenizer.json"),
+        "token_bytes_sha256": _sha256(out / "token_bytes.npy"),
+        "token_counts_sha256": _sha256(out / "token_counts.npy"),
+        "splits": splits,
+        "held_out_names": names,
+    }
 
 
 class _ShardWriter:
@@ -524,10 +533,15 @@ class _ShardWriter:
         ends = np.concatenate(self._ends) if self._ends else np.zeros(0, np.int64)
         ends_path = path.with_name(path.stem + ".ends.npy")
         _save(ends_path, ends)
-        self._shards.append({
-            "file": f"{self._split}/{path.name}", "tokens": self._size, "documents": len(ends), "sha256": _sha256(path),
-            "ends_sha256": _sha256(ends_path),
-        })  # fmt: skip
+        self._shards.append(
+            {
+                "file": f"{self._split}/{path.name}",
+                "tokens": self._size,
+                "documents": len(ends),
+                "sha256": _sha256(path),
+                "ends_sha256": _sha256(ends_path),
+            }
+        )
         self._tokens, self._ends, self._size = [], [], 0
 
     def close(self) -> list[dict]:
@@ -550,8 +564,9 @@ def _sources(units: list[Unit], scans: list[dict], keep: list[np.ndarray]) -> li
             entry[2].update(scan["hashes"][here].tobytes())
     return [
         {"name": name, "bytes": size, "documents": documents, "sha256": sha.hexdigest()}
-        for name, (size, documents, sha) in sorted(total.items()) if documents
-    ]  # fmt: skip
+        for name, (size, documents, sha) in sorted(total.items())
+        if documents
+    ]
 
 
 # -- overlap ------------------------------------------------------------------------------------------
@@ -578,10 +593,12 @@ def _overlap(out: Path, manifest: dict) -> dict:
     shares = [float(seen[np.searchsorted(known, g)].mean()) if len(g) else 0.0 for g in grams]
     worst = sorted(zip(shares, names, strict=True), reverse=True)[:10]
     return {
-        "gram_tokens": GRAM, "documents": len(held), "above_half": sum(share > 0.5 for share in shares),
+        "gram_tokens": GRAM,
+        "documents": len(held),
+        "above_half": sum(share > 0.5 for share in shares),
         "mean_share": float(np.mean(shares)) if shares else 0.0,
         "worst": [{"document": name, "share": round(share, 4)} for share, name in worst if share > 0],
-    }  # fmt: skip
+    }
 
 
 def _documents(out: Path, split: dict, dtype: np.dtype) -> list[np.ndarray]:
@@ -589,10 +606,7 @@ def _documents(out: Path, split: dict, dtype: np.dtype) -> list[np.ndarray]:
     for shard in split["shards"]:
         path = out / shard["file"]
         if shard["tokens"]:
-            tokens, ends = (
-                np.memmap(path, dtype=dtype, mode="r"),
-                np.load(path.with_name(path.stem + ".ends.npy")),
-            )
+            tokens, ends = (np.memmap(path, dtype=dtype, mode="r"), np.load(path.with_name(path.stem + ".ends.npy")))
             documents += np.split(tokens, ends[:-1])
     return documents
 

@@ -44,10 +44,21 @@ def main(argv: list[str]) -> int:
             _launch(args, [*resume, f"training.stop_at_step={args.stop_at}"], "train, then stop with a checkpoint")
         _launch(args, ["--resume_from", tag], f"resume {tag} and go on")
     step_dir = manifest.resolve("latest", args.output_dir)
-    _show("a few lines from the model", [
-        sys.executable, "-m", "training.generate", str(step_dir),
-        "--prompt", "import os\n", "--prompt", "def main(", "--prompt", "class Test",
-    ])  # fmt: skip
+    _show(
+        "a few lines from the model",
+        [
+            sys.executable,
+            "-m",
+            "training.generate",
+            str(step_dir),
+            "--prompt",
+            "import os\n",
+            "--prompt",
+            "def main(",
+            "--prompt",
+            "class Test",
+        ],
+    )
     _summary(args.output_dir, step_dir, time.monotonic() - began)
     return 0
 
@@ -60,10 +71,25 @@ def _run(output_dir: Path) -> dict:
 def _launch(args: argparse.Namespace, extra: list[str], title: str) -> None:
     ranks = torch.cuda.device_count() or CPU_RANKS
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    _show(title, [
-        launcher, "--log_level", "error", "--num_gpus", str(ranks), "training/train.py", "--config", str(args.config),
-        "--output_dir", str(args.output_dir), "--deepspeed_config", "ds_configs/zero2.json", *args.overrides, *extra,
-    ])  # fmt: skip
+    _show(
+        title,
+        [
+            launcher,
+            "--log_level",
+            "error",
+            "--num_gpus",
+            str(ranks),
+            "training/train.py",
+            "--config",
+            str(args.config),
+            "--output_dir",
+            str(args.output_dir),
+            "--deepspeed_config",
+            "ds_configs/zero2.json",
+            *args.overrides,
+            *extra,
+        ],
+    )
 
 
 def _show(title: str, command: list[str]) -> None:

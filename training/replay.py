@@ -147,8 +147,9 @@ def tell(trained: Trained, others: list[Trained], checkpoint: Path, windows: lis
     also = [
         f"also trained: {'in metrics.jsonl' if t.segment is None else f'--segment {t.segment}'}, loss "
         f"{float(t.row['loss']):.4f}, samples up to {t.row['samples'] - 1}"
-        for t in others if t is not trained
-    ]  # fmt: skip
+        for t in others
+        if t is not trained
+    ]
     branch = "" if trained.segment is None else " of the branch that went on"
     lines = [
         *also,
@@ -179,8 +180,9 @@ def _data_of(cfg: RunConfig) -> PackedTokens:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training.replay", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m training.replay", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="a run's folder, e.g. outputs/quickstart")
     parser.add_argument("--step", type=int, required=True, help="whose batch to run again")
     parser.add_argument("--checkpoint", type=Path, help="a step_N folder (default: the newest before the step)")

@@ -211,8 +211,9 @@ def held_out(sources: dict[str, float], seq_len: int, windows: int) -> list[Batc
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="training.selected_sets", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="training.selected_sets", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("run", type=Path, help="a run folder (its latest checkpoint) or a step_N folder")
     parser.add_argument("--data", type=Path, help="folder of prepared data (default: that of the run)")
     parser.add_argument("--max_seq_len", type=int, help="tokens per window (default: that of the run)")

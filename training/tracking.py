@@ -176,11 +176,17 @@ class _WandbRun:
         guard()
         try:
             self._run = self._wandb.init(
-                project=self._cfg.project, entity=self._cfg.entity, name=self._name, id=self._id, resume=self._resume,
-                mode=mode, dir=str(self._folder), config=config,
+                project=self._cfg.project,
+                entity=self._cfg.entity,
+                name=self._name,
+                id=self._id,
+                resume=self._resume,
+                mode=mode,
+                dir=str(self._folder),
+                config=config,
                 # no console: wandb would stand between the training and its standard output
                 settings=self._wandb.Settings(console="off", init_timeout=INIT_TIMEOUT_S, x_disable_stats=True),
-            )  # fmt: skip
+            )
         except self._wandb.errors.CommError as err:
             self._stop()  # wandb-core takes an id once
             raise _NoConnection(str(err)) from err
@@ -440,10 +446,12 @@ def rebuild(
     try:
         said = config.get("logging", {})
         cfg = LoggingConfig(
-            wandb=True, project=project or said.get("project") or LoggingConfig.project,
-            entity=entity or said.get("entity"), run_name=said.get("run_name"),
+            wandb=True,
+            project=project or said.get("project") or LoggingConfig.project,
+            entity=entity or said.get("entity"),
+            run_name=said.get("run_name"),
             run_id=run_id or own,  # it becomes the name of a folder: LoggingConfig refuses what is more than a name
-        )  # fmt: skip
+        )
         parent = Parent(**run["parent"]) if run.get("parent") else None
     except (ConfigError, TypeError, AttributeError) as err:
         raise RebuildError(f"{output_dir}: config.yaml, run.json or --run_id is not what a run has: {err}") from err
@@ -497,9 +505,12 @@ def main(argv: list[str]) -> int:
     mode = args.mode or _mode()
     try:
         steps, folder, run_id = rebuild(
-            args.output_dir, project=args.project, entity=args.entity, run_id=args.run_id,
+            args.output_dir,
+            project=args.project,
+            entity=args.entity,
+            run_id=args.run_id,
             mode="offline" if mode == "disabled" else mode,
-        )  # fmt: skip
+        )
     except RebuildError as err:
         print(f"error: {err}", file=sys.stderr)
         return 3

@@ -63,18 +63,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="ZeRO stage, buckets and offload, e.g. ds_configs/zero3.json (default: ZeRO 2)",
     )
     parser.add_argument(
-        "--resume_from", metavar="PATH|TAG|latest|auto",
+        "--resume_from",
+        metavar="PATH|TAG|latest|auto",
         help="continue a checkpoint; auto takes the newest good one, and starts afresh when there is none",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--allow_config_change",
         action="store_true",
         help="resume although a changed key changes the curve, and use the new value",
     )
     parser.add_argument(
-        "--log_level", choices=get_args(LogLevel), default="info",
+        "--log_level",
+        choices=get_args(LogLevel),
+        default="info",
         help="debug: DeepSpeed's own lines too; warning: no progress, only what goes wrong (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, over the yaml")
     return parser.parse_intermixed_args(argv)
@@ -200,16 +203,20 @@ def run(prepared: Prepared, world: World) -> int:
             folder.write_inputs(config_yaml=run_config.to_yaml(cfg), ds_config=prepared.ds_config)
         world.barrier()
         with Watchdog(
-            folder.path,
-            rank=world.rank,
-            size=world.size,
-            timeout_s=cfg.training.hang_timeout_s,
-            launch=str(launch),
+            folder.path, rank=world.rank, size=world.size, timeout_s=cfg.training.hang_timeout_s, launch=str(launch)
         ) as watchdog:
             trainer = Trainer(
-                cfg, ds_config=prepared.ds_config, plan=prepared.plan, world=world, folder=folder, data=data,
-                held_out=held_out, start=start, watchdog=watchdog, log_level=prepared.log_level,
-            )  # fmt: skip
+                cfg,
+                ds_config=prepared.ds_config,
+                plan=prepared.plan,
+                world=world,
+                folder=folder,
+                data=data,
+                held_out=held_out,
+                start=start,
+                watchdog=watchdog,
+                log_level=prepared.log_level,
+            )
             trainer.train()
             trainer.close()
         return FINISHED

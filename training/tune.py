@@ -195,14 +195,25 @@ def run_ranks(command: Sequence[str], size: int, folder: Path, *, patience_s: fl
     try:
         for rank in range(size):
             env = {
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size),
-                "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-            }  # fmt: skip
+                **os.environ,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(size),
+                "LOCAL_WORLD_SIZE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
             with open(folder / f"rank_{rank}.log", "wb") as log:
-                ranks.append(subprocess.Popen(
-                    command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                    process_group=ranks[0].pid if ranks else 0,
-                ))  # fmt: skip
+                ranks.append(
+                    subprocess.Popen(
+                        command,
+                        env=env,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        process_group=ranks[0].pid if ranks else 0,
+                    )
+                )
         _wait(ranks, folder, patience_s, stop)
         return [rank.poll() for rank in ranks]
     finally:
@@ -309,9 +320,20 @@ def try_setting(task: Task, setting: Setting, micro_batch_size: int, folder: Pat
     cap = [] if task.memory_cap_gib is None else ["--memory_cap_gib", str(task.memory_cap_gib)]
     words = task.words(setting, micro_batch_size)
     command = [
-        sys.executable, "-m", "training.loop.trial", "--config", str(task.config), "--deepspeed_config",
-        str(setting.ds_config), "--folder", str(folder), "--steps", str(task.steps), *cap, *words,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "training.loop.trial",
+        "--config",
+        str(task.config),
+        "--deepspeed_config",
+        str(setting.ds_config),
+        "--folder",
+        str(folder),
+        "--steps",
+        str(task.steps),
+        *cap,
+        *words,
+    ]
     # as in the watchdog: the first step may take ten times as long as a rank may be silent
     patience_s = 10 * task.cfg.training.hang_timeout_s
     codes = run_ranks(command, task.ranks, folder, patience_s=patience_s, stop=stop)
@@ -361,27 +383,38 @@ class Task:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="training.tune", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="training.tune",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", type=Path, required=True, help="the run's yaml; it says the global batch")
     parser.add_argument(
-        "--deepspeed_config", type=Path, nargs="+", action="extend", metavar="JSON",
+        "--deepspeed_config",
+        type=Path,
+        nargs="+",
+        action="extend",
+        metavar="JSON",
         help="ds_configs to compare (default: zero1, zero2 and zero3, as far as the configuration may use them)",
-    )  # fmt: skip
+    )
     parser.add_argument("--num_gpus", type=int, help="ranks (default: one per GPU; 1 on a CPU)")
     parser.add_argument("--steps", type=int, default=5, help="timed steps per trial (default: %(default)s)")
     parser.add_argument(
-        "--memory_cap_gib", type=float,
+        "--memory_cap_gib",
+        type=float,
         help="let a rank hold no more than this, enforced: on a GPU by torch's allocator, on a CPU by the system, "
         "which counts what is allocated, touched or not",
-    )  # fmt: skip
+    )
     parser.add_argument("--out", type=Path, help="write the configuration with the fastest setting as a new yaml file")
     parser.add_argument("--json", type=Path, help="write every trial to a new file")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key=value",
+        "overrides",
+        nargs="*",
+        metavar="key=value",
         help="configuration keys, over the yaml; training.gradient_checkpointing or checkpointing_scope given here "
         "are kept to, others are tried",
-    )  # fmt: skip
+    )
     args = parser.parse_intermixed_args(argv)
     # what follows `--deepspeed_config A B` may be an override
     given = [str(path) for path in args.deepspeed_config or ()]
@@ -413,9 +446,17 @@ def prepare(args: argparse.Namespace) -> Task:
     ds_configs = _ds_configs(args.deepspeed_config, cfg, plans, args.config)
     open_data(cfg)  # builds the window tables, which the ranks then find
     return Task(
-        args.config, tuple(args.overrides), cfg, ranks, args.steps, args.memory_cap_gib, total, ds_configs,
-        _kinds(cfg, args.overrides), sizes,
-    )  # fmt: skip
+        args.config,
+        tuple(args.overrides),
+        cfg,
+        ranks,
+        args.steps,
+        args.memory_cap_gib,
+        total,
+        ds_configs,
+        _kinds(cfg, args.overrides),
+        sizes,
+    )
 
 
 def _ranks(wanted: int | None) -> int:
@@ -512,11 +553,13 @@ def recommendation(task: Task, trials: Sequence[Trial]) -> str:
     winner, widest = best(trials), largest(trials)
     words = task.words(winner.setting, winner.micro_batch_size)
     also = winner.micro_batch_size == widest.micro_batch_size
-    return "\n".join([
-        f"fastest: {sentence(task, winner)}",
-        f"largest micro-batch found to fit: {'the same' if also else sentence(task, widest)}",
-        f"use: --config {task.config} --deepspeed_config {winner.setting.ds_config} {shlex.join(words)}",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            f"fastest: {sentence(task, winner)}",
+            f"largest micro-batch found to fit: {'the same' if also else sentence(task, widest)}",
+            f"use: --config {task.config} --deepspeed_config {winner.setting.ds_config} {shlex.join(words)}",
+        ]
+    )
 
 
 def _nothing_ran(trials: Sequence[Trial]) -> str:
@@ -555,12 +598,15 @@ def all_trials(task: Task, trials: Sequence[Trial], argv: Sequence[str]) -> dict
         "command": ["python", "-m", "training.tune", *argv],
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **{name: value for name, value in environment().items() if name != "argv"},
-        "ranks": task.ranks, "steps": task.steps, "memory_cap_gib": task.memory_cap_gib,
-        "global_batch_size": task.global_batch_size, "max_seq_len": task.cfg.training.max_seq_len,
+        "ranks": task.ranks,
+        "steps": task.steps,
+        "memory_cap_gib": task.memory_cap_gib,
+        "global_batch_size": task.global_batch_size,
+        "max_seq_len": task.cfg.training.max_seq_len,
         "trials": [_plain(task, trial) for trial in trials],
         "fastest": None if winner is None else _plain(task, winner),
         "override": None if winner is None else task.words(winner.setting, winner.micro_batch_size),
-    }  # fmt: skip
+    }
 
 
 def _plain(task: Task, trial: Trial) -> dict:
@@ -569,10 +615,13 @@ def _plain(task: Task, trial: Trial) -> dict:
     if out.verdict == "ok":
         ran = {"seconds_per_step": out.seconds, "spread_seconds": out.spread, "tokens_per_s": task.tokens_per_s(out)}
     return {
-        "deepspeed_config": str(trial.setting.ds_config), "recomputed": trial.setting.recomputed,
+        "deepspeed_config": str(trial.setting.ds_config),
+        "recomputed": trial.setting.recomputed,
         "micro_batch_size": trial.micro_batch_size,
-        "accumulation_steps": task.accumulation_steps(trial.micro_batch_size), **ran, **asdict(out),
-    }  # fmt: skip
+        "accumulation_steps": task.accumulation_steps(trial.micro_batch_size),
+        **ran,
+        **asdict(out),
+    }
 
 
 # -- the entry --------------------------------------------------------------------------------------------
@@ -582,8 +631,9 @@ def tune(task: Task, stop: Stop, trials: list[Trial]) -> None:
     """Searches, printing and appending each trial as it ends, so that an interruption loses none."""
     print(
         f"{task.ranks} rank(s), {task.global_batch_size} windows of {task.cfg.training.max_seq_len} tokens per step; "
-        f"each trial times {task.steps} step(s)\n\n{HEAD}", flush=True,
-    )  # fmt: skip
+        f"each trial times {task.steps} step(s)\n\n{HEAD}",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory(prefix="tune_") as scratch:
 
         def attempt(setting: Setting, micro_batch_size: int) -> Outcome:

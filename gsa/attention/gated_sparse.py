@@ -110,9 +110,16 @@ class GatedSparseAttention(nn.Module):
         if probe_rows is not None:
             alpha = None if self.indexer is None else self.indexer.alpha
             probed = probe(
-                q, k, index, self.selector, alpha, (value_open, output_open), at.doc_start, probe_rows,
+                q,
+                k,
+                index,
+                self.selector,
+                alpha,
+                (value_open, output_open),
+                at.doc_start,
+                probe_rows,
                 sparse=self.stage == "sparse",
-            )  # fmt: skip
+            )
         return AttentionOutput(self.o_proj(out), indexer_loss, sums, n_selected, probed)
 
 

@@ -44,9 +44,17 @@ class Selector(nn.Module):
         """alpha: 0-dim, the indexer's temperature. everything: select all visible keys, to measure only."""
         k_min, k_max = (index.k.shape[1],) * 2 if everything else (self.k_min, self.k_max)
         return kernels.select(
-            backend, index, alpha, self.v_ref, doc_start, mode=self.mode, temperature=self.temperature,
-            k_base=self.k_base, k_min=k_min, k_max=k_max,
-        )  # fmt: skip
+            backend,
+            index,
+            alpha,
+            self.v_ref,
+            doc_start,
+            mode=self.mode,
+            temperature=self.temperature,
+            k_base=self.k_base,
+            k_min=k_min,
+            k_max=k_max,
+        )
 
     @torch.no_grad()
     def of_scores(
@@ -54,9 +62,17 @@ class Selector(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """`kernels.choose` by this rule, for a few rows of scores. scores, seen: (B, R, S)."""
         return kernels.choose(
-            scores, seen, alpha, self.v_ref, self.n_indexer_heads, self.mode, self.temperature, self.k_base,
-            self.k_min, self.k_max,
-        )  # fmt: skip
+            scores,
+            seen,
+            alpha,
+            self.v_ref,
+            self.n_indexer_heads,
+            self.mode,
+            self.temperature,
+            self.k_base,
+            self.k_min,
+            self.k_max,
+        )
 
     @torch.no_grad()
     def update_v_ref(self, total: torch.Tensor, count: torch.Tensor) -> None:

@@ -34,9 +34,7 @@ _STEP = re.compile(r"step_(\d+)|final")
 DECIDED: dict[str, Any] = {"model.tie_embeddings": False, "model.indexer_rope": False}
 """What a checkpoint of the predecessor's decides, whatever the yaml says."""
 
-ANNOUNCED = frozenset({
-    "training.max_seq_len", "training.micro_batch_size", "training.gradient_accumulation_steps",
-})  # fmt: skip
+ANNOUNCED = frozenset({"training.max_seq_len", "training.micro_batch_size", "training.gradient_accumulation_steps"})
 """Keys whose change at the import is announced, not refused: the tuned configuration changes them."""
 
 
@@ -117,8 +115,10 @@ def translate(said: Mapping[str, Any]) -> dict[str, Any]:
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
     return {
         f"{section}.{key}": value
-        for section, keys in config.items() if isinstance(keys, Mapping) for key, value in keys.items()
-    }  # fmt: skip
+        for section, keys in config.items()
+        if isinstance(keys, Mapping)
+        for key, value in keys.items()
+    }
 
 
 def _model_section(config: Mapping[str, Any], whose: str) -> dict[str, Any]:
@@ -252,9 +252,10 @@ _LAYER = {
     },
     **{
         f"self_attn.{gate}.gate_proj.{part}": f"attention.{gate}.{part}"
-        for gate in ("value_gate", "output_gate") for part in ("weight", "bias")
+        for gate in ("value_gate", "output_gate")
+        for part in ("weight", "bias")
     },
-}  # fmt: skip
+}
 _TOP = {
     "model.embed_tokens.weight": "embed.weight",
     "model.norm.weight": "norm.weight",
@@ -418,8 +419,9 @@ def legacy_model_config(step_dir: Path, config: Mapping[str, Any] | None) -> Mod
     if given is not None and run.model is not None:
         wrong = [
             f"model.{key}: {run.model[key]!r} in the checkpoint, {given[key]!r} in the configuration"
-            for key in sorted(given.keys() & run.model.keys()) if key not in decided and given[key] != run.model[key]
-        ]  # fmt: skip
+            for key in sorted(given.keys() & run.model.keys())
+            if key not in decided and given[key] != run.model[key]
+        ]
         if wrong:
             raise CheckpointError(f"{run.file} disagrees with the configuration:\n  " + "\n  ".join(wrong))
     try:

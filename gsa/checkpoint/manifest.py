@@ -100,10 +100,7 @@ class Removed:
 
 
 def seal(
-    step_dir: Path,
-    files: Collection[str] | None = None,
-    *,
-    hashes: Mapping[str, tuple[int, str]] | None = None,
+    step_dir: Path, files: Collection[str] | None = None, *, hashes: Mapping[str, tuple[int, str]] | None = None
 ) -> Manifest:
     """Makes a checkpoint of a finished folder: every file forced to disk, then the manifest.
 
@@ -386,10 +383,7 @@ def _read(step_dir: Path) -> tuple[Manifest | None, str]:
     try:
         data = json.loads(raw)
         if type(data["format"]) is int and data["format"] > FORMAT:
-            return (
-                None,
-                f"{MANIFEST}: format {data['format']}; this version reads up to {FORMAT}: update the project",
-            )
+            return (None, f"{MANIFEST}: format {data['format']}; this version reads up to {FORMAT}: update the project")
         manifest = Manifest({name: FileEntry(**entry) for name, entry in data["files"].items()}, data["created"])
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         pass  # not the shape of a manifest

@@ -23,10 +23,26 @@ from gsa.kernels.recompute_cache import kept, saved_by_checkpointing
 from gsa.kernels.reference import attention_probabilities, choose, index_scores, pack, top_keys, unpack, visible
 
 __all__ = [
-    "Backend", "Index", "Selection", "add_product", "alignment_kl", "attend", "attention_probabilities", "choose",
-    "fold_logits", "index_scores", "logits_gradient", "pack", "product", "saved_by_checkpointing", "select",
-    "silu_product", "top_keys", "unpack", "visible",
-]  # fmt: skip
+    "Backend",
+    "Index",
+    "Selection",
+    "add_product",
+    "alignment_kl",
+    "attend",
+    "attention_probabilities",
+    "choose",
+    "fold_logits",
+    "index_scores",
+    "logits_gradient",
+    "pack",
+    "product",
+    "saved_by_checkpointing",
+    "select",
+    "silu_product",
+    "top_keys",
+    "unpack",
+    "visible",
+]
 
 Backend = Literal["reference", "chunked", "triton"]
 

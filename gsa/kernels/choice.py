@@ -170,9 +170,10 @@ def head_deviations(backend: kernels.Backend, dtype: torch.dtype, device: torch.
         kernels.add_product(backend, total, part, weight[start : start + block.shape[1]])
     ours = torch.cat(by_logit, 1)
     pairs = {
-        "loss head": (log_z - label, wanted), "loss head's gradient": (ours, gradient),
+        "loss head": (log_z - label, wanted),
+        "loss head's gradient": (ours, gradient),
         "loss head's sum": (total, ours.double() @ weight.double()),
-    }  # fmt: skip
+    }
     return {name: ((a - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
 
 

@@ -193,9 +193,14 @@ class _Attend(torch.autograd.Function):
         for chunk, lse in zip(_chunks(q.shape[1], S, doc_start, device=q.device), lses, strict=True):
             mask = chunk.seen if bits is None else _unpack(bits, chunk)
             by_q, by_k, by_v = backward(
-                _fold(d_out[:, chunk.rows], G), _fold(q[:, chunk.rows], G), keys[:, :, chunk.keys],
-                values[:, :, chunk.keys], _fold(out[:, chunk.rows], G), lse, _additive(mask, q, G),
-            )  # fmt: skip
+                _fold(d_out[:, chunk.rows], G),
+                _fold(q[:, chunk.rows], G),
+                keys[:, :, chunk.keys],
+                values[:, :, chunk.keys],
+                _fold(out[:, chunk.rows], G),
+                lse,
+                _additive(mask, q, G),
+            )
             d_q[:, chunk.rows] = _unfold(by_q, q.shape[2])
             d_k[:, :, chunk.keys] += by_k
             d_v[:, :, chunk.keys] += by_v

@@ -21,11 +21,37 @@ STRIP = 512
 
 @triton.jit
 def align_logits(
-    Q, K, Lse, IndexQ, IndexK, Weight, Bias, Alpha, Bits, Begin, Rows, Loss, dAlpha, dLogits,
-    r0, C, N, T, S, W, scale, index_scale,
-    G: tl.constexpr, REP: tl.constexpr, D: tl.constexpr, J: tl.constexpr, E: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, HAS_BITS: tl.constexpr,
-):  # fmt: skip
+    Q,
+    K,
+    Lse,
+    IndexQ,
+    IndexK,
+    Weight,
+    Bias,
+    Alpha,
+    Bits,
+    Begin,
+    Rows,
+    Loss,
+    dAlpha,
+    dLogits,
+    r0,
+    C,
+    N,
+    T,
+    S,
+    W,
+    scale,
+    index_scale,
+    G: tl.constexpr,
+    REP: tl.constexpr,
+    D: tl.constexpr,
+    J: tl.constexpr,
+    E: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_BITS: tl.constexpr,
+):
     """Of the C sampled queries from r0 on: Loss, dAlpha (B, N), and dLogits (B, C, S) = softmax(alpha * I) - p."""
     tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     H: tl.constexpr = G * REP
@@ -80,9 +106,27 @@ def align_logits(
 
 @triton.jit
 def align_queries(
-    IndexQ, IndexK, Weight, Bias, dLogits, Begin, Rows, dIndexQ, dWeight, dBias, r0, C, N, T, S, scale,
-    J: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
+    IndexQ,
+    IndexK,
+    Weight,
+    Bias,
+    dLogits,
+    Begin,
+    Rows,
+    dIndexQ,
+    dWeight,
+    dBias,
+    r0,
+    C,
+    N,
+    T,
+    S,
+    scale,
+    J: tl.constexpr,
+    E: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     """For one indexer head: dIndexQ (B, N, J, E), dWeight and dBias (B, N, J), per unit of alpha."""
     tile, b, j = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     c = tile * BM + tl.arange(0, BM)
@@ -118,9 +162,25 @@ def align_queries(
 
 @triton.jit
 def align_keys(
-    IndexQ, IndexK, Weight, Bias, dLogits, Begin, Rows, dIndexK, r0, C, N, T, S, scale,
-    J: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
+    IndexQ,
+    IndexK,
+    Weight,
+    Bias,
+    dLogits,
+    Begin,
+    Rows,
+    dIndexK,
+    r0,
+    C,
+    N,
+    T,
+    S,
+    scale,
+    J: tl.constexpr,
+    E: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     """Adds the strip's part to dIndexK (B, S, E) float32, per unit of alpha. One program owns a tile of keys."""
     tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n = tile * BN + tl.arange(0, BN)
@@ -185,20 +245,66 @@ def alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows):
     for r0 in range(0, N, STRIP):
         C = min(STRIP, N - r0)
         align_logits[(triton.cdiv(C, logits_tile["BM"]), B)](
-            q, k, lse, index_q, index_k, weight, bias, temperature, bits, begin, at, loss, d_alpha, d_logits,
-            r0, C, N, T, S, 0 if bits is None else bits.shape[-1], 1 / math.sqrt(D), index_scale,
-            G=G, REP=H // G, D=D, J=J, E=E, HAS_BITS=bits is not None, **logits_tile,
-        )  # fmt: skip
+            q,
+            k,
+            lse,
+            index_q,
+            index_k,
+            weight,
+            bias,
+            temperature,
+            bits,
+            begin,
+            at,
+            loss,
+            d_alpha,
+            d_logits,
+            r0,
+            C,
+            N,
+            T,
+            S,
+            0 if bits is None else bits.shape[-1],
+            1 / math.sqrt(D),
+            index_scale,
+            G=G,
+            REP=H // G,
+            D=D,
+            J=J,
+            E=E,
+            HAS_BITS=bits is not None,
+            **logits_tile,
+        )
         align_queries[(triton.cdiv(C, queries_tile["BM"]), B, J)](
-            index_q, index_k, weight, bias, d_logits, begin, at, d_q, d_weight, d_bias, r0, C, N, T, S, index_scale,
-            J=J, E=E, **queries_tile,
-        )  # fmt: skip
+            index_q,
+            index_k,
+            weight,
+            bias,
+            d_logits,
+            begin,
+            at,
+            d_q,
+            d_weight,
+            d_bias,
+            r0,
+            C,
+            N,
+            T,
+            S,
+            index_scale,
+            J=J,
+            E=E,
+            **queries_tile,
+        )
         align_keys[(triton.cdiv(S, keys_tile["BN"]), B)](
             index_q, index_k, weight, bias, d_logits, begin, at, d_k, r0, C, N, T, S, index_scale, J=J, E=E, **keys_tile
         )
     share = temperature / (B * N)
     return (
-        loss.mean(), (d_q * share).to(index.q.dtype), (d_k * share).to(index.k.dtype),
-        (d_weight * share).to(index.weight.dtype), (d_bias.sum((0, 1)) * share).to(index.bias.dtype),
+        loss.mean(),
+        (d_q * share).to(index.q.dtype),
+        (d_k * share).to(index.k.dtype),
+        (d_weight * share).to(index.weight.dtype),
+        (d_bias.sum((0, 1)) * share).to(index.bias.dtype),
         (d_alpha.sum() / (B * N)).to(alpha.dtype),
-    )  # fmt: skip
+    )

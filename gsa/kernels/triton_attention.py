@@ -18,9 +18,7 @@ FAR = tl.constexpr(-1.0e30)
 
 
 @triton.jit
-def chosen_tile(
-    Bits, row, row_ok, begin, end, n0, W, HAS_BITS: tl.constexpr, R: tl.constexpr, BN: tl.constexpr
-):  # fmt: skip
+def chosen_tile(Bits, row, row_ok, begin, end, n0, W, HAS_BITS: tl.constexpr, R: tl.constexpr, BN: tl.constexpr):
     """(R, BN) bool: which keys from n0 on (a multiple of 32) each row attends to. row: (R,) int64 into Bits' rows."""
     n = n0 + tl.arange(0, BN)
     if HAS_BITS:
@@ -34,10 +32,27 @@ def chosen_tile(
 
 @triton.jit
 def attend_forward(
-    Q, K, V, Bits, Begin, Rows, Out, Lse, N, T, S, W, scale,
-    G: tl.constexpr, REP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    HAS_BITS: tl.constexpr, WITH_OUT: tl.constexpr,
-):  # fmt: skip
+    Q,
+    K,
+    V,
+    Bits,
+    Begin,
+    Rows,
+    Out,
+    Lse,
+    N,
+    T,
+    S,
+    W,
+    scale,
+    G: tl.constexpr,
+    REP: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_BITS: tl.constexpr,
+    WITH_OUT: tl.constexpr,
+):
     """Out (B, N, H, D) and Lse (B, H, N) to base 2 of queries Rows (N,), ascending. Q (B, N, H, D), Begin (B, N)."""
     tile, b, g = tl.program_id(0), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     H: tl.constexpr = G * REP
@@ -76,9 +91,26 @@ def attend_forward(
 
 @triton.jit
 def attend_backward_queries(
-    Q, K, V, dOut, Lse, Along, Bits, Begin, dQ, T, S, W, scale,
-    G: tl.constexpr, REP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BITS: tl.constexpr,
-):  # fmt: skip
+    Q,
+    K,
+    V,
+    dOut,
+    Lse,
+    Along,
+    Bits,
+    Begin,
+    dQ,
+    T,
+    S,
+    W,
+    scale,
+    G: tl.constexpr,
+    REP: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_BITS: tl.constexpr,
+):
     """dQ (B, T, H, D). Along (B, H, T): each row's sum of dOut * Out."""
     tile, b, g = tl.program_id(0), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     H: tl.constexpr = G * REP
@@ -113,9 +145,28 @@ def attend_backward_queries(
 
 @triton.jit
 def attend_backward_keys(
-    Q, K, V, dOut, Lse, Along, Bits, Begin, Last, dK, dV, T, S, W, scale,
-    G: tl.constexpr, REP: tl.constexpr, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, HAS_BITS: tl.constexpr,
-):  # fmt: skip
+    Q,
+    K,
+    V,
+    dOut,
+    Lse,
+    Along,
+    Bits,
+    Begin,
+    Last,
+    dK,
+    dV,
+    T,
+    S,
+    W,
+    scale,
+    G: tl.constexpr,
+    REP: tl.constexpr,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    HAS_BITS: tl.constexpr,
+):
     """dK, dV (B, S, G, D). Last (B, tiles): one past the last query that sees a key of the tile."""
     tile, b, g = tl.program_id(0), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     H: tl.constexpr = G * REP
@@ -194,9 +245,25 @@ def forward_rows(q, k, v, bits, begin, rows, T, *, with_out):
     lse = torch.empty(B, H, N, dtype=torch.float32, device=q.device)
     options = tile_of(FORWARD, H // G, D, q.element_size())
     attend_forward[(triton.cdiv(N, options["BM"]), B * G)](
-        q, k, v, bits, begin, rows, out, lse, N, T, S, 0 if bits is None else bits.shape[-1], 1 / math.sqrt(D),
-        G=G, D=D, HAS_BITS=bits is not None, WITH_OUT=with_out, **options,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        bits,
+        begin,
+        rows,
+        out,
+        lse,
+        N,
+        T,
+        S,
+        0 if bits is None else bits.shape[-1],
+        1 / math.sqrt(D),
+        G=G,
+        D=D,
+        HAS_BITS=bits is not None,
+        WITH_OUT=with_out,
+        **options,
+    )
     return out, lse
 
 

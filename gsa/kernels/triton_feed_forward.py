@@ -51,9 +51,7 @@ class _SiluProduct(torch.autograd.Function):
     def backward(ctx, d_out):
         gate, up = ctx.saved_tensors
         d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        silu_backward[_grid(gate)](
-            gate, up, d_out.contiguous(), d_gate, d_up, gate.numel(), BLOCK=BLOCK, **OPTIONS
-        )
+        silu_backward[_grid(gate)](gate, up, d_out.contiguous(), d_gate, d_up, gate.numel(), BLOCK=BLOCK, **OPTIONS)
         return d_gate, d_up
 
 

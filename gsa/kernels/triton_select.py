@@ -37,9 +37,22 @@ def index_tile(
 
 @triton.jit
 def level_strip(
-    Q, K, W, Bias, Strip, q0, C, T, S, scale, to_level,
-    J: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-):  # fmt: skip
+    Q,
+    K,
+    W,
+    Bias,
+    Strip,
+    q0,
+    C,
+    T,
+    S,
+    scale,
+    to_level,
+    J: tl.constexpr,
+    E: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+):
     """Strip (B, C, S) uint16: levels of the C queries from q0 on. Tiles that no query sees stay unwritten."""
     first_n, first_m, b = tl.program_id(0) * BN, tl.program_id(1) * BM, tl.program_id(2).to(tl.int64)
     if first_n <= q0 + first_m + BM - 1 + S - T:
@@ -53,9 +66,7 @@ def level_strip(
 
 
 @triton.jit
-def row_statistic(
-    Strip, Start, Alpha, Out, q0, C, T, S, to_score, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def row_statistic(Strip, Start, Alpha, Out, q0, C, T, S, to_score, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
     """Out (B, C) float32: variance of each row's scores over its visible keys, or entropy of softmax(alpha * I)."""
     r, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start = tl.load(Start + b * T + q0 + r)
@@ -176,9 +187,19 @@ def select(index, alpha, v_ref, doc_start, mode, temperature, k_base, k_min, k_m
         if mode != "off":
             found = torch.empty(B, C, dtype=torch.float32, device=device)
             row_statistic[(C, B)](
-                levels, begin, alpha, found, q0, C, T, S, J / LEVELS, ENTROPY=mode == "entropy", BLOCK=block,
+                levels,
+                begin,
+                alpha,
+                found,
+                q0,
+                C,
+                T,
+                S,
+                J / LEVELS,
+                ENTROPY=mode == "entropy",
+                BLOCK=block,
                 num_warps=8,
-            )  # fmt: skip
+            )
             statistic[:, rows] = found
         kept[:, rows] = keys_per_query(n[:, rows], found, v_ref, mode, temperature, k_base, k_min, k_max)
         if everything:

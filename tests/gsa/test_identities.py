@@ -65,12 +65,7 @@ def test_identity(check, way, mode, group, tied):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", ["dense", "sparse"])
 @pytest.mark.parametrize(
-    "check",
-    [
-        checks.check_all_keys_are_dense_attention,
-        checks.check_who_learns_from_what,
-        checks.check_recomputing,
-    ],
+    "check", [checks.check_all_keys_are_dense_attention, checks.check_who_learns_from_what, checks.check_recomputing]
 )
 def test_identity_in_either_stage(check, way, stage, kind):
     at_random_sizes(lambda way, size: check(way, size, stage), way, *kind, examples=2)
@@ -79,7 +74,9 @@ def test_identity_in_either_stage(check, way, stage, kind):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", ["dense", "sparse"])
 def test_a_model_is_that_of_the_reference(stage, kind):
-    at_random_sizes(lambda way, size: checks.check_as_the_reference(way, size, stage), WAYS["chunked"], *kind, examples=2)
+    at_random_sizes(
+        lambda way, size: checks.check_as_the_reference(way, size, stage), WAYS["chunked"], *kind, examples=2
+    )
 
 
 @pytest.mark.parametrize("fault", WRONG)
@@ -241,9 +238,17 @@ def index_of(scores: torch.Tensor) -> kernels.Index:
 def selected(way, scores: torch.Tensor, doc_start=None, mode="off", v_ref=0.0, k_base=6, k_min=2, k_max=10):
     """mask (B, T, S) and k that a backend chooses, for given scores."""
     choice = kernels.select(
-        way.backend, index_of(scores), torch.tensor(4.0), torch.tensor(v_ref), doc_start, mode=mode, temperature=1.0,
-        k_base=k_base, k_min=k_min, k_max=k_max,
-    )  # fmt: skip
+        way.backend,
+        index_of(scores),
+        torch.tensor(4.0),
+        torch.tensor(v_ref),
+        doc_start,
+        mode=mode,
+        temperature=1.0,
+        k_base=k_base,
+        k_min=k_min,
+        k_max=k_max,
+    )
     S = scores.shape[-1]
     if choice.bits is None:
         start = torch.zeros(scores.shape[:2]).long() if doc_start is None else doc_start

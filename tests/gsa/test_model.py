@@ -16,13 +16,7 @@ from gsa.loss import linear_cross_entropy
 from gsa.model import count_params, flops_per_token
 
 PRETRAIN = ModelConfig(
-    d_model=1024,
-    n_layers=26,
-    n_heads=16,
-    n_kv_heads=4,
-    d_ffn=3072,
-    vocab_size=151936,
-    max_position_embeddings=2048,
+    d_model=1024, n_layers=26, n_heads=16, n_kv_heads=4, d_ffn=3072, vocab_size=151936, max_position_embeddings=2048
 )
 
 
@@ -59,10 +53,7 @@ def test_flops_count_sparse_attention_as_sparse():
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (
-            {"n_kv_heads": 3},
-            r"model.n_kv_heads=3 does not divide model.n_heads=16; choose one of \[1, 2, 4, 8, 16\]",
-        ),
+        ({"n_kv_heads": 3}, r"model.n_kv_heads=3 does not divide model.n_heads=16; choose one of \[1, 2, 4, 8, 16\]"),
         ({"n_heads": 24, "n_kv_heads": 4}, "model.n_heads=24 does not divide model.d_model=1024"),
         ({"d_head": 33}, "model.d_head=33 must be even"),
         ({"k_min": 600}, "model.k_min=600, model.k_base=512"),
@@ -106,9 +97,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_plain_loss(columns, monkeyp
     plain = F.cross_entropy(hidden @ weight.t(), targets)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
     for mine, theirs in zip(
-        torch.autograd.grad(3 * ours, (hidden, weight)),
-        torch.autograd.grad(3 * plain, (hidden, weight)),
-        strict=True,
+        torch.autograd.grad(3 * ours, (hidden, weight)), torch.autograd.grad(3 * plain, (hidden, weight)), strict=True
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
 

@@ -52,10 +52,7 @@ def test_every_tensor_comes_back_bit_for_bit_under_its_name(tmp_path):
     assert all(same_bits(loaded[name], saved[name]) for name in saved)
     assert loaded["layers.0.v_ref"].dtype == torch.float32
     assert loaded["model.embed_tokens.weight"].dtype == torch.bfloat16
-    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == [
-        "config.json",
-        "model.safetensors",
-    ]
+    assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_tied_names_are_stored_once_and_share_one_tensor(tmp_path):

@@ -38,15 +38,28 @@ class Page:
         # the protocol is spoken on descriptors 3 and 4: a shell moves the pipes there, from numbers that are neither
         to_browser, from_browser = _moved_up(to_browser), _moved_up(from_browser)
         command = [
-            "bash", "-c", f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}', chromium,
-            "--headless=new", "--remote-debugging-pipe", f"--user-data-dir={profile}", "--no-sandbox", "--disable-gpu",
-            "--disable-dev-shm-usage", "--no-first-run", "--hide-scrollbars", "--force-color-profile=srgb",
+            "bash",
+            "-c",
+            f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}',
+            chromium,
+            "--headless=new",
+            "--remote-debugging-pipe",
+            f"--user-data-dir={profile}",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--no-first-run",
+            "--hide-scrollbars",
+            "--force-color-profile=srgb",
             "about:blank",
-        ]  # fmt: skip
+        ]
         self._process = subprocess.Popen(
-            command, pass_fds=(to_browser, from_browser), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            command,
+            pass_fds=(to_browser, from_browser),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+        )
         os.close(to_browser)
         os.close(from_browser)
         self._session = None
@@ -97,11 +110,25 @@ class Page:
 
     def screenshot(self, path: Path, *, whole: bool = True) -> None:
         """A PNG of the page from top to bottom, or of the window only."""
-        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **(
-            {"clip": {"x": 0, "y": 0, "scale": 1, **self.evaluate(
-                "({width: document.documentElement.clientWidth, height: document.documentElement.scrollHeight})"
-            )}} if whole else {}
-        ))  # fmt: skip
+        shot = self.call(
+            "Page.captureScreenshot",
+            format="png",
+            captureBeyondViewport=whole,
+            **(
+                {
+                    "clip": {
+                        "x": 0,
+                        "y": 0,
+                        "scale": 1,
+                        **self.evaluate(
+                            "({width: document.documentElement.clientWidth, height: document.documentElement.scrollHeight})"
+                        ),
+                    }
+                }
+                if whole
+                else {}
+            ),
+        )
         path.write_bytes(base64.b64decode(shot["data"]))
 
     def close(self) -> None:

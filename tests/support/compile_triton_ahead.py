@@ -45,8 +45,7 @@ SIZES = {"model": Sizes(), "wide": Sizes(D=128, E=128), "float32": Sizes(dtype="
 """The model's, and the widest that gsa/kernels/choice.py lets through in either dtype."""
 G, REP, J = 4, 4, 4
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-OF_THE_MODEL = {"Q", "K", "V", "Out", "dOut", "dQ", "dK", "dV", "IndexQ", "IndexK",
-                "Gate", "Up", "dGate", "dUp"}  # fmt: skip
+OF_THE_MODEL = {"Q", "K", "V", "Out", "dOut", "dQ", "dK", "dV", "IndexQ", "IndexK", "Gate", "Up", "dGate", "dUp"}
 INT32 = {"Bits", "Begin", "Start", "Rows", "Last", "Kept"}
 SCALES = {"scale", "index_scale", "to_level", "to_score"}
 
@@ -139,11 +138,15 @@ def compile_for(spec: Spec, arch: int, sizes: str) -> dict:
     used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", dumped))
     ptx = compiled.asm["ptx"]
     return {
-        "kernel": name, "arch": arch, "sizes": sizes, "registers": int(used["REG"]),
-        "spill_bytes": int(used["STACK"]) + int(used["LOCAL"]), "shared_kib": compiled.metadata.shared / 1024,
+        "kernel": name,
+        "arch": arch,
+        "sizes": sizes,
+        "registers": int(used["REG"]),
+        "spill_bytes": int(used["STACK"]) + int(used["LOCAL"]),
+        "shared_kib": compiled.metadata.shared / 1024,
         "warps": options["num_warps"],
         "tensor_cores": "wgmma" if "wgmma" in ptx else "mma.sync" if "mma.sync" in ptx else "none",
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -57,9 +57,10 @@ def waits(accumulation: int, stage: int, config: Path, world: World) -> Counter:
 
     On the reference kernels: the chunked ones read the bounds of their chunks, as the fused ones for GPUs do not.
     """
-    cfg = load_config(config, [
-        "training.micro_batch_size=1", f"training.global_batch_size={accumulation}", "training.backend=reference",
-    ])  # fmt: skip
+    cfg = load_config(
+        config,
+        ["training.micro_batch_size=1", f"training.global_batch_size={accumulation}", "training.backend=reference"],
+    )
     plan = plan_batch(cfg.training, 1)
     ds_config = resolve_ds_config(ROOT / "ds_configs" / f"zero{stage}.json", cfg, plan, config)
     engine = build_engine(cfg, ds_config, world, init_from=None).engine
@@ -67,9 +68,16 @@ def waits(accumulation: int, stage: int, config: Path, world: World) -> Counter:
 
     def step(number: int) -> None:
         run_passes(
-            engine, loader, cfg.training, plan, step=number, n_targets=100, probing=True, examining=True,
+            engine,
+            loader,
+            cfg.training,
+            plan,
+            step=number,
+            n_targets=100,
+            probing=True,
+            examining=True,
             phase=lambda name: None,
-        )  # fmt: skip
+        )
 
     step(0)
     step(1)

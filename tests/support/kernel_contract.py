@@ -82,11 +82,20 @@ def cases(draw, dtypes: tuple[torch.dtype, ...] = (torch.float64,), device: str 
     T = draw(st.integers(1, 48))
     few = st.integers(1, max(1, T // 5))
     return Case(
-        B=draw(st.integers(1, 2)), T=T, S=T + draw(st.sampled_from([0, 0, 1, 9])), H=8, G=draw(st.sampled_from(GROUPS)),
-        J=draw(st.integers(1, 4)), k=draw(st.one_of(few, few, few, st.integers(1, 60))),
-        documents=draw(st.integers(1, 4)), mode=draw(st.sampled_from(MODES)), tied=draw(st.booleans()),
-        seed=draw(st.integers(0, 999)), dtype=draw(st.sampled_from(dtypes)), device=device,
-    )  # fmt: skip
+        B=draw(st.integers(1, 2)),
+        T=T,
+        S=T + draw(st.sampled_from([0, 0, 1, 9])),
+        H=8,
+        G=draw(st.sampled_from(GROUPS)),
+        J=draw(st.integers(1, 4)),
+        k=draw(st.one_of(few, few, few, st.integers(1, 60))),
+        documents=draw(st.integers(1, 4)),
+        mode=draw(st.sampled_from(MODES)),
+        tied=draw(st.booleans()),
+        seed=draw(st.integers(0, 999)),
+        dtype=draw(st.sampled_from(dtypes)),
+        device=device,
+    )
 
 
 @dataclass
@@ -133,9 +142,15 @@ def inputs(case: Case) -> Inputs:
         index.q[..., :5] = logits * E**0.5
     rows = torch.randperm(T, generator=random)[: max(1, T // 4)].sort().values
     return Inputs(
-        draw(B, T, H, D), draw(B, S, G, D), draw(B, S, G, D), index, torch.tensor(4.0).double(), start, rows,
         draw(B, T, H, D),
-    )  # fmt: skip
+        draw(B, S, G, D),
+        draw(B, S, G, D),
+        index,
+        torch.tensor(4.0).double(),
+        start,
+        rows,
+        draw(B, T, H, D),
+    )
 
 
 V_REF = 0.01
@@ -144,9 +159,7 @@ V_REF = 0.01
 def choose(backend: str, x: Inputs, case: Case) -> kernels.Selection:
     names = ("mode", "temperature", "k_base", "k_min", "k_max")
     v_ref = torch.tensor(V_REF, device=x.q.device)
-    return kernels.select(
-        backend, x.index, x.alpha, v_ref, x.doc_start, **dict(zip(names, case.rule, strict=True))
-    )
+    return kernels.select(backend, x.index, x.alpha, v_ref, x.doc_start, **dict(zip(names, case.rule, strict=True)))
 
 
 def mask_of(bits: torch.Tensor | None, x: Inputs, n_keys: int) -> torch.Tensor:
@@ -238,9 +251,22 @@ def oldest_first(scores: torch.Tensor, seen: torch.Tensor, k: torch.Tensor, n_he
 # -- identities of a model ------------------------------------------------------------------------------
 
 TINY = ModelConfig(
-    d_model=32, n_layers=2, n_heads=8, n_kv_heads=4, d_head=16, d_ffn=48, vocab_size=61, max_position_embeddings=64,
-    init_std=0.2, d_indexer=16, n_indexer_heads=2, k_base=6, k_min=2, k_max=10, tie_embeddings=False,
-)  # fmt: skip
+    d_model=32,
+    n_layers=2,
+    n_heads=8,
+    n_kv_heads=4,
+    d_head=16,
+    d_ffn=48,
+    vocab_size=61,
+    max_position_embeddings=64,
+    init_std=0.2,
+    d_indexer=16,
+    n_indexer_heads=2,
+    k_base=6,
+    k_min=2,
+    k_max=10,
+    tie_embeddings=False,
+)
 
 
 @dataclass(frozen=True)
@@ -482,7 +508,9 @@ def _counted(operation: Callable, calls: Counter, name: str) -> Callable:
 def _mask(q, k, bits, start) -> torch.Tensor:
     """(B, T, S) bool: the keys that attention reads."""
     start = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device) if start is None else start
-    return kernels.visible(start, k.shape[1]) if bits is None or not bits.shape[-1] else kernels.unpack(bits, k.shape[1])
+    return (
+        kernels.visible(start, k.shape[1]) if bits is None or not bits.shape[-1] else kernels.unpack(bits, k.shape[1])
+    )
 
 
 def peeks(attend):
@@ -615,7 +643,7 @@ WRONG = {
     "cached tokens are not selected": (check_decoding, swap("select", sees_new_tokens_only)),
     "recomputation differs": (check_recomputing, swap("attend", differs_when_recomputed)),
     "recomputation selects again": (check_recomputing, keep_nothing),
-}  # fmt: skip
+}
 """What is wrong, the identity that must catch it, and how it is brought about."""
 
 

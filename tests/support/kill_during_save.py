@@ -118,14 +118,33 @@ def forked(call: Callable[[], int]) -> int:
 def life(yaml: str, folder: Path, resume: str) -> int:
     """One training process, from step 3 or what it finds to step 4."""
     torch.set_num_threads(1)
-    return main(["--config", yaml, "--output_dir", str(folder), "--resume_from", resume, "training.max_steps=6",
-                 "training.stop_at_step=4", "training.eval_interval=0", "training.keep_last=null"])  # fmt: skip
+    return main(
+        [
+            "--config",
+            yaml,
+            "--output_dir",
+            str(folder),
+            "--resume_from",
+            resume,
+            "training.max_steps=6",
+            "training.stop_at_step=4",
+            "training.eval_interval=0",
+            "training.keep_last=null",
+        ]
+    )
 
 
 def save(canned: Canned, state: RunState, folder: Path) -> int:
     world = Alone(0, 1, 0, 1, torch.device("cpu"))
-    saver = saving.Saver(canned, world, folder, background=True, retention=saving.Retention(None, None), bytes_needed=0,
-                         published=lambda report: None)  # fmt: skip
+    saver = saving.Saver(
+        canned,
+        world,
+        folder,
+        background=True,
+        retention=saving.Retention(None, None),
+        bytes_needed=0,
+        published=lambda report: None,
+    )
     saver.start(state)
     saver.finish()
     return 0
@@ -147,10 +166,13 @@ def kill_every_moment(source: Path, out: Path, canned: Canned, state: RunState) 
             (out / f"{number}.txt").write_text(moment)
         found, passed_over = manifest.newest_good(folder)
         facts = {
-            "ended": ended, "found": found and found.name, "passed_over": passed_over,
-            "latest": manifest.latest_tag(folder), "moment": ended[0] and (out / f"{number}.txt").read_text(),
+            "ended": ended,
+            "found": found and found.name,
+            "passed_over": passed_over,
+            "latest": manifest.latest_tag(folder),
+            "moment": ended[0] and (out / f"{number}.txt").read_text(),
             "torn": (folder / "step_4").exists() and not (folder / "step_4" / "manifest.json").exists(),
-        }  # fmt: skip
+        }
         (out / f"{number}.json").write_text(json.dumps(facts))
         if ended[0] == 0:
             return

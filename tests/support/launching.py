@@ -44,9 +44,13 @@ def free_port() -> int:
 
 def rank_environment() -> dict[str, str]:
     return {
-        **os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore",
-        "PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled",
-    }  # fmt: skip
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONWARNINGS": "ignore",
+        "PYTHONPATH": str(ROOT),
+        "WANDB_MODE": "disabled",
+    }
 
 
 def run_cases(ranks: int, cases: Sequence[Case], folder: Path, *, timeout_s: float = 900) -> str:
@@ -58,9 +62,16 @@ def run_cases(ranks: int, cases: Sequence[Case], folder: Path, *, timeout_s: flo
     script = folder / f"cases_{ranks}.json"
     script.write_text(json.dumps([asdict(case) for case in cases]))
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port",
-        str(free_port()), str(ROOT / "tests" / "support" / "run_cases_on_rank.py"), str(script),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        str(ranks),
+        "--master_port",
+        str(free_port()),
+        str(ROOT / "tests" / "support" / "run_cases_on_rank.py"),
+        str(script),
+    ]
     done = subprocess.run(command, cwd=ROOT, env=rank_environment(), capture_output=True, text=True, timeout=timeout_s)
     output = done.stdout + done.stderr
     assert done.returncode == 0, f"{ranks} ranks:\n{output[-12000:]}"
@@ -92,14 +103,23 @@ def start_training(
             str(free_port()),
         ]
     return subprocess.Popen(
-        [*head, "training/train.py", *argv], cwd=ROOT, env={**rank_environment(), **(env or {})}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        [*head, "training/train.py", *argv],
+        cwd=ROOT,
+        env={**rank_environment(), **(env or {})},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def train_alone(argv: Sequence[str], *, timeout_s: float = 400) -> subprocess.CompletedProcess:
     """training/train.py under plain python: one rank."""
     return subprocess.run(
-        [sys.executable, "training/train.py", *argv], cwd=ROOT, env=rank_environment(), capture_output=True,
-        text=True, timeout=timeout_s,
-    )  # fmt: skip
+        [sys.executable, "training/train.py", *argv],
+        cwd=ROOT,
+        env=rank_environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+    )

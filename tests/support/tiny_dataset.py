@@ -13,12 +13,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 
 
 def write_dataset(
-    folder: Path,
-    train: list[list[int]],
-    *,
-    vocab_size: int,
-    held_out: list[list[int]],
-    shard_tokens: int = 2**26,
+    folder: Path, train: list[list[int]], *, vocab_size: int, held_out: list[list[int]], shard_tokens: int = 2**26
 ) -> dict:
     """Documents are token lists without the end token, which is vocab_size - 1. Returns the manifest."""
     eod = vocab_size - 1
@@ -41,22 +36,37 @@ def write_dataset(
             path = folder / split / f"shard_{i:05d}.bin"
             path.write_bytes(tokens.tobytes())
             np.save(path.with_name(path.stem + ".ends.npy"), np.cumsum([len(d) for d in group]).astype(np.int64))
-            shards.append({
-                "file": f"{split}/{path.name}", "tokens": len(tokens), "documents": len(group), "sha256": _sha(path),
-                "ends_sha256": _sha(path.with_name(path.stem + ".ends.npy")),
-            })  # fmt: skip
+            shards.append(
+                {
+                    "file": f"{split}/{path.name}",
+                    "tokens": len(tokens),
+                    "documents": len(group),
+                    "sha256": _sha(path),
+                    "ends_sha256": _sha(path.with_name(path.stem + ".ends.npy")),
+                }
+            )
         splits[split] = {
-            "documents": len(documents), "tokens": sum(s["tokens"] for s in shards), "bytes": 0, "shards": shards,
-        }  # fmt: skip
+            "documents": len(documents),
+            "tokens": sum(s["tokens"] for s in shards),
+            "bytes": 0,
+            "shards": shards,
+        }
     sizes = [0 if token == eod else len(f"w{token}") for token in range(vocab_size)]
     np.save(folder / "token_bytes.npy", np.array(sizes, np.uint16))
     flat = np.concatenate([np.asarray([*d, eod]) for d in train])
     np.save(folder / "token_counts.npy", np.bincount(flat, minlength=vocab_size).astype(np.int64))
     (folder / "tokenizer.json").write_text(word_tokenizer(vocab_size).to_str())
     manifest = {
-        "format": 1, "dtype": dtype, "vocab_size": vocab_size, "eod_id": eod,
-        "tokenizer_sha256": _sha(folder / "tokenizer.json"), "splits": splits, "sources": [], "skipped": {}, "overlap": {},
-    }  # fmt: skip
+        "format": 1,
+        "dtype": dtype,
+        "vocab_size": vocab_size,
+        "eod_id": eod,
+        "tokenizer_sha256": _sha(folder / "tokenizer.json"),
+        "splits": splits,
+        "sources": [],
+        "skipped": {},
+        "overlap": {},
+    }
     manifest["fingerprint"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return manifest

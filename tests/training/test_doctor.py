@@ -20,22 +20,52 @@ STEPS = 60
 
 # 4 L40S at micro-batch 8 x 2048, accumulation 8, gradient checkpointing: a row as the trainer writes it
 HEALTHY = {
-    "loss": 3.1, "indexer_loss": 0.2, "grad_norm": 0.9, "lr": 3e-4, "lr_indexer": 3e-3, "stage": "sparse",
-    "selected_k": 480.0, "seconds": 7.0, "seconds_data": 0.01, "seconds_forward": 2.1, "seconds_backward": 4.5,
-    "seconds_step": 0.3, "seconds_other": 0.09, "seconds_save": 0.0, "seconds_eval": 0.0, "tokens_per_s": 74898.0,
-    "tokens_per_s_per_device": 18724.0, "mfu": 0.42, "rank_seconds_slowest": 2.13, "rank_seconds_median": 2.11,
-    "allocator_retries": 0, "memory_gib": 36.0,
-}  # fmt: skip
+    "loss": 3.1,
+    "indexer_loss": 0.2,
+    "grad_norm": 0.9,
+    "lr": 3e-4,
+    "lr_indexer": 3e-3,
+    "stage": "sparse",
+    "selected_k": 480.0,
+    "seconds": 7.0,
+    "seconds_data": 0.01,
+    "seconds_forward": 2.1,
+    "seconds_backward": 4.5,
+    "seconds_step": 0.3,
+    "seconds_other": 0.09,
+    "seconds_save": 0.0,
+    "seconds_eval": 0.0,
+    "tokens_per_s": 74898.0,
+    "tokens_per_s_per_device": 18724.0,
+    "mfu": 0.42,
+    "rank_seconds_slowest": 2.13,
+    "rank_seconds_median": 2.11,
+    "allocator_retries": 0,
+    "memory_gib": 36.0,
+}
 # at its power limit, as a busy L40S is, and far from its highest clock
 HEALTHY_GPU = {
-    "utilisation": 0.97, "power_w": 345.0, "power_limit_w": 350.0, "clock_mhz": 1905.0, "max_clock_mhz": 2520.0,
-    "memory_gib": 38.0, "temperature_c": 66.0, "throttled": 0.8, "throttle_reasons": "power cap",
-}  # fmt: skip
+    "utilisation": 0.97,
+    "power_w": 345.0,
+    "power_limit_w": 350.0,
+    "clock_mhz": 1905.0,
+    "max_clock_mhz": 2520.0,
+    "memory_gib": 38.0,
+    "temperature_c": 66.0,
+    "throttled": 0.8,
+    "throttle_reasons": "power cap",
+}
 ZERO = {"stage": 2, "overlap_comm": True}
 MODEL = {
-    "d_model": 1024, "n_layers": 26, "n_heads": 16, "n_kv_heads": 4, "d_ffn": 3072, "vocab_size": 151936,
-    "d_indexer": 64, "n_indexer_heads": 4,
-}  # fmt: skip
+    "d_model": 1024,
+    "n_layers": 26,
+    "n_heads": 16,
+    "n_kv_heads": 4,
+    "d_ffn": 3072,
+    "vocab_size": 151936,
+    "d_indexer": 64,
+    "n_indexer_heads": 4,
+}
 
 
 def row(step, changes, gpus):
@@ -47,9 +77,19 @@ def row(step, changes, gpus):
 
 
 def a_run(
-    folder, changes=None, *, gpus=None, training=None, data=None, zero=None, micro=8, accumulation=8, backend="triton",
-    rows=None, events=(),
-):  # fmt: skip
+    folder,
+    changes=None,
+    *,
+    gpus=None,
+    training=None,
+    data=None,
+    zero=None,
+    micro=8,
+    accumulation=8,
+    backend="triton",
+    rows=None,
+    events=(),
+):
     """The folder of a run of STEPS steps, healthy but for the changes. gpus: by index, or "all"."""
     folder.mkdir(exist_ok=True)
     cfg = run_config.to_plain(run_config.RunConfig())
@@ -57,19 +97,31 @@ def a_run(
     cfg["training"] |= {"gradient_checkpointing": True, **(training or {})}
     cfg["data"] |= {"num_workers": 2, **(data or {})}
     (folder / "config.yaml").write_text(yaml.safe_dump(cfg))
-    (folder / "ds_config.json").write_text(json.dumps({
-        "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": accumulation,
-        "zero_optimization": zero or ZERO,
-    }))  # fmt: skip
+    (folder / "ds_config.json").write_text(
+        json.dumps(
+            {
+                "train_micro_batch_size_per_gpu": micro,
+                "gradient_accumulation_steps": accumulation,
+                "zero_optimization": zero or ZERO,
+            }
+        )
+    )
     (folder / "env.json").write_text(json.dumps({"devices": ["NVIDIA L40S"] * 4, "cpus": 64}))
-    (folder / "run.json").write_text(json.dumps({
-        "status": "running", "reason": None, "world_size": 4, "zero_stage": 2, "backend": backend,
-    }))  # fmt: skip
+    (folder / "run.json").write_text(
+        json.dumps({"status": "running", "reason": None, "world_size": 4, "zero_stage": 2, "backend": backend})
+    )
     start = [
         {"event": "start", "step": 0, "world_size": 4, "zero_stage": 2},
-        {"event": "device", "step": 0, "name": "NVIDIA L40S", "world_size": 4, "peak_tflops": 362.0,
-         "peak_source": "table", "memory_gib": 44.4},
-    ]  # fmt: skip
+        {
+            "event": "device",
+            "step": 0,
+            "name": "NVIDIA L40S",
+            "world_size": 4,
+            "peak_tflops": 362.0,
+            "peak_source": "table",
+            "memory_gib": 44.4,
+        },
+    ]
     if rows is None:
         rows = [row(step, changes or {}, gpus or {}) for step in range(1, STEPS + 1)]
     lines = [json.dumps(one) for one in (*start, *rows, *events)]
@@ -229,8 +281,15 @@ def test_a_power_limit_set_low_throttles_all_cards(tmp_path):
 
 
 def test_mismatched_card(tmp_path):
-    other = {1: {"clock_mhz": 1410.0, "max_clock_mhz": 1740.0, "power_limit_w": 300.0, "throttled": 0.0,
-                 "throttle_reasons": ""}}  # fmt: skip
+    other = {
+        1: {
+            "clock_mhz": 1410.0,
+            "max_clock_mhz": 1740.0,
+            "power_limit_w": 300.0,
+            "throttled": 0.0,
+            "throttle_reasons": "",
+        }
+    }
     found = the_verdict(a_run(tmp_path / "run", gpus=other))
     assert found.name == "mismatched card" and found.gain == pytest.approx(1 / (1 - 6.6 / 7 * (1 - 1410 / 1905)))
     assert "GPU 1 runs at 1410 MHz, the others at 1905 (power limits from 300 to 350 W)" in found.finding
@@ -247,9 +306,10 @@ def test_slow_rank(tmp_path):
     assert found.name == "slow rank" and found.gain == pytest.approx(8.4 / 7.0)
     # rank 0 waits for it in its backward pass: that is no communication
     no_recomputation = a_run(
-        tmp_path / "run", slower(8.4, seconds_backward=5.9, rank_seconds_slowest=3.51),
+        tmp_path / "run",
+        slower(8.4, seconds_backward=5.9, rank_seconds_slowest=3.51),
         training={"gradient_checkpointing": False},
-    )  # fmt: skip
+    )
     assert names(no_recomputation) == ["slow rank"]
 
 
@@ -344,8 +404,16 @@ def test_a_live_run_with_a_torn_last_line_is_read(tmp_path, capsys):
 
 
 def test_a_run_of_today_without_the_newer_fields_is_read(tmp_path, capsys):
-    old = ("seconds_save", "seconds_eval", "seconds_other", "mfu", "rank_seconds_slowest", "rank_seconds_median",
-           "allocator_retries", "tokens_per_s_per_device")  # fmt: skip
+    old = (
+        "seconds_save",
+        "seconds_eval",
+        "seconds_other",
+        "mfu",
+        "rank_seconds_slowest",
+        "rank_seconds_median",
+        "allocator_retries",
+        "tokens_per_s_per_device",
+    )
     rows = [row(step, slower(12.5, seconds_data=5.5), {}) for step in range(1, STEPS + 1)]
     rows = [{k: v for k, v in one.items() if k not in old and not k.startswith("gpu/")} for one in rows]
     folder = a_run(tmp_path / "run", rows=rows)

@@ -37,13 +37,27 @@ def runs(tmp_path_factory) -> Path:
 def resumed(tmp_path_factory) -> Path:
     """Both runs, continued from step_8 to the end once more."""
     base = unpack(tmp_path_factory.mktemp("resumed"))
-    run_cases(2, [
-        Case(name, (
-            "--config", str(FIXTURE / "tiny.yaml"), "--output_dir", str(base / name), "--resume_from", "step_8",
-            "--deepspeed_config", str(ROOT / "ds_configs" / f"{name[:5]}.json"), f"training.precision={name[-4:]}",
-        ))
-        for name in RUNS
-    ], base)  # fmt: skip
+    run_cases(
+        2,
+        [
+            Case(
+                name,
+                (
+                    "--config",
+                    str(FIXTURE / "tiny.yaml"),
+                    "--output_dir",
+                    str(base / name),
+                    "--resume_from",
+                    "step_8",
+                    "--deepspeed_config",
+                    str(ROOT / "ds_configs" / f"{name[:5]}.json"),
+                    f"training.precision={name[-4:]}",
+                ),
+            )
+            for name in RUNS
+        ],
+        base,
+    )
     return base
 
 

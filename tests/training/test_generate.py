@@ -15,9 +15,20 @@ from training import generate as module
 from training.generate import Sampling, generate, stream_text
 
 CONFIG = ModelConfig(
-    d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, d_ffn=48, vocab_size=61, max_position_embeddings=24,
-    init_std=0.3, d_indexer=8, n_indexer_heads=2, k_base=6, k_min=2, k_max=10,
-)  # fmt: skip
+    d_model=32,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    d_ffn=48,
+    vocab_size=61,
+    max_position_embeddings=24,
+    init_std=0.3,
+    d_indexer=8,
+    n_indexer_heads=2,
+    k_base=6,
+    k_min=2,
+    k_max=10,
+)
 
 
 @pytest.fixture(scope="module")

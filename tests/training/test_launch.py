@@ -30,9 +30,18 @@ WAIT_S = 60
 def started(tmp_path: Path, tiny_yaml: Path, *extra: str):
     """Two ranks under `deepspeed`, a few steps into a long run; and the process ids of the ranks."""
     folder = tmp_path / "run"
-    process = start_training(2, [
-        "--config", str(tiny_yaml), "--output_dir", str(folder), "training.max_steps=1000000", "training.eval_interval=0", *extra,
-    ])  # fmt: skip
+    process = start_training(
+        2,
+        [
+            "--config",
+            str(tiny_yaml),
+            "--output_dir",
+            str(folder),
+            "training.max_steps=1000000",
+            "training.eval_interval=0",
+            *extra,
+        ],
+    )
     deadline = time.monotonic() + 400
     while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count('"loss"') < 5:
         assert process.poll() is None, process.stdout.read()
@@ -96,18 +105,30 @@ def test_plain_python_is_one_rank(finished):
         (2, "stray first step", ["training.precision=bf16", "--deepspeed_config", "ds_configs/zero0.json"]),
         (2, "zero9.json: No such file", ["--deepspeed_config", "ds_configs/zero9.json"]),
         (2, "already holds a run; continue it with --resume_from auto", ["@finished"]),
-        (2, "made with another model.d_head, model.d_model", ["@finished", "--resume_from", "latest", "model.d_model=64"]),
-        (2, "training.learning_rate (0.003 there, 0.01 here) differ", ["@finished", "--resume_from", "latest", "training.learning_rate=1e-2"]),
+        (
+            2,
+            "made with another model.d_head, model.d_model",
+            ["@finished", "--resume_from", "latest", "model.d_model=64"],
+        ),
+        (
+            2,
+            "training.learning_rate (0.003 there, 0.01 here) differ",
+            ["@finished", "--resume_from", "latest", "training.learning_rate=1e-2"],
+        ),
         (3, "meant by 'step_77', does not exist", ["@finished", "--resume_from", "step_77"]),
         (3, "choose one of step_2", ["@finished", "--resume_from", "step_77"]),
         (3, "is not a prepared dataset", ["data.data_dir=nowhere"]),
         (3, "has 64 entries, more than model.vocab_size=32", ["model.vocab_size=32"]),
         (3, "latest does not exist", ["--resume_from", "latest"]),
         (3, "nowhere/config.json: cannot be read", ["training.init_from=nowhere"]),
-        (2, "its weights do not fit: model.d_ffn (64 there, 32 here)", ["model.d_ffn=32", "training.init_from=@finished/step_2"]),
+        (
+            2,
+            "its weights do not fit: model.d_ffn (64 there, 32 here)",
+            ["model.d_ffn=32", "training.init_from=@finished/step_2"],
+        ),
         (3, "model.safetensors: its sha256 is not that of the manifest", ["@damaged", "--resume_from", "auto"]),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_refused_before_any_process_group(
     tmp_path, tiny_yaml, finished, monkeypatch, capsys, code, words, argv
 ):
@@ -124,7 +145,9 @@ def test_bad_input_is_refused_before_any_process_group(
         argv = argv[1:]
     argv = [word.replace("@finished", str(finished)) for word in argv]
     before = sorted(folder.rglob("*")) if folder.exists() else []
-    monkeypatch.setitem(sys.modules, "training.engine.engine", None)  # importing the door to DeepSpeed would be an error
+    monkeypatch.setitem(
+        sys.modules, "training.engine.engine", None
+    )  # importing the door to DeepSpeed would be an error
     assert train.main(["--config", str(tiny_yaml), "--output_dir", str(folder), *argv]) == code
     said = capsys.readouterr().err
     assert words in said and said.count("error:") == 1 and "Traceback" not in said
@@ -270,7 +293,13 @@ def test_wandb_offline_without_a_key_and_never_fatal(tmp_path, tiny_yaml, monkey
     assert "training goes on, metrics.jsonl has every row" in output
 
 
-EVENTS = {"SIGTERM": 1, "SIGUSR1 to rank 1": 2, "its child dies": 1, "SIGHUP, then SIGTERM": 1, "before there is a rank": 1}
+EVENTS = {
+    "SIGTERM": 1,
+    "SIGUSR1 to rank 1": 2,
+    "its child dies": 1,
+    "SIGHUP, then SIGTERM": 1,
+    "before there is a rank": 1,
+}
 """What meets a launch under the wrapper, and with how many ranks."""
 
 
@@ -285,13 +314,33 @@ def wrapped(tmp_path_factory, tiny_yaml) -> dict[str, tuple[Path, int, str]]:
 
     processes = {
         event: subprocess.Popen(
-            [sys.executable, "-m", "training.launch", "--num_gpus", str(EVENTS[event]), "--master_port", str(free_port()),
-             "training/train.py", "--config", str(tiny_yaml), "--output_dir", str(folder), "training.max_steps=100000",
-             "training.eval_interval=0", *long_steps.get(event, [])],
-            cwd=ROOT, env=rank_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True, preexec_fn=partial(hang_up, event == "before there is a rank"),
-        ) for event, folder in folders.items()
-    }  # fmt: skip
+            [
+                sys.executable,
+                "-m",
+                "training.launch",
+                "--num_gpus",
+                str(EVENTS[event]),
+                "--master_port",
+                str(free_port()),
+                "training/train.py",
+                "--config",
+                str(tiny_yaml),
+                "--output_dir",
+                str(folder),
+                "training.max_steps=100000",
+                "training.eval_interval=0",
+                *long_steps.get(event, []),
+            ],
+            cwd=ROOT,
+            env=rank_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            preexec_fn=partial(hang_up, event == "before there is a rank"),
+        )
+        for event, folder in folders.items()
+    }
 
     def until(true, event: str) -> None:
         deadline = time.monotonic() + 400
@@ -313,7 +362,10 @@ def wrapped(tmp_path_factory, tiny_yaml) -> dict[str, tuple[Path, int, str]]:
         children = psutil.Process(processes["its child dies"].pid).children(recursive=True)
         next(c for c in children if "deepspeed.launcher.launch" in " ".join(c.cmdline())).kill()
         twice, folder = processes["SIGHUP, then SIGTERM"], folders["SIGHUP, then SIGTERM"]
-        until(lambda: (folder / ".ranks" / "rank_0.json").exists() and watched(folder, 0)["count"] > 50, "SIGHUP, then SIGTERM")
+        until(
+            lambda: (folder / ".ranks" / "rank_0.json").exists() and watched(folder, 0)["count"] > 50,
+            "SIGHUP, then SIGTERM",
+        )
         twice.send_signal(signal.SIGHUP)
         time.sleep(1.0)
         still = watched(folder, 0)["count"]

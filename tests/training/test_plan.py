@@ -41,9 +41,9 @@ def test_predicted_activations_are_what_autograd_holds(config, recomputed):
     forward, known = case(replace(config, n_layers=2), 2, 256, torch.bfloat16, recomputed)
     with counted(known, recomputed) as counter:
         forward()
-    predicted = cost.saved_bytes(
-        replace(config, n_layers=2), 2, 256, 2, recomputed=recomputed, rows=0.25, fused=False
-    )["activations"]  # fmt: skip
+    predicted = cost.saved_bytes(replace(config, n_layers=2), 2, 256, 2, recomputed=recomputed, rows=0.25, fused=False)[
+        "activations"
+    ]
     assert predicted == pytest.approx(counter.bytes, rel=0.02)
 
 
@@ -55,7 +55,11 @@ def test_the_tuned_configuration_fits_and_is_the_issue_s():
     _, lean = given(TUNED, "training.gradient_checkpointing=true", "training.checkpointing_scope=block")
     assert lean.peak_gib < 8 and lean.time.seconds > tuned.time.seconds
     cfg, untuned = given(UNTUNED)
-    assert (cfg.training.micro_batch_size, cfg.training.max_seq_len, untuned.setting.accumulation_steps) == (1, 1024, 64)
+    assert (cfg.training.micro_batch_size, cfg.training.max_seq_len, untuned.setting.accumulation_steps) == (
+        1,
+        1024,
+        64,
+    )
     assert untuned.time.launch_bound and not tuned.time.launch_bound
     assert untuned.time.mfu < tuned.time.mfu / 2
 
@@ -142,7 +146,9 @@ def test_json_has_what_machines_read(capsys):
     assert time.perf_counter() - began < 5
     told = json.loads(capsys.readouterr().out)
     assert told["parameters"] == 511_899_370 == sum(told["parameters_by_part"].values())
-    assert {"peak_gib_per_gpu", "seconds_per_step", "mfu", "memory_gib", "checkpoint_gib", "days", "assumed"} <= set(told)
+    assert {"peak_gib_per_gpu", "seconds_per_step", "mfu", "memory_gib", "checkpoint_gib", "days", "assumed"} <= set(
+        told
+    )
     assert told["days"] == pytest.approx(100_000 * told["seconds_per_step"] / 86400)
     assert told["recommended"] in [{k: v for k, v in a.items() if k != "why"} for a in told["alternatives"]]
 
@@ -150,8 +156,14 @@ def test_json_has_what_machines_read(capsys):
 def test_the_report_says_where_gsa_costs_more(capsys):
     assert main(["--config", str(TUNED), "--gpu", "44.4,149.7,25"]) == 0
     out = capsys.readouterr().out
-    for words in ("511,899,370", "By arithmetic GSA is cheaper from", "costs more than dense attention at every length",
-                  "predicted, not measured", "unknown bandwidth", "To the end"):  # fmt: skip
+    for words in (
+        "511,899,370",
+        "By arithmetic GSA is cheaper from",
+        "costs more than dense attention at every length",
+        "predicted, not measured",
+        "unknown bandwidth",
+        "To the end",
+    ):
         assert words in out, words
     assert main(["--config", str(TUNED), "model.sparse=false"]) == 0
     assert "This model has dense attention" in capsys.readouterr().out
@@ -162,7 +174,9 @@ def test_what_is_written_is_a_run_that_loads(tmp_path, capsys):
     assert main(argv) == 0
     cfg = load_config(tmp_path / "plan" / "plan.yaml", [])
     batch = plan_batch(cfg.training, 4)
-    ds_config = resolve_ds_config(tmp_path / "plan" / "plan_ds_config.json", cfg, batch, tmp_path / "plan" / "plan.yaml")
+    ds_config = resolve_ds_config(
+        tmp_path / "plan" / "plan_ds_config.json", cfg, batch, tmp_path / "plan" / "plan.yaml"
+    )
     assert batch.global_batch_size == 256 and batch.note is None
     assert cfg.training.micro_batch_size > 1 and ds_config["zero_optimization"]["stage"] in (1, 2, 3)
     assert main(argv) == 2  # never over what is there
@@ -170,9 +184,15 @@ def test_what_is_written_is_a_run_that_loads(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "gpu, gpus, file", [("44.4,362,25,864", 4, None), ("79,989,370,3350", 4, None), ("79,989,370,3350", 1, None),
-                        ("4.6,150,25,700", 4, None), ("44.4,362,25,864", 4, "zero2_offload.json")],
-)  # fmt: skip
+    "gpu, gpus, file",
+    [
+        ("44.4,362,25,864", 4, None),
+        ("79,989,370,3350", 4, None),
+        ("79,989,370,3350", 1, None),
+        ("4.6,150,25,700", 4, None),
+        ("44.4,362,25,864", 4, "zero2_offload.json"),
+    ],
+)
 def test_what_is_written_takes_what_was_promised(gpu, gpus, file, tmp_path, capsys):
     argv = ["--config", str(TUNED), "--gpus", str(gpus), "--gpu", gpu, "--json"]
     argv += ["--deepspeed_config", str(DS_CONFIGS / file)] if file else []
@@ -186,11 +206,17 @@ def test_what_is_written_takes_what_was_promised(gpu, gpus, file, tmp_path, caps
 
 @pytest.mark.parametrize(
     "argv, words",
-    [(["--gpu", "Voodoo2"], "is not known"), (["--gpus", "0"], "at least 1"), (["--gpus", "3"], "not a multiple"),
-     (["training.nonsense=1"], "unknown key"), (["--gpu", "2,100,25", "--write", "x"], "nothing fits"),
-     (["--write", "/proc/x"], "--write /proc/x: "), (["--write", "/etc/hosts"], "--write /etc/hosts: "),
-     (["--gpu", "B200", "training.precision=fp32"], "the peak of B200 at training.precision=fp32 is not known")],
-)  # fmt: skip
+    [
+        (["--gpu", "Voodoo2"], "is not known"),
+        (["--gpus", "0"], "at least 1"),
+        (["--gpus", "3"], "not a multiple"),
+        (["training.nonsense=1"], "unknown key"),
+        (["--gpu", "2,100,25", "--write", "x"], "nothing fits"),
+        (["--write", "/proc/x"], "--write /proc/x: "),
+        (["--write", "/etc/hosts"], "--write /etc/hosts: "),
+        (["--gpu", "B200", "training.precision=fp32"], "the peak of B200 at training.precision=fp32 is not known"),
+    ],
+)
 def test_wrong_input_is_refused(argv, words, capsys):
     assert main(["--config", str(TUNED), *argv]) == 2
     assert words in capsys.readouterr().err
@@ -198,8 +224,11 @@ def test_wrong_input_is_refused(argv, words, capsys):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("pretrain_*.yaml")), ids=lambda p: p.stem)
 def test_every_pretraining_configuration_runs_on_what_its_head_says(path, capsys):
-    gpus, gpu = {"pretrain_125m": ("1", "A40"), "pretrain_1b": ("4", "A100-80"),
-                 "pretrain_512m_32k": ("4", "A100-80")}.get(path.stem, ("4", "A40"))  # fmt: skip
+    gpus, gpu = {
+        "pretrain_125m": ("1", "A40"),
+        "pretrain_1b": ("4", "A100-80"),
+        "pretrain_512m_32k": ("4", "A100-80"),
+    }.get(path.stem, ("4", "A40"))
     assert main(["--config", str(path), "--gpus", gpus, "--gpu", gpu, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["peak_gib_per_gpu"] <= 0.9 * DEVICES[gpu].memory_gib

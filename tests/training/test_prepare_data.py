@@ -222,12 +222,7 @@ BAD = {
         "a.jsonl, line 3: empty document",
         "empty",
     ),
-    "empty line": (
-        "a.jsonl",
-        lines(GOOD[:2]) + b"\n" + lines(GOOD[2:]),
-        "a.jsonl, line 3: empty line",
-        "empty",
-    ),
+    "empty line": ("a.jsonl", lines(GOOD[:2]) + b"\n" + lines(GOOD[2:]), "a.jsonl, line 3: empty line", "empty"),
     "invalid UTF-8": (
         "a.jsonl",
         lines(GOOD[:1]) + b'{"text": "\xff\xfe"}\n' + lines(GOOD[1:]),
@@ -488,10 +483,7 @@ def small_bpe() -> Tokenizer:
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    text=st.text(alphabet=st.sampled_from(list("ab é日 \n\t.,'s1\u3000\r")), max_size=300),
-    size=st.integers(1, 40),
-)
+@given(text=st.text(alphabet=st.sampled_from(list("ab é日 \n\t.,'s1\u3000\r")), max_size=300), size=st.integers(1, 40))
 def test_cutting_long_text_changes_no_token(small_bpe, text, size):
     whole = small_bpe.encode(text, add_special_tokens=False).ids
     assert [

@@ -60,7 +60,9 @@ def test_a_step_is_run_again_as_its_own_launch_had_it(a_run, tmp_path, capsys):
     """config.yaml and run.json are of the newest launch, which may have another batch, length and number of ranks."""
     run = tmp_path / "run"
     shutil.copytree(a_run, run)
-    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("global_batch_size: 8", "global_batch_size: 4"))
+    (run / "config.yaml").write_text(
+        (run / "config.yaml").read_text().replace("global_batch_size: 8", "global_batch_size: 4")
+    )
     (run / "run.json").write_text((run / "run.json").read_text().replace('"world_size": 2', '"world_size": 1'))
     assert main([str(run), "--step", "4"]) == 0
     out = capsys.readouterr().out
@@ -100,11 +102,27 @@ def test_what_is_missing_is_said(a_run, tmp_path, capsys):
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_samples_are_what_the_checkpoint_says_greedily(stage, tmp_path, tiny_yaml):
-    run_cases(2, [Case("samples", (
-        "--config", str(tiny_yaml), "--output_dir", str(tmp_path / "run"), "training.max_steps=2", "training.sample_interval=2",
-        "training.sample_prompts=[w3 w5,w7]", "training.sample_tokens=6", "--deepspeed_config",
-        str(ROOT / "ds_configs" / f"{stage}.json"),
-    ))], tmp_path)  # fmt: skip
+    run_cases(
+        2,
+        [
+            Case(
+                "samples",
+                (
+                    "--config",
+                    str(tiny_yaml),
+                    "--output_dir",
+                    str(tmp_path / "run"),
+                    "training.max_steps=2",
+                    "training.sample_interval=2",
+                    "training.sample_prompts=[w3 w5,w7]",
+                    "training.sample_tokens=6",
+                    "--deepspeed_config",
+                    str(ROOT / "ds_configs" / f"{stage}.json"),
+                ),
+            )
+        ],
+        tmp_path,
+    )
     samples = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if row.get("event") == "sample"]
     assert [row["prompt"] for row in samples] == ["w3 w5", "w7"]
     model = load_model(tmp_path / "run" / "step_2")

@@ -52,10 +52,24 @@ def test_blocks_add_up_to_the_whole(monkeypatch):
 
 def long_model(length: int) -> tuple[GSAForCausalLM, Batch]:
     torch.manual_seed(0)
-    model = GSAForCausalLM(ModelConfig(
-        d_model=16, n_layers=1, n_heads=1, n_kv_heads=1, d_head=8, d_ffn=16, vocab_size=16, d_indexer=8,
-        n_indexer_heads=1, k_base=16, k_min=16, k_max=16, adaptive_k="off", max_position_embeddings=length,
-    ))  # fmt: skip
+    model = GSAForCausalLM(
+        ModelConfig(
+            d_model=16,
+            n_layers=1,
+            n_heads=1,
+            n_kv_heads=1,
+            d_head=8,
+            d_ffn=16,
+            vocab_size=16,
+            d_indexer=8,
+            n_indexer_heads=1,
+            k_base=16,
+            k_min=16,
+            k_max=16,
+            adaptive_k="off",
+            max_position_embeddings=length,
+        )
+    )
     start = torch.where(torch.arange(length) < 100, 0, 100)[None]
     return model, Batch(torch.randint(0, 16, (1, length)), torch.full((1, length), -100), start)
 

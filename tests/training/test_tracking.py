@@ -65,14 +65,16 @@ def evaluation(step: int) -> dict:
 class Life:
     """One process life of a run, as the trainer leads it: every row to metrics.jsonl and to the tracker."""
 
-    def __init__(self, folder: Path, cfg: LoggingConfig = WANDB, *, step: int = 0, limits: Limits | None = None, **more):
+    def __init__(
+        self, folder: Path, cfg: LoggingConfig = WANDB, *, step: int = 0, limits: Limits | None = None, **more
+    ):
         folder.mkdir(exist_ok=True)
         kept = [old for old in read_rows(folder / "metrics.jsonl") if old["step"] <= step]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(old) + "\n" for old in kept))
         self.log = MetricsLog(folder / "metrics.jsonl")
         self.tracker = Tracker(
-            cfg, output_dir=folder, run_id=RUN, config=more.pop("config", CONFIG), step=step, limits=limits, **more,
-        )  # fmt: skip
+            cfg, output_dir=folder, run_id=RUN, config=more.pop("config", CONFIG), step=step, limits=limits, **more
+        )
         self.seconds: list[float] = []
 
     def tell(self, *rows: dict) -> None:
@@ -144,9 +146,13 @@ def test_there_is_a_view_by_step_and_one_by_tokens(tmp_path):
     Life(tmp_path).train(1, 3).end()
     by = {m.get("name") or m["glob_name"]: m.get("step_metric") for m in records(tmp_path, "metric")}
     assert by == {
-        "step": None, "tokens": None, "by_tokens/loss": "tokens", "by_tokens/eval_loss": "tokens",
-        "by_tokens/eval_bpb": "tokens", "*": "step",
-    }  # fmt: skip
+        "step": None,
+        "tokens": None,
+        "by_tokens/loss": "tokens",
+        "by_tokens/eval_loss": "tokens",
+        "by_tokens/eval_bpb": "tokens",
+        "*": "step",
+    }
     third = shown(tmp_path)[3]
     assert (third["tokens"], third["by_tokens/loss"], third["by_tokens/eval_bpb"]) == (300, 1 / 3, 1 / 3)
 
@@ -178,8 +184,11 @@ def ended(tmp_path_factory) -> dict[str, tuple[Path, int, str]]:
     base = tmp_path_factory.mktemp("ended")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "training"))),
-        "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "WANDB_ERROR_REPORTING": "false", "HOME": str(base),
-    }  # fmt: skip
+        "OMP_NUM_THREADS": "1",
+        "WANDB_MODE": "offline",
+        "WANDB_ERROR_REPORTING": "false",
+        "HOME": str(base),
+    }
     program = """
 from test_tracking import *
 from training.engine.world import exit_process
@@ -189,11 +198,17 @@ wait_for(lambda: told(life) == 19)  # the last one waits for its evaluation
 """
     processes = {
         how: subprocess.Popen(
-            [sys.executable, "-c", program.format(
-                folder=str(base / how), end=end, finish_s=2 if "hung" in how else 60,
-            )], env=environment, text=True, stderr=subprocess.PIPE,
-        ) for how, end in ENDS.items()
-    }  # fmt: skip
+            [
+                sys.executable,
+                "-c",
+                program.format(folder=str(base / how), end=end, finish_s=2 if "hung" in how else 60),
+            ],
+            env=environment,
+            text=True,
+            stderr=subprocess.PIPE,
+        )
+        for how, end in ENDS.items()
+    }
     found = {}
     try:
         for how, process in processes.items():
@@ -269,9 +284,7 @@ def test_what_each_segment_ran_with_is_in_the_runs_configuration(tmp_path):
     assert found["training"] == ran_with[-1]["training"]
     segments = found["segments"]
     assert segments["1"] == {"step": 1, "changed": {}}
-    assert segments["2"]["changed"] == {
-        "training.learning_rate": [3e-4, 1e-4], "training.warmup_steps": [100, 50],
-    }  # fmt: skip
+    assert segments["2"]["changed"] == {"training.learning_rate": [3e-4, 1e-4], "training.warmup_steps": [100, 50]}
     assert [segment_config(segments, number) for number in range(4)] == ran_with
     assert "parent" not in found
 
@@ -289,10 +302,15 @@ def test_a_run_that_the_user_names_must_exist(tmp_path):
 
 @pytest.mark.parametrize(
     "break_it, words",
-    [(lambda patch: patch.setitem(sys.modules, "wandb", None), "ModuleNotFoundError: import of wandb halted"),
-     (lambda patch: patch.setattr(tracking, "_WandbRun", broken_package), "TypeError: Descriptors cannot be created"),
-     (lambda patch: patch.setenv("WANDB_BASE_URL", "http://[bad"), "ValueError: Invalid IPv6 URL")],
-)  # fmt: skip
+    [
+        (lambda patch: patch.setitem(sys.modules, "wandb", None), "ModuleNotFoundError: import of wandb halted"),
+        (
+            lambda patch: patch.setattr(tracking, "_WandbRun", broken_package),
+            "TypeError: Descriptors cannot be created",
+        ),
+        (lambda patch: patch.setenv("WANDB_BASE_URL", "http://[bad"), "ValueError: Invalid IPv6 URL"),
+    ],
+)
 def test_a_broken_package_or_environment_is_a_line_and_no_more(break_it, words, tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     break_it(monkeypatch)
@@ -331,16 +349,19 @@ def test_a_damaged_folder_is_not_rebuilt(name, text, copy, capsys):
 
 def test_rows_are_flattened_for_charts():
     assert flat({"step": 2, "loss": "nan", "layers": {"coverage": [0.5, None, 1.0]}, "time": 7.0}) == {
-        "step": 2, "loss": pytest.approx(float("nan"), nan_ok=True), "layers/coverage/00": 0.5,
-        "layers/coverage/02": 1.0, "_timestamp": 7.0,
-    }  # fmt: skip
+        "step": 2,
+        "loss": pytest.approx(float("nan"), nan_ok=True),
+        "layers/coverage/00": 0.5,
+        "layers/coverage/02": 1.0,
+        "_timestamp": 7.0,
+    }
     assert flat({"event": "sample", "step": 2, "prompt": "def f", "text": "(x):"}) == {"sample/def_f": "def f(x):"}
     assert flat({"event": "receipt", "step": 2, "identical": True, "first_difference": None, "time": 7.0}) == {
         "receipt/identical": 1
     }
-    assert list(by_step([{"event": "start", "step": 0}, row(1), {"event": "stop", "step": 1, "reason": "finished"}])) == [
-        (1, {**flat(row(1)), "stop/reason": "finished"})
-    ]
+    assert list(
+        by_step([{"event": "start", "step": 0}, row(1), {"event": "stop", "step": 1, "reason": "finished"}])
+    ) == [(1, {**flat(row(1)), "stop/reason": "finished"})]
 
 
 # -- whatever W&B does, the run goes on -------------------------------------------------------------------
@@ -353,14 +374,21 @@ class Broken:
         self.call, self.how, self.rows, self.released = call, how, [], threading.Event()
         names = types.SimpleNamespace(CommError=ConnectionError)
         run = types.SimpleNamespace(
-            config=types.SimpleNamespace(update=lambda *a, **k: None), define_metric=lambda *a, **k: None,
+            config=types.SimpleNamespace(update=lambda *a, **k: None),
+            define_metric=lambda *a, **k: None,
             log=lambda fields, step, commit: self._meet("log") or self.rows.append(step),
-            finish=lambda exit_code: self._meet("finish"), starting_step=0, url="", dir="",
-        )  # fmt: skip
+            finish=lambda exit_code: self._meet("finish"),
+            starting_step=0,
+            url="",
+            dir="",
+        )
         module = types.SimpleNamespace(
-            setup=lambda settings: None, teardown=lambda: None, errors=names, Settings=lambda **k: None,
+            setup=lambda settings: None,
+            teardown=lambda: None,
+            errors=names,
+            Settings=lambda **k: None,
             init=lambda **k: self._meet("init") or run,
-        )  # fmt: skip
+        )
         monkeypatch.setitem(sys.modules, "wandb", module)
 
     def _meet(self, call: str) -> None:
@@ -505,11 +533,19 @@ class Server(http.server.ThreadingHTTPServer):
             return {"model": {**project, "bucket": None}}
         if operation == "RunResumeStatus":
             bucket = {
-                "id": "b", "name": name, "displayName": name, "config": "{}", "tags": [], "wandbConfig": '{"t": {}}',
-                "summaryMetrics": json.dumps(rows[-1] if rows else {}), "historyLineCount": len(rows),
-                "historyTail": json.dumps([json.dumps(fields) for fields in rows[-1:]]), "eventsTail": "[]",
-                "logLineCount": 0, "eventsLineCount": 0,
-            }  # fmt: skip
+                "id": "b",
+                "name": name,
+                "displayName": name,
+                "config": "{}",
+                "tags": [],
+                "wandbConfig": '{"t": {}}',
+                "summaryMetrics": json.dumps(rows[-1] if rows else {}),
+                "historyLineCount": len(rows),
+                "historyTail": json.dumps([json.dumps(fields) for fields in rows[-1:]]),
+                "eventsTail": "[]",
+                "logLineCount": 0,
+                "eventsLineCount": 0,
+            }
             return {"model": {**project, "bucket": bucket}}
         if operation == "UpsertBucket":
             rows = self.runs.setdefault(name, [])
@@ -624,7 +660,10 @@ def test_a_rebuilt_run_has_every_step_of_metrics_jsonl_once(copy, capsys):
     evals = {row["step"]: row["eval_bpb"] for row in read_rows(copy / "metrics.jsonl") if row.get("event") == "eval"}
     assert [(step, fields["loss"]) for step, fields in found.items()] == [(row["step"], row["loss"]) for row in rows]
     assert {step: fields["eval_bpb"] for step, fields in found.items() if "eval_bpb" in fields} == evals != {}
-    assert config_of(copy / "wandb_rebuilt" / own)["training"] == yaml.safe_load((copy / "config.yaml").read_text())["training"]
+    assert (
+        config_of(copy / "wandb_rebuilt" / own)["training"]
+        == yaml.safe_load((copy / "config.yaml").read_text())["training"]
+    )
     (run,) = records(copy / "wandb_rebuilt" / own, "run")
     assert (run["run_id"], run["project"]) == (own, "gsa-pretrain")
     assert f"run {own}: 6 steps, 1 to 6, in {copy}" in capsys.readouterr().out

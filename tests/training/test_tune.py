@@ -26,7 +26,9 @@ ZERO2, ZERO3 = Path("zero2.json"), Path("zero3.json")
 
 
 def ran(seconds: float, peak_gib: float = 1.0, *, spread: float = 0.0) -> Outcome:
-    return Outcome("ok", None, (seconds - spread, seconds - spread, seconds, seconds + spread, seconds + spread), peak_gib)
+    return Outcome(
+        "ok", None, (seconds - spread, seconds - spread, seconds, seconds + spread, seconds + spread), peak_gib
+    )
 
 
 NO_MEMORY, FAILED = Outcome("out_of_memory", "no room"), Outcome("failed", "a bug")
@@ -52,7 +54,7 @@ def sizes_tried(sizes, attempt: Callable[[int], Outcome]) -> list[int]:
         (16, 0, [1]),
         (1, 1, [1]),
     ],
-)  # fmt: skip
+)
 def test_the_micro_batch_doubles_until_memory_runs_out_then_tries_divisors_between(total, fitting, order):
     assert sizes_tried(divisors(total), lambda size: ran(1 / size) if size <= fitting else NO_MEMORY) == order
 
@@ -69,7 +71,9 @@ def test_the_largest_divisor_that_fits_is_found_and_nothing_above_a_failure_is_t
 
     order = sizes_tried(divisors(total), attempt)
     assert len(set(order)) == len(order)
-    assert max((s for s in order if s <= fitting), default=0) == max((d for d in divisors(total) if d <= fitting), default=0)
+    assert max((s for s in order if s <= fitting), default=0) == max(
+        (d for d in divisors(total) if d <= fitting), default=0
+    )
 
 
 def test_growth_ends_where_a_step_takes_longer_by_more_than_noise():
@@ -83,8 +87,18 @@ def test_growth_ends_where_a_step_takes_longer_by_more_than_noise():
 
 @given(total=st.integers(1, 300), fitting=st.integers(1, 300), dearer=st.integers(0, 9))
 def test_the_largest_that_fits_is_found_even_where_larger_ones_are_slower(total, fitting, dearer):
-    trials = list(search([ZERO2], ("block", "none"), divisors(total), lambda setting, size: (
-        ran(1.0 + dearer * size) if size <= fitting * (1 if setting.recomputed == "block" else 0.5) else NO_MEMORY)))
+    trials = list(
+        search(
+            [ZERO2],
+            ("block", "none"),
+            divisors(total),
+            lambda setting, size: (
+                ran(1.0 + dearer * size)
+                if size <= fitting * (1 if setting.recomputed == "block" else 0.5)
+                else NO_MEMORY
+            ),
+        )
+    )
     assert largest(trials).micro_batch_size == max(d for d in divisors(total) if d <= fitting)
 
 
@@ -94,8 +108,19 @@ def test_a_size_without_room_is_not_tried_again_where_less_is_recomputed_but_aga
     def attempt(setting: Setting, size: int) -> Outcome:
         return ran(1 / size) if size <= room[setting.recomputed] else NO_MEMORY
 
-    one = [("block", 1), ("block", 2), ("block", 4), ("block", 8), ("block", 16), ("ffn", 1), ("ffn", 2), ("ffn", 4),
-           ("ffn", 8), ("none", 1), ("none", 2)]  # fmt: skip
+    one = [
+        ("block", 1),
+        ("block", 2),
+        ("block", 4),
+        ("block", 8),
+        ("block", 16),
+        ("ffn", 1),
+        ("ffn", 2),
+        ("ffn", 4),
+        ("ffn", 8),
+        ("none", 1),
+        ("none", 2),
+    ]
     order = tried(divisors(16), attempt, tune.THRIFTIEST_FIRST, (ZERO2, ZERO3))
     assert order == [("zero2", *pair) for pair in one] + [("zero3", *pair) for pair in one]
 
@@ -105,14 +130,22 @@ def test_a_failure_ends_its_setting_and_no_other():
         return FAILED if setting == Setting(ZERO2, "block") and size == 2 else ran(1 / size)
 
     assert tried([1, 2, 4], attempt, ("block", "none")) == [
-        ("zero2", "block", 1), ("zero2", "block", 2), ("zero2", "none", 1), ("zero2", "none", 2), ("zero2", "none", 4),
-    ]  # fmt: skip
+        ("zero2", "block", 1),
+        ("zero2", "block", 2),
+        ("zero2", "none", 1),
+        ("zero2", "none", 2),
+        ("zero2", "none", 4),
+    ]
 
 
 def test_the_fastest_wins_and_among_equals_the_one_that_leaves_most_memory_free():
     fast, equal, slow = (
         Trial(Setting(ZERO2, kind), size, outcome)
-        for kind, size, outcome in (("none", 4, ran(1.0, 9.0)), ("block", 8, ran(1.01, 3.0)), ("block", 16, ran(1.2, 2.0)))
+        for kind, size, outcome in (
+            ("none", 4, ran(1.0, 9.0)),
+            ("block", 8, ran(1.01, 3.0)),
+            ("block", 16, ran(1.2, 2.0)),
+        )
     )
     lost = Trial(Setting(ZERO2, "none"), 32, NO_MEMORY)
     assert best([fast, slow, lost]) is fast
@@ -126,7 +159,9 @@ def test_the_fastest_wins_and_among_equals_the_one_that_leaves_most_memory_free(
 
 def end_of_ranks(tmp_path: Path, programs: list[str], *, patience_s: float = 60.0, capped: bool = False) -> Outcome:
     """The outcome of ranks that run these programs, written for speed without torch."""
-    script = "import json, os, sys, time\nrank = int(os.environ['RANK'])\nfolder = sys.argv[1]\nexec(sys.argv[2 + rank])\n"
+    script = (
+        "import json, os, sys, time\nrank = int(os.environ['RANK'])\nfolder = sys.argv[1]\nexec(sys.argv[2 + rank])\n"
+    )
     with Stop() as stop:
         command = [sys.executable, "-c", script, str(tmp_path), *programs]
         codes = run_ranks(command, len(programs), tmp_path, patience_s=patience_s, stop=stop)
@@ -149,16 +184,32 @@ def test_a_trial_is_as_slow_as_its_slowest_rank_and_holds_what_the_fullest_holds
 @pytest.mark.parametrize(
     "programs, verdict, words",
     [
-        ([leaves("dict(verdict='out_of_memory', reason='no room', step_seconds=[])") + "; sys.exit(1)", WAIT], "out_of_memory", "no room"),
+        (
+            [leaves("dict(verdict='out_of_memory', reason='no room', step_seconds=[])") + "; sys.exit(1)", WAIT],
+            "out_of_memory",
+            "no room",
+        ),
         ([WAIT, "os.kill(os.getpid(), 9)"], "out_of_memory", "rank 1 was killed"),
         ([WAIT, "sys.exit(137)"], "out_of_memory", "rank 1 was killed"),
-        ([WAIT, "print('terminate called: std::bad_alloc', flush=True); os.abort()"], "out_of_memory", "std::bad_alloc"),
+        (
+            [WAIT, "print('terminate called: std::bad_alloc', flush=True); os.abort()"],
+            "out_of_memory",
+            "std::bad_alloc",
+        ),
         ([WAIT, "print('MemoryError: while printing a traceback'); sys.exit(1)"], "out_of_memory", "MemoryError"),
         ([WAIT, "os.abort()"], "failed", "rank 1 ended with code -6: it printed nothing"),
-        ([WAIT, leaves("dict(verdict='failed', reason='ValueError: k', step_seconds=[])") + "; sys.exit(1)"], "failed", "ValueError: k"),
-        ([leaves(OK), "print('Traceback'); print('ImportError: x'); sys.exit(1)"], "failed", "rank 1 ended with code 1: ImportError: x"),
+        (
+            [WAIT, leaves("dict(verdict='failed', reason='ValueError: k', step_seconds=[])") + "; sys.exit(1)"],
+            "failed",
+            "ValueError: k",
+        ),
+        (
+            [leaves(OK), "print('Traceback'); print('ImportError: x'); sys.exit(1)"],
+            "failed",
+            "rank 1 ended with code 1: ImportError: x",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_the_ends_of_ranks_are_taken_for(tmp_path, monkeypatch, programs, verdict, words):
     """And the other rank, which would wait for ever, is ended."""
     monkeypatch.setattr(tune, "PEERS_GRACE_S", 0.5)
@@ -196,7 +247,11 @@ except Interrupted as err:
     sys.exit(f"stopped by {{err}}")
 """
     tuner = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, env=rank_environment(), stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program, str(tmp_path)],
+        cwd=ROOT,
+        env=rank_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline, started = time.monotonic() + 60, []
     try:
@@ -252,11 +307,23 @@ print("lifted")
 @pytest.mark.parametrize(
     "code, words, argv",
     [
-        (2, "override 'training.seeed=1': unknown key 'training.seeed'; did you mean training.seed", ["training.seeed=1"]),
-        (2, "training.global_batch_size=8 cannot be shared by --num_gpus 3 ranks; choose 1, 2, 4, 8 ranks, or a "
-            "global_batch_size of 6 or 9", ["--num_gpus", "3"]),
+        (
+            2,
+            "override 'training.seeed=1': unknown key 'training.seeed'; did you mean training.seed",
+            ["training.seeed=1"],
+        ),
+        (
+            2,
+            "training.global_batch_size=8 cannot be shared by --num_gpus 3 ranks; choose 1, 2, 4, 8 ranks, or a "
+            "global_batch_size of 6 or 9",
+            ["--num_gpus", "3"],
+        ),
         (2, "zero9.json: No such file", ["--deepspeed_config", "ds_configs/zero9.json"]),
-        (2, "stray first step", ["--deepspeed_config", "ds_configs/zero2.json", "ds_configs/zero0.json", "training.precision=bf16"]),
+        (
+            2,
+            "stray first step",
+            ["--deepspeed_config", "ds_configs/zero2.json", "ds_configs/zero0.json", "training.precision=bf16"],
+        ),
         (2, "@fixed.json says train_micro_batch_size_per_gpu=1", ["--deepspeed_config", "@fixed.json"]),
         (2, "--steps 0 must be at least 1", ["--steps", "0"]),
         (2, "--memory_cap_gib 0 must be above 0", ["--memory_cap_gib", "0"]),
@@ -265,7 +332,7 @@ print("lifted")
         (2, "training.backend=triton needs a GPU", ["training.backend=triton"]),
         (3, "is not a prepared dataset", ["data.data_dir=nowhere"]),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_refused_before_any_trial(tmp_path, tiny_yaml, monkeypatch, capsys, code, words, argv):
     (tmp_path / "fixed.json").write_text('{"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1}}')
     monkeypatch.setattr(tune, "try_setting", None)
@@ -287,12 +354,16 @@ def task_of(tiny_yaml: Path, *argv: str) -> tune.Task:
 def test_what_is_said_of_checkpointing_on_the_command_line_is_kept_to(tiny_yaml):
     assert task_of(tiny_yaml).kinds == ("block", "ffn", "none")
     assert task_of(tiny_yaml, "training.gradient_checkpointing=false").kinds == ("none",)
-    assert task_of(tiny_yaml, "training.gradient_checkpointing=true", "training.checkpointing_scope=ffn").kinds == ("ffn",)
+    assert task_of(tiny_yaml, "training.gradient_checkpointing=true", "training.checkpointing_scope=ffn").kinds == (
+        "ffn",
+    )
 
 
 def test_the_global_batch_is_that_of_the_yaml_or_what_its_parts_give(tiny_yaml):
     assert task_of(tiny_yaml, "--num_gpus", "4").global_batch_size == 8
-    parts = task_of(tiny_yaml, "--num_gpus", "4", "training.global_batch_size=null", "training.gradient_accumulation_steps=3")
+    parts = task_of(
+        tiny_yaml, "--num_gpus", "4", "training.global_batch_size=null", "training.gradient_accumulation_steps=3"
+    )
     assert (parts.global_batch_size, parts.sizes) == (2 * 3 * 4, (1, 2, 3, 6))
 
 
@@ -326,15 +397,39 @@ def search_under_a_cap(tmp_path_factory, tiny_yaml) -> tuple[Path, str]:
         zero = {"stage": stage, "reduce_bucket_size": 1000000, "allgather_bucket_size": 1000000}
         (folder / f"zero{stage}.json").write_text(json.dumps({"zero_optimization": zero}))
     imported = subprocess.run(
-        [sys.executable, "-c", "import training.engine.engine, training.loop.trial as t; print(t.status_bytes('VmRSS') / t.GIB)"],
-        cwd=ROOT, env=rank_environment(), capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            "import training.engine.engine, training.loop.trial as t; print(t.status_bytes('VmRSS') / t.GIB)",
+        ],
+        cwd=ROOT,
+        env=rank_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     cap = float(imported.stdout) + 0.52
     command = [
-        sys.executable, "-m", "training.tune", "--config", str(tiny_yaml), "--num_gpus", "2", "--steps", "2",
-        "--memory_cap_gib", f"{cap:.3f}", "--json", str(folder / "trials.json"), "--out", str(folder / "tuned.yaml"),
-        "--deepspeed_config", str(folder / "zero1.json"), str(folder / "zero2.json"), *WIDE,
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "training.tune",
+        "--config",
+        str(tiny_yaml),
+        "--num_gpus",
+        "2",
+        "--steps",
+        "2",
+        "--memory_cap_gib",
+        f"{cap:.3f}",
+        "--json",
+        str(folder / "trials.json"),
+        "--out",
+        str(folder / "tuned.yaml"),
+        "--deepspeed_config",
+        str(folder / "zero1.json"),
+        str(folder / "zero2.json"),
+        *WIDE,
+    ]
     done = subprocess.run(command, cwd=ROOT, env=rank_environment(), capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
@@ -344,9 +439,11 @@ def test_a_search_survives_running_out_of_memory_and_takes_what_fits(search_unde
     folder, printed = search_under_a_cap
     found = json.loads((folder / "trials.json").read_text())
     assert [(Path(t["deepspeed_config"]).stem, t["micro_batch_size"], t["verdict"]) for t in found["trials"]] == [
-        ("zero1", 1, "ok"), ("zero1", WINDOWS, "out_of_memory"),
-        ("zero2", 1, "ok"), ("zero2", WINDOWS, "out_of_memory"),
-    ], found["trials"]  # fmt: skip
+        ("zero1", 1, "ok"),
+        ("zero1", WINDOWS, "out_of_memory"),
+        ("zero2", 1, "ok"),
+        ("zero2", WINDOWS, "out_of_memory"),
+    ], found["trials"]
     assert all("can't allocate memory" in t["reason"] for t in found["trials"] if t["verdict"] == "out_of_memory")
     for trial in (t for t in found["trials"] if t["verdict"] == "ok"):
         assert trial["tokens_per_s"] == pytest.approx(2 * WINDOWS * 32 / trial["seconds_per_step"])
@@ -360,9 +457,11 @@ def test_the_override_is_a_configuration_with_the_same_global_batch(search_under
     text = (folder / "tuned.yaml").read_text()
     words = json.loads((folder / "trials.json").read_text())["override"]
     assert words[-4:] == [
-        "training.micro_batch_size=1", f"training.gradient_accumulation_steps={WINDOWS}",
-        f"training.global_batch_size={2 * WINDOWS}", "training.gradient_checkpointing=false",
-    ]  # fmt: skip
+        "training.micro_batch_size=1",
+        f"training.gradient_accumulation_steps={WINDOWS}",
+        f"training.global_batch_size={2 * WINDOWS}",
+        "training.gradient_checkpointing=false",
+    ]
     assert " ".join(words) in printed
     cfg = load_config(folder / "tuned.yaml", [])
     assert cfg == load_config(tiny_yaml, words) and cfg.model.d_ffn == 16384  # whole: the model is in it too

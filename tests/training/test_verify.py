@@ -31,11 +31,21 @@ MODEL = "mp_rank_00_model_states.pt"
 OPTIMIZER = tuple(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1))
 FILES = {
     2: (*OPTIMIZER, MODEL, "model.safetensors", "config.json", "manifest.json"),
-    3: (*(f"bf16_{name}" for name in OPTIMIZER), *(f"zero_pp_rank_{rank}_{MODEL}" for rank in (0, 1)),
-        "model.safetensors", "config.json", "manifest.json"),
-}  # fmt: skip
-RATES = ("training.learning_rate=1e-3", "training.weight_decay=0.3", "training.grad_clip=0.5", "training.max_steps=12",
-         "training.lr_scheduler=linear")  # fmt: skip
+    3: (
+        *(f"bf16_{name}" for name in OPTIMIZER),
+        *(f"zero_pp_rank_{rank}_{MODEL}" for rank in (0, 1)),
+        "model.safetensors",
+        "config.json",
+        "manifest.json",
+    ),
+}
+RATES = (
+    "training.learning_rate=1e-3",
+    "training.weight_decay=0.3",
+    "training.grad_clip=0.5",
+    "training.max_steps=12",
+    "training.lr_scheduler=linear",
+)
 
 
 @pytest.fixture(scope="module")
@@ -44,9 +54,19 @@ def argv(tiny_yaml) -> Callable[..., tuple[str, ...]]:
 
     def arguments(stage: int, folder: Path, *extra: str) -> tuple[str, ...]:
         precision = "bf16" if stage == 3 else "fp32"
-        return ("--config", str(tiny_yaml), "--output_dir", str(folder), "model.n_layers=1", "training.eval_interval=0",
-                "training.eval_windows=1", "--deepspeed_config", str(ROOT / "ds_configs" / f"zero{stage}.json"),
-                f"training.precision={precision}", *extra)  # fmt: skip
+        return (
+            "--config",
+            str(tiny_yaml),
+            "--output_dir",
+            str(folder),
+            "model.n_layers=1",
+            "training.eval_interval=0",
+            "training.eval_windows=1",
+            "--deepspeed_config",
+            str(ROOT / "ds_configs" / f"zero{stage}.json"),
+            f"training.precision={precision}",
+            *extra,
+        )
 
     return arguments
 
@@ -377,12 +397,17 @@ def test_a_deepspeed_configuration_that_changes_the_numbers_needs_a_word(copy, a
     zero = {"stage": 2, "reduce_bucket_size": 1000}
     json_file.write_text(json.dumps({"zero_optimization": zero}))
     assert start(argv, run, *ours).state.step == 2
-    assert "deepspeed_config.zero_optimization.reduce_bucket_size: 50000000 -> 1000 (harmless)" in capsys.readouterr().out
+    assert (
+        "deepspeed_config.zero_optimization.reduce_bucket_size: 50000000 -> 1000 (harmless)" in capsys.readouterr().out
+    )
     numbers = {"communication_data_type": "bf16", "data_types": {"grad_accum_dtype": "bf16"}}
     json_file.write_text(json.dumps({"zero_optimization": zero, **numbers}))
     with pytest.raises(ConfigError) as err:
         start(argv, run, *ours)
-    for key in ("communication_data_type (None there, 'bf16' here)", "data_types.grad_accum_dtype (None there, 'bf16' here)"):
+    for key in (
+        "communication_data_type (None there, 'bf16' here)",
+        "data_types.grad_accum_dtype (None there, 'bf16' here)",
+    ):
         assert f"deepspeed_config.{key}" in str(err.value)
     assert start(argv, run, *ours, "--allow_config_change").state.step == 2
 

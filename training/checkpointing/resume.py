@@ -143,11 +143,22 @@ def _start_from_legacy(
     length = old.training.get("max_seq_len") or cfg.training.max_seq_len
     samples = _carried(old.step * total, length, cfg)
     state = RunState(
-        step=old.step, epoch=float(old.epoch), samples_consumed=samples, tokens_seen=old.step * total * length,
-        config=said, data_fingerprint=data.fingerprint, tracking_id=None, stage="sparse", versions={},
-        world_size=plan.world_size, zero_stage=0, created=datetime.now(UTC).isoformat(timespec="seconds"),
-        epoch_offset=old.epoch - data.epoch(samples), indexer_start=old.step, decided=dict(legacy.DECIDED),
-    )  # fmt: skip
+        step=old.step,
+        epoch=float(old.epoch),
+        samples_consumed=samples,
+        tokens_seen=old.step * total * length,
+        config=said,
+        data_fingerprint=data.fingerprint,
+        tracking_id=None,
+        stage="sparse",
+        versions={},
+        world_size=plan.world_size,
+        zero_stage=0,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        epoch_offset=old.epoch - data.epoch(samples),
+        indexer_start=old.step,
+        decided=dict(legacy.DECIDED),
+    )
     legacy.read_legacy(checkpoint, cfg.model, state)  # refuses now what does not fit
     return Start(checkpoint, state, True)
 
@@ -158,16 +169,26 @@ _WHERE_TEXT_LIES = ("data.data_dir", "data.mixture")
 """Keys that the data's fingerprint judges."""
 
 _DS_CURVE = (
-    "communication_data_type", "seq_parallel_communication_data_type", "data_types", "prescale_gradients",
-    "gradient_predivide_factor", "sparse_gradients", "zero_optimization.zero_quantized_weights",
-    "zero_optimization.zero_quantized_nontrainable_weights", "zero_optimization.zero_quantized_gradients",
-)  # fmt: skip
+    "communication_data_type",
+    "seq_parallel_communication_data_type",
+    "data_types",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "sparse_gradients",
+    "zero_optimization.zero_quantized_weights",
+    "zero_optimization.zero_quantized_nontrainable_weights",
+    "zero_optimization.zero_quantized_gradients",
+)
 """What in a ds_configs/*.json changes the numbers: how gradients are kept, scaled and sent. The rest is layout."""
 
 _DS_OWNED = (
-    "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "bf16",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "bf16",
     "zero_optimization.stage",
-)  # fmt: skip
+)
 """What follows from the run's yaml, or is announced with the layout."""
 
 

@@ -190,9 +190,7 @@ class Saver:
             now = time.perf_counter()
             stall_s = flight.stall_s if stall_since is None else now - stall_since
             background_s = 0.0 if stall_since is not None else now - flight.since
-            self._published(
-                SaveReport(tag, flight.state.step, size, stall_s, background_s, flight.cpu_s, removed)
-            )  # fmt: skip
+            self._published(SaveReport(tag, flight.state.step, size, stall_s, background_s, flight.cpu_s, removed))
 
     def _seal(self, flight: _InFlight, hashes: dict[str, tuple[int, str]]) -> tuple[int, list[Removed]]:
         tag = f"step_{flight.state.step}"

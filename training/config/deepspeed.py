@@ -35,10 +35,22 @@ REFUSED = {
     "managed_gradient_accumulation": "the engine counts accumulation in this project",
 }
 ALLOWED = (
-    "zero_optimization", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
-    "data_types", "seq_parallel_communication_data_type", "comms_logger", "flops_profiler", "memory_breakdown",
-    "dump_state", "disable_allgather", "disable_python_gc", "aio", "compile", "sparse_gradients",
-)  # fmt: skip
+    "zero_optimization",
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "data_types",
+    "seq_parallel_communication_data_type",
+    "comms_logger",
+    "flops_profiler",
+    "memory_breakdown",
+    "dump_state",
+    "disable_allgather",
+    "disable_python_gc",
+    "aio",
+    "compile",
+    "sparse_gradients",
+)
 """Top-level sections that a json may set. DeepSpeed itself ignores an unknown one in silence."""
 
 
@@ -94,10 +106,14 @@ def resolve_ds_config(path: Path | None, cfg: RunConfig, plan: BatchPlan, config
             f"are gathered around them; use stage 1 or 2, or training.compile=false"
         )
     return {
-        "steps_per_print": 2**31 - 1, "wall_clock_breakdown": False, **result, **owned,
-        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+        **result,
+        **owned,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         "timers": {"throughput": {"enabled": False}},
-    }  # fmt: skip
+    }
 
 
 def _read(path: Path) -> dict[str, Any]:

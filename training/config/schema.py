@@ -82,9 +82,7 @@ class TrainingConfig:
     backend: str = _setting(
         "auto", "kernels of attention: triton, chunked, reference, or auto (what has passed a check on the device)"
     )
-    health_interval: int = _setting(
-        50, "steps between gradient norms by part and updates beside weights; 0: never"
-    )
+    health_interval: int = _setting(50, "steps between gradient norms by part and updates beside weights; 0: never")
     on_spike: str = _setting(
         "log", "a loss beyond spike_sigmas: log; skip (drop the step's update); or rollback (past its samples)"
     )
@@ -106,15 +104,44 @@ class TrainingConfig:
     hang_timeout_s: float = _setting(45.0, "seconds of silence in one phase of a step before a rank is taken for hung")
 
     def __post_init__(self) -> None:
-        _at_least(self, "training", 1, (
-            "max_steps", "stop_at_step", "micro_batch_size", "global_batch_size", "gradient_accumulation_steps",
-            "max_seq_len", "keep_last", "keep_every", "sample_tokens",
-        ))  # fmt: skip
-        _at_least(self, "training", 0, (
-            "seed", "warmup_steps", "wsd_decay_steps", "weight_decay", "grad_clip", "indexer_warmup_steps",
-            "indexer_loss_weight", "eval_interval", "eval_windows", "save_interval", "log_interval", "probe_interval",
-            "min_learning_rate", "health_interval", "sample_interval",
-        ))  # fmt: skip
+        _at_least(
+            self,
+            "training",
+            1,
+            (
+                "max_steps",
+                "stop_at_step",
+                "micro_batch_size",
+                "global_batch_size",
+                "gradient_accumulation_steps",
+                "max_seq_len",
+                "keep_last",
+                "keep_every",
+                "sample_tokens",
+            ),
+        )
+        _at_least(
+            self,
+            "training",
+            0,
+            (
+                "seed",
+                "warmup_steps",
+                "wsd_decay_steps",
+                "weight_decay",
+                "grad_clip",
+                "indexer_warmup_steps",
+                "indexer_loss_weight",
+                "eval_interval",
+                "eval_windows",
+                "save_interval",
+                "log_interval",
+                "probe_interval",
+                "min_learning_rate",
+                "health_interval",
+                "sample_interval",
+            ),
+        )
         _above_zero(
             self,
             "training",
@@ -477,11 +504,7 @@ RESUME_EFFECT: dict[str, Effect] = {
 """Every key, and what changing it on resume does. The one table that code and docs share."""
 
 
-EFFECT_WORDS: dict[Effect, str] = {
-    "harmless": "harmless",
-    "curve": "changes the curve",
-    "impossible": "impossible",
-}
+EFFECT_WORDS: dict[Effect, str] = {"harmless": "harmless", "curve": "changes the curve", "impossible": "impossible"}
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,35 @@ from typing import BinaryIO
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 EMBEDDED_ROOTS = (
-    "torch", "deepspeed", "omegaconf", "pyyaml", "wandb", "numpy", "tokenizers", "safetensors", "pyarrow", "zstandard",
+    "torch",
+    "deepspeed",
+    "omegaconf",
+    "pyyaml",
+    "wandb",
+    "numpy",
+    "tokenizers",
+    "safetensors",
+    "pyarrow",
+    "zstandard",
     "tqdm",
-)  # fmt: skip
-LEFT_OUT = {"test", "tests", "testing", "_vendor", "vendor", "vendored", "_vendored", "third_party", "site-packages",
-            "__pycache__", "ensurepip", "_distutils", "lib2to3", "idle_test", "_test"}  # fmt: skip
+)
+LEFT_OUT = {
+    "test",
+    "tests",
+    "testing",
+    "_vendor",
+    "vendor",
+    "vendored",
+    "_vendored",
+    "third_party",
+    "site-packages",
+    "__pycache__",
+    "ensurepip",
+    "_distutils",
+    "lib2to3",
+    "idle_test",
+    "_test",
+}
 """Folders of the embedded corpus that are tests, or copies of what is elsewhere."""
 
 

@@ -132,9 +132,10 @@ class PackedTokens:
         self.token_bytes: np.ndarray = np.load(Path(next(iter(self.sources))) / "token_bytes.npy")
         self._order = Order([source.n_windows for source in self._sources], list(self.sources.values()), seed)
         described = [
-            [[m["fingerprint"], part] for m, part in zip(manifests, self._order.parts, strict=True)], split,
+            [[m["fingerprint"], part] for m, part in zip(manifests, self._order.parts, strict=True)],
+            split,
             packing.VERSION,
-        ]  # fmt: skip
+        ]
         self.fingerprint: str = hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def batch(self, samples: np.ndarray) -> Batch:
@@ -152,9 +153,12 @@ class PackedTokens:
     def n_targets(self, first: int, count: int) -> int:
         """Valid targets of `count` samples from `first` on, from the window tables, without reading text."""
         place = self._order(np.arange(first, first + count))
-        return int(sum(
-            source.targets[place.window[place.source == number]].sum() for number, source in enumerate(self._sources)
-        ))  # fmt: skip
+        return int(
+            sum(
+                source.targets[place.window[place.source == number]].sum()
+                for number, source in enumerate(self._sources)
+            )
+        )
 
     def describe(self, samples: np.ndarray) -> list[str]:
         """Where each sample comes from, for messages: folder, pass, window."""
@@ -279,9 +283,7 @@ class Loader:
             self._ahead.extend(self._pool.submit(self._read, next(self._numbers)) for _ in range(2 * num_workers))
 
     @staticmethod
-    def _forever(
-        consumed: int, plan: BatchPlan, rank: int, skipped: Sequence[tuple[int, int]]
-    ) -> Iterator[np.ndarray]:
+    def _forever(consumed: int, plan: BatchPlan, rank: int, skipped: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
         while True:
             consumed = past(skipped, consumed, plan.global_batch_size)
             yield from step_samples(consumed, plan, rank)

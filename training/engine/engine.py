@@ -150,11 +150,7 @@ class Engine:
         ds_config: Mapping[str, Any],
     ) -> None:
         self._engine, *_ = deepspeed.initialize(
-            model=model,
-            optimizer=optimizer,
-            lr_scheduler=schedule,
-            config=dict(ds_config),
-            dist_init_required=False,
+            model=model, optimizer=optimizer, lr_scheduler=schedule, config=dict(ds_config), dist_init_required=False
         )
         self._files = _SafeFiles()
         self._engine.checkpoint_engine = self._files

@@ -46,8 +46,9 @@ def _require_fit(state: FullState, model: nn.Module) -> None:
     wrong = [
         f"{name}: {tuple(saved[name]) if name in saved else 'nothing'} in the checkpoint, "
         f"{tuple(shapes[name]) if name in shapes else 'nothing'} in the model"
-        for name in sorted(saved.keys() | shapes.keys()) if saved.get(name) != shapes.get(name)
-    ]  # fmt: skip
+        for name in sorted(saved.keys() | shapes.keys())
+        if saved.get(name) != shapes.get(name)
+    ]
     if wrong:
         more = f"\n  and {len(wrong) - 10} more" if len(wrong) > 10 else ""
         raise CheckpointError("the checkpoint does not fit the model:\n  " + "\n  ".join(wrong[:10]) + more)

@@ -120,11 +120,12 @@ def probe_metrics(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, object]
     found = {
         "indexer/coverage": by_name["coverage"].nanmean(),
         "indexer/coverage_worst": by_name["coverage"].nan_to_num(torch.inf).min(),
-        "indexer/oracle": by_name["oracle"].nanmean(), "indexer/recall": by_name["recall"].nanmean(),
+        "indexer/oracle": by_name["oracle"].nanmean(),
+        "indexer/recall": by_name["recall"].nanmean(),
         "gate/value_saturation": by_name["value_saturation"].nanmean(),
         "gate/output_saturation": by_name["output_saturation"].nanmean(),
         "attention/first_token": by_name["first_token"].nanmean(),
-    }  # fmt: skip
+    }
     layers = {
         name: [value if math.isfinite(value) else None for value in column.tolist()] for name, column in by_name.items()
     }

@@ -147,9 +147,15 @@ class Trainer:
                 manifest.publish(folder.path, start.checkpoint.name)
             segment = self._open_run(start, moved=self._set_aside())
             self.tracker = Tracker(
-                cfg.logging, output_dir=folder.path, run_id=self.tracking_id, config=run_config.to_plain(cfg),
-                step=self.step, segment=segment, parent=self._parent, quiet=log_level == "warning",
-            )  # fmt: skip
+                cfg.logging,
+                output_dir=folder.path,
+                run_id=self.tracking_id,
+                config=run_config.to_plain(cfg),
+                step=self.step,
+                segment=segment,
+                parent=self._parent,
+                quiet=log_level == "warning",
+            )
             self._introduce()
         self._take_up_rows()
         self.saver = Saver(
@@ -173,9 +179,7 @@ class Trainer:
         self.watchdog.beat("load")
         if start.legacy:
             # every rank reads the file: where one cannot, all must hear of it
-            self.engine.take_up(
-                self.engine.agreed(lambda: read_legacy(start.checkpoint, self.cfg.model, start.state))
-            )
+            self.engine.take_up(self.engine.agreed(lambda: read_legacy(start.checkpoint, self.cfg.model, start.state)))
         else:
             self.engine.load(start.checkpoint)
         # what the yaml says runs: DeepSpeed brings back the saved rates, decay, betas and clipping
@@ -221,16 +225,32 @@ class Trainer:
         self._receipt = Receipt(moved)
         parent = None if self._parent is None else asdict(self._parent)
         self.folder.update_run(
-            status="running", reason=None, step=self.step, tracking_id=self.tracking_id, world_size=self.world.size,
-            zero_stage=self.engine.zero_stage, backend=self.backend, segments=segment + 1, parent=parent,
-        )  # fmt: skip
+            status="running",
+            reason=None,
+            step=self.step,
+            tracking_id=self.tracking_id,
+            world_size=self.world.size,
+            zero_stage=self.engine.zero_stage,
+            backend=self.backend,
+            segments=segment + 1,
+            parent=parent,
+        )
         config = run_config.to_plain(self.cfg)
-        event = {"event": "start" if start is None else "resume", "step": self.step, "world_size": self.world.size,
-                 "zero_stage": self.engine.zero_stage, "segment": segment, "config": config}  # fmt: skip
+        event = {
+            "event": "start" if start is None else "resume",
+            "step": self.step,
+            "world_size": self.world.size,
+            "zero_stage": self.engine.zero_stage,
+            "segment": segment,
+            "config": config,
+        }
         if start is not None:
             changes = run_config.config_changes(start.state.config, config)
-            event |= {"checkpoint": start.checkpoint.name, "rows_moved": len(moved),
-                      "config_diff": {c.key: [c.old, c.new] for c in changes}}  # fmt: skip
+            event |= {
+                "checkpoint": start.checkpoint.name,
+                "rows_moved": len(moved),
+                "config_diff": {c.key: [c.old, c.new] for c in changes},
+            }
         self._event(event)
         self._event({**self.telemetry.describe(), "step": self.step})
         return segment
@@ -238,10 +258,19 @@ class Trainer:
     def _introduce(self) -> None:
         shown_by = self.tracker.shown_by
         tracking = " and ".join(f"{name} run {self.tracking_id}" if name == "W&B" else name for name in shown_by)
-        self.console.table(f"GSA trainer {version(PROJECT)}", start_banner(
-            self.cfg, self.plan, self._ds_config, self.data, self.folder.path, self.telemetry.describe(),
-            backend=self.backend, tracking=tracking or "not tracked elsewhere",
-        ))  # fmt: skip
+        self.console.table(
+            f"GSA trainer {version(PROJECT)}",
+            start_banner(
+                self.cfg,
+                self.plan,
+                self._ds_config,
+                self.data,
+                self.folder.path,
+                self.telemetry.describe(),
+                backend=self.backend,
+                tracking=tracking or "not tracked elsewhere",
+            ),
+        )
 
     def _event(self, row: dict) -> None:
         assert "loss" not in row
@@ -346,10 +375,17 @@ class Trainer:
         if self.world.is_main:
             status = "finished" if reason == "finished" else "stopped"
             self.folder.update_run(status=status, reason=reason, step=self.step)
-            self.console.table("done", closing_summary(
-                reason=reason, first_step=self._first_step, rows=list(recent), seconds=time.perf_counter() - began,
-                evaluated=evaluated, checkpoint=_latest(self.folder),
-            ))  # fmt: skip
+            self.console.table(
+                "done",
+                closing_summary(
+                    reason=reason,
+                    first_step=self._first_step,
+                    rows=list(recent),
+                    seconds=time.perf_counter() - began,
+                    evaluated=evaluated,
+                    checkpoint=_latest(self.folder),
+                ),
+            )
         return reason
 
     def _evaluation_due(self) -> bool:
@@ -358,9 +394,14 @@ class Trainer:
 
     def _loader(self) -> Loader:
         return Loader(
-            self.data, samples_consumed=self.samples, plan=self.plan, rank=self.world.rank, skipped=self.skipped,
-            num_workers=self.cfg.data.num_workers, pin_memory=self.world.device.type == "cuda",
-        )  # fmt: skip
+            self.data,
+            samples_consumed=self.samples,
+            plan=self.plan,
+            rank=self.world.rank,
+            skipped=self.skipped,
+            num_workers=self.cfg.data.num_workers,
+            pin_memory=self.world.device.type == "cuda",
+        )
 
     def _tell(self, row: dict) -> None:
         """A step is done: its row goes to the log, to W&B, and is held against the step it may replay."""
@@ -393,10 +434,17 @@ class Trainer:
         probing, examining = self._due(cfg.probe_interval), self._due(cfg.health_interval)
         n_targets = self.data.n_targets(first, plan.global_batch_size)
         done = run_passes(
-            self.engine, loader, cfg, plan, step=self.step, n_targets=n_targets, probing=probing,
-            examining=examining, phase=lambda name: self._phase(clock, name),
+            self.engine,
+            loader,
+            cfg,
+            plan,
+            step=self.step,
+            n_targets=n_targets,
+            probing=probing,
+            examining=examining,
+            phase=lambda name: self._phase(clock, name),
             drop=self._spiking if cfg.on_spike == "skip" else None,
-        )  # fmt: skip
+        )
         self.step += 1
         self.samples = first + plan.global_batch_size
         self.tokens += plan.global_batch_size * cfg.max_seq_len
@@ -406,9 +454,13 @@ class Trainer:
         like = done.selection
         flags = [like.new_full((), float(flag)) for flag in (self._stop.number, *self.saver.flags())]
         shared = {
-            "means": done.means() / self.world.size, "flags": torch.stack(flags), "selection": done.selection,
-            "ranks": self.telemetry.shares(like), "probes": done.probes.nan_to_num(0), "probed": ~done.probes.isnan(),
-        }  # fmt: skip
+            "means": done.means() / self.world.size,
+            "flags": torch.stack(flags),
+            "selection": done.selection,
+            "ranks": self.telemetry.shares(like),
+            "probes": done.probes.nan_to_num(0),
+            "probed": ~done.probes.isnan(),
+        }
         if done.updates is not None:
             shared["updates"] = done.updates.squares().to(like)
         if done.squares is not None:
@@ -421,11 +473,20 @@ class Trainer:
         self.saver.advance(settled, failed)
         grad_norm = self.engine.grad_norm()
         row = {
-            "step": self.step, "epoch": self._epoch(), "samples": self.samples, "tokens": self.tokens,
-            "loss": loss, "spike_score": self._spikes.score(loss), "indexer_loss": indexer_loss,
-            "grad_norm": grad_norm, "lr": rates["decay"], "lr_indexer": rates.get("indexer", 0.0),
-            "stage": self.model.stage, "selected_k": n_selected, "visible_k": n_seen,
-        }  # fmt: skip
+            "step": self.step,
+            "epoch": self._epoch(),
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "loss": loss,
+            "spike_score": self._spikes.score(loss),
+            "indexer_loss": indexer_loss,
+            "grad_norm": grad_norm,
+            "lr": rates["decay"],
+            "lr_indexer": rates.get("indexer", 0.0),
+            "stage": self.model.stage,
+            "selected_k": n_selected,
+            "visible_k": n_seen,
+        }
         self._lost_in_a_row = 0 if _finite(row) else self._lost_in_a_row + 1
         dropped = done.dropped and self._lost_in_a_row < MOST_LOST_IN_A_ROW
         if not _finite(row) and not dropped and not self._may_roll_back():
@@ -456,8 +517,14 @@ class Trainer:
 
     def _spike(self, row: dict, action: str) -> dict:
         samples = [self.samples - self.plan.global_batch_size, self.samples - 1]
-        return {"event": "spike", "step": row["step"], "spike_loss": row["loss"], "score": row["spike_score"],
-                "samples": samples, "action": action}  # fmt: skip
+        return {
+            "event": "spike",
+            "step": row["step"],
+            "spike_loss": row["loss"],
+            "score": row["spike_score"],
+            "samples": samples,
+            "action": action,
+        }
 
     def _may_roll_back(self) -> bool:
         return self.cfg.training.on_spike == "rollback" and len(self.skipped) < MOST_ROLLBACKS
@@ -504,9 +571,11 @@ class Trainer:
             self.log = MetricsLog(self.folder.metrics)
             self._event(event)
         self.console.rewound(self.step)
-        what = f"loss {row['loss']:.4f}, gradient norm {row['grad_norm']:.3g}: not finite" if broken else (
-            f"loss {row['loss']:.4f} is a spike ({row['spike_score']:.1f} sigmas)"
-        )  # fmt: skip
+        what = (
+            f"loss {row['loss']:.4f}, gradient norm {row['grad_norm']:.3g}: not finite"
+            if broken
+            else (f"loss {row['loss']:.4f} is a spike ({row['spike_score']:.1f} sigmas)")
+        )
         self.console.line(f"step {row['step']}: {what}; back to {found.name}, past samples {bad[0]}..{sum(bad) - 1}")
         self._take_up_rows()
         return True
@@ -524,9 +593,10 @@ class Trainer:
         """Every rank is here, since the sums are the same on all: find out whose micro-batches did it, and raise."""
         plan = self.plan
         bad = [
-            m for m, pair in enumerate(zip(done.losses, done.indexer_losses, strict=True))
+            m
+            for m, pair in enumerate(zip(done.losses, done.indexer_losses, strict=True))
             if not all(math.isfinite(float(x)) for x in pair)
-        ]  # fmt: skip
+        ]
         found = []
         for rank, micros in enumerate(self.world.gather(bad)):
             for micro in micros:
@@ -563,14 +633,14 @@ class Trainer:
         for scored, suffix in [("sparse", "")] + ([("dense", "_dense")] if stage == "dense" else []):
             self.model.set_stage(scored)
             score = evaluate(
-                self.engine, self.held_out, self.world, n_windows=cfg.eval_windows,
-                micro_batch_size=self.plan.micro_batch_size, beat=self._beat,
-            )  # fmt: skip
-            row |= {
-                f"eval_loss{suffix}": score.loss,
-                f"eval_bpb{suffix}": score.bpb,
-                "eval_tokens": score.tokens,
-            }
+                self.engine,
+                self.held_out,
+                self.world,
+                n_windows=cfg.eval_windows,
+                micro_batch_size=self.plan.micro_batch_size,
+                beat=self._beat,
+            )
+            row |= {f"eval_loss{suffix}": score.loss, f"eval_bpb{suffix}": score.bpb, "eval_tokens": score.tokens}
         self.model.set_stage(stage)
         if self._unigram_bpb is None:  # on all ranks: none waits for another, and their signs of life stay even
             self._unigram_bpb = unigram_score(self.held_out, n_windows=cfg.eval_windows, beat=self._beat).bpb
@@ -599,15 +669,26 @@ class Trainer:
 
     def _save(self) -> None:
         self.watchdog.beat("save")
-        self.saver.start(RunState(
-            step=self.step, epoch=self._epoch(), samples_consumed=self.samples, tokens_seen=self.tokens,
-            config=run_config.to_plain(self.cfg), data_fingerprint=self.data.fingerprint, tracking_id=self.tracking_id,
-            stage=self.model.stage,
-            versions={"torch": str(torch.__version__), "deepspeed": DEEPSPEED_VERSION, "project": version(PROJECT)},
-            world_size=self.world.size, zero_stage=self.engine.zero_stage,
-            created=datetime.now(UTC).isoformat(timespec="seconds"), epoch_offset=self.epoch_offset,
-            indexer_start=self.indexer_start, decided=self.decided, skipped=[list(pair) for pair in self.skipped],
-        ))  # fmt: skip
+        self.saver.start(
+            RunState(
+                step=self.step,
+                epoch=self._epoch(),
+                samples_consumed=self.samples,
+                tokens_seen=self.tokens,
+                config=run_config.to_plain(self.cfg),
+                data_fingerprint=self.data.fingerprint,
+                tracking_id=self.tracking_id,
+                stage=self.model.stage,
+                versions={"torch": str(torch.__version__), "deepspeed": DEEPSPEED_VERSION, "project": version(PROJECT)},
+                world_size=self.world.size,
+                zero_stage=self.engine.zero_stage,
+                created=datetime.now(UTC).isoformat(timespec="seconds"),
+                epoch_offset=self.epoch_offset,
+                indexer_start=self.indexer_start,
+                decided=self.decided,
+                skipped=[list(pair) for pair in self.skipped],
+            )
+        )
 
     def _finish_save(self) -> None:
         """Nobody exits before the checkpoint exists."""
@@ -615,11 +696,17 @@ class Trainer:
         self.saver.finish()
 
     def _published(self, report: SaveReport) -> None:
-        self._event({
-            "event": "save", "step": report.step, "tag": report.tag, "bytes": report.bytes,
-            "save_stall_seconds": report.stall_s, "save_background_seconds": report.background_s,
-            "save_background_cpu_seconds": report.background_cpu_s,
-        })  # fmt: skip
+        self._event(
+            {
+                "event": "save",
+                "step": report.step,
+                "tag": report.tag,
+                "bytes": report.bytes,
+                "save_stall_seconds": report.stall_s,
+                "save_background_seconds": report.background_s,
+                "save_background_cpu_seconds": report.background_cpu_s,
+            }
+        )
         self.console.line(
             f"saved {report.tag}: {report.bytes / 2**20:.1f} MiB, training stood still for {report.stall_s:.2f} s, "
             f"written in {report.stall_s + report.background_s:.2f} s"

@@ -36,8 +36,14 @@ GIB = 2**30
 Verdict = Literal["ok", "out_of_memory", "failed"]
 Stage = Literal["dense", "sparse"]
 
-OUT_OF_MEMORY_WORDS = ("can't allocate memory", "cannot allocate memory", "out of memory", "bad_alloc",
-                       "alloc_failed", "memoryerror")  # fmt: skip
+OUT_OF_MEMORY_WORDS = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "out of memory",
+    "bad_alloc",
+    "alloc_failed",
+    "memoryerror",
+)
 """What allocators say: torch's on a CPU, the system, CUDA and NCCL, C++, cuBLAS; and what a reader thread passes on."""
 
 STARVED_WORDS = ("resource temporarily unavailable", "can't start new thread", "terminate called")
@@ -89,8 +95,12 @@ def main(argv: list[str]) -> int:
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="training.loop.trial", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="training.loop.trial",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--deepspeed_config", type=Path, required=True)
     parser.add_argument("--folder", type=Path, required=True, help="where the ranks leave their outcomes")
@@ -154,9 +164,13 @@ class Bench:
 
         self.engine, self.backend, _ = build_engine(cfg, ds_config, world, init_from=None)
         self.loader = Loader(
-            data, samples_consumed=0, plan=plan, rank=world.rank, num_workers=cfg.data.num_workers,
+            data,
+            samples_consumed=0,
+            plan=plan,
+            rank=world.rank,
+            num_workers=cfg.data.num_workers,
             pin_memory=world.device.type == "cuda",
-        )  # fmt: skip
+        )
         self.done = 0
         self.engine.train()
         gc.collect()
@@ -172,12 +186,17 @@ class Bench:
         model = self.engine.module
         model.set_stage(stage)
         done = run_passes(
-            self.engine, self.loader, cfg, plan, step=self.done, probing=first and bool(cfg.probe_interval),
+            self.engine,
+            self.loader,
+            cfg,
+            plan,
+            step=self.done,
+            probing=first and bool(cfg.probe_interval),
             n_targets=self.data.n_targets(self.done * plan.global_batch_size, plan.global_batch_size),
             examining=first and bool(cfg.health_interval),
             phase=lambda name: self.watchdog.beat("first step" if first else name),
             drop=self._waits if cfg.on_spike == "skip" else None,
-        )  # fmt: skip
+        )
         shared = {"means": done.means(), "selection": done.selection, "probes": done.probes}
         if done.updates is not None:
             shared["updates"] = done.updates.squares().to(done.selection)

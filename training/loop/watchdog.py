@@ -70,9 +70,14 @@ class Watchdog:
 
     def _publish(self, state: str) -> None:
         own = {
-            "launch": self._launch, "count": self._count, "phase": self._phase, "pid": os.getpid(),
-            "host": self._host, "state": state, "time": time.time(),
-        }  # fmt: skip
+            "launch": self._launch,
+            "count": self._count,
+            "phase": self._phase,
+            "pid": os.getpid(),
+            "host": self._host,
+            "state": state,
+            "time": time.time(),
+        }
         temporary = self._file(self._rank).with_suffix(".tmp")
         temporary.write_text(json.dumps(own))
         os.replace(temporary, self._file(self._rank))
@@ -112,9 +117,10 @@ class Watchdog:
             peers = self._peers()
             dead = self._dead(peers)
             frozen = [
-                r for r, p in peers.items()
+                r
+                for r, p in peers.items()
                 if disk_is_fine and p["state"] == "running" and time.time() - p["time"] > self._timeout
-            ]  # fmt: skip
+            ]
             if dead:
                 time.sleep(POLL_S)  # its own last words may still be on their way
                 self._end(self._words("died", dead))
@@ -129,12 +135,15 @@ class Watchdog:
                 self._end(self._words(f"silent for more than {self._patience(self._phase):.0f} s", late))
 
     def _words(self, what: str, ranks: list[int]) -> str:
-        peers = self._peers() | {self._rank: {"count": self._count, "phase": self._phase, "pid": os.getpid(),
-                                              "host": self._host}}  # fmt: skip
+        peers = self._peers() | {
+            self._rank: {"count": self._count, "phase": self._phase, "pid": os.getpid(), "host": self._host}
+        }
         named = ", ".join(
             f"rank {r} (pid {peers[r]['pid']} on {peers[r]['host']}, in phase '{peers[r]['phase']}')"
-            if r in peers else f"rank {r}" for r in sorted(ranks)
-        )  # fmt: skip
+            if r in peers
+            else f"rank {r}"
+            for r in sorted(ranks)
+        )
         return f"{named}: {what}. This is rank {self._rank}, in phase '{self._phase}'. Ending the run."
 
     def _end(self, message: str) -> None:

@@ -33,18 +33,29 @@ def start_banner(
     attention = f"{c.k_base} keys of {t.max_seq_len} ({c.adaptive_k})" if c.sparse else "dense"
     offload = ", offload" if "offload_optimizer" in zero else ""
     return [
-        ("model", f"{count_params(c)['total']:,} parameters, {c.n_layers} layers of {c.d_model}; "
-                  f"attention: {attention}"),
-        ("data", f"{', '.join(map(str, data.sources))}: {data.n_windows:,} windows of {t.max_seq_len} tokens; "
-                 f"{data.epoch(t.max_steps * plan.global_batch_size):.2f} passes planned"),
-        ("batch", f"{plan.global_batch_size} windows = {plan.world_size} ranks x {plan.micro_batch_size} x "
-                  f"{plan.accumulation_steps} accumulation; {tokens:,} tokens per step, {t.max_steps:,} steps"),
+        (
+            "model",
+            f"{count_params(c)['total']:,} parameters, {c.n_layers} layers of {c.d_model}; attention: {attention}",
+        ),
+        (
+            "data",
+            f"{', '.join(map(str, data.sources))}: {data.n_windows:,} windows of {t.max_seq_len} tokens; "
+            f"{data.epoch(t.max_steps * plan.global_batch_size):.2f} passes planned",
+        ),
+        (
+            "batch",
+            f"{plan.global_batch_size} windows = {plan.world_size} ranks x {plan.micro_batch_size} x "
+            f"{plan.accumulation_steps} accumulation; {tokens:,} tokens per step, {t.max_steps:,} steps",
+        ),
         ("zero", f"stage {zero.get('stage', 0)}{offload}, {t.precision}; recomputed: {t.recomputed}"),
-        ("device", f"{device['world_size']} x {device['name']}, {device['memory_gib']:.0f} GiB, "
-                   f"{device['peak_tflops']:.3g} TFLOP/s ({device['peak_source']}); kernels: {backend}"),
+        (
+            "device",
+            f"{device['world_size']} x {device['name']}, {device['memory_gib']:.0f} GiB, "
+            f"{device['peak_tflops']:.3g} TFLOP/s ({device['peak_source']}); kernels: {backend}",
+        ),
         ("predicted", _predicted(cfg, plan, ds_config, device["name"], backend)),
         ("folder", f"{folder}: metrics.jsonl, step_N/ every {t.save_interval or 'stop'} steps; {tracking}"),
-    ]  # fmt: skip
+    ]
 
 
 def _predicted(cfg: RunConfig, plan: BatchPlan, ds_config: dict, name: str, backend: str) -> str:

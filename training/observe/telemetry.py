@@ -40,9 +40,13 @@ class Telemetry:
             properties = torch.cuda.get_device_properties(self._world.device)
             name, memory = properties.name, properties.total_memory
         return {
-            "event": "device", "name": name, "world_size": self._world.size, "memory_gib": memory / GIB,
-            "peak_tflops": self._peak_tflops, "peak_source": self._peak_source,
-        }  # fmt: skip
+            "event": "device",
+            "name": name,
+            "world_size": self._world.size,
+            "memory_gib": memory / GIB,
+            "peak_tflops": self._peak_tflops,
+            "peak_source": self._peak_source,
+        }
 
     def shares(self, like: torch.Tensor) -> torch.Tensor:
         """(2, ranks) like `like`, to be summed over ranks: seconds of the step before, and allocator retries since."""
@@ -60,17 +64,27 @@ class Telemetry:
         cfg, plan = self._cfg, self._plan
         self._own_seconds = phases.get("data", 0.0) + phases.get("forward", 0.0)
         tokens = plan.global_batch_size * cfg.training.max_seq_len
-        useful = tokens * flops_per_token(
-            cfg.model, cfg.training.max_seq_len, indexer_rows=cfg.training.indexer_loss_rows, keys=keys, visible=visible
-        )["total"]  # fmt: skip
+        useful = (
+            tokens
+            * flops_per_token(
+                cfg.model,
+                cfg.training.max_seq_len,
+                indexer_rows=cfg.training.indexer_loss_rows,
+                keys=keys,
+                visible=visible,
+            )["total"]
+        )
         rank_seconds, retries = shares.cpu()
         row = {
-            "tokens_per_s": tokens / seconds, "tokens_per_s_per_device": tokens / seconds / plan.world_size,
-            "mfu": useful / (seconds * plan.world_size * self._peak_tflops * 1e12), "seconds": seconds,
+            "tokens_per_s": tokens / seconds,
+            "tokens_per_s_per_device": tokens / seconds / plan.world_size,
+            "mfu": useful / (seconds * plan.world_size * self._peak_tflops * 1e12),
+            "seconds": seconds,
             "seconds_other": max(0.0, seconds - sum(phases.values())),
-            "rank_seconds_slowest": rank_seconds.max().item(), "rank_seconds_median": rank_seconds.median().item(),
+            "rank_seconds_slowest": rank_seconds.max().item(),
+            "rank_seconds_median": rank_seconds.median().item(),
             "memory_gib": self.peak_bytes() / GIB,
-        }  # fmt: skip
+        }
         if self._on_gpu:
             row["allocator_retries"] = int(retries.max())
         return row | ({} if self._monitor is None else self._monitor.read())
@@ -107,11 +121,12 @@ class Telemetry:
         if known is not None and backend == "triton":
             time = step_time(cfg.model, T, setting, known, bf16=bf16, rows=rows)
         return {
-            "event": "predicted", "memory_gib": counted["allocated"] / GIB,
+            "event": "predicted",
+            "memory_gib": counted["allocated"] / GIB,
             "measured_gib": self.run_bytes() / GIB,
             "seconds": None if time is None else time.seconds,
             "measured_seconds": seconds,
-        }  # fmt: skip
+        }
 
     def close(self) -> None:
         if self._monitor is not None:

@@ -87,11 +87,16 @@ def setting_of(cfg: RunConfig, ds_config: dict, plan: BatchPlan) -> Setting:
     zero = ds_config["zero_optimization"]
     gather = "stage3_prefetch_bucket_size" if zero.get("stage") == 3 else "allgather_bucket_size"
     return Setting(
-        plan.world_size, zero.get("stage", 0), plan.micro_batch_size, plan.accumulation_steps, cfg.training.recomputed,
-        offload="offload_optimizer" in zero, overlap=bool(zero.get("overlap_comm", False)),
+        plan.world_size,
+        zero.get("stage", 0),
+        plan.micro_batch_size,
+        plan.accumulation_steps,
+        cfg.training.recomputed,
+        offload="offload_optimizer" in zero,
+        overlap=bool(zero.get("overlap_comm", False)),
         reduce_bucket=int(zero.get("reduce_bucket_size", Setting.reduce_bucket)),
         allgather_bucket=int(zero.get(gather, Setting.allgather_bucket)),
-    )  # fmt: skip
+    )
 
 
 # -- memory ---------------------------------------------------------------------------------------------
@@ -157,9 +162,9 @@ def saved_bytes(
     again brings back ("recomputed block")."""
     N = B * T
     ends = (norm_saved(c, width, fused) + 4) * N  # the final norm, and the head's log-sum-exp
-    back = {
-        "none": 0.0, "ffn": ffn_saved(c, width, fused), "block": held_per_token(c, T, width, rows, "none", fused),
-    }[recomputed]  # fmt: skip
+    back = {"none": 0.0, "ffn": ffn_saved(c, width, fused), "block": held_per_token(c, T, width, rows, "none", fused)}[
+        recomputed
+    ]
     return {
         "activations": c.n_layers * held_per_token(c, T, width, rows, recomputed, fused) * N + ends,
         "recomputed block": back * N,
@@ -252,9 +257,7 @@ def visible_keys(T: int) -> float:
     return (T + 1) / 2
 
 
-def step_time(
-    c: ModelConfig, T: int, s: Setting, device: Device, *, bf16: bool, rows: float
-) -> StepTime | None:
+def step_time(c: ModelConfig, T: int, s: Setting, device: Device, *, bf16: bool, rows: float) -> StepTime | None:
     """Predicted seconds of a step on Triton's kernels: counted work over assumed shares of the device's peaks.
 
     None where the device's peak at the precision is not known.
@@ -298,9 +301,14 @@ def step_time(
     parts["waiting for launches"] = s.accumulation_steps * (micro_s - busy)
     parts["optimizer"] = adam
     return StepTime(
-        seconds=seconds, parts=parts, communication=s.accumulation_steps * hidden + at_step, exposed=exposed,
-        launch_bound=launches > busy, useful_flops=useful, mfu=useful / seconds / peak,
-    )  # fmt: skip
+        seconds=seconds,
+        parts=parts,
+        communication=s.accumulation_steps * hidden + at_step,
+        exposed=exposed,
+        launch_bound=launches > busy,
+        useful_flops=useful,
+        mfu=useful / seconds / peak,
+    )
 
 
 def _adam_seconds(P: int, s: Setting, width: int, bandwidth: float) -> float:

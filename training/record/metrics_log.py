@@ -92,11 +92,9 @@ GPU_METRICS: dict[str, Metric] = {
 """On GPUs only; {i} counts the GPUs of rank 0's node. Means over the samples since the row before."""
 
 TIME_METRICS = frozenset(
-    k for k in STEP_METRICS
-    if k.startswith(("seconds", "tokens_per_s", "memory", "time", "mfu", "rank_seconds"))
-)  # fmt: skip
+    k for k in STEP_METRICS if k.startswith(("seconds", "tokens_per_s", "memory", "time", "mfu", "rank_seconds"))
+)
 """Metrics that may differ between two runs that are otherwise the same."""
-
 
 
 def is_timing(name: str) -> bool:
@@ -120,59 +118,81 @@ _LAUNCH = {
 }
 EVENTS: dict[str, Event] = {
     "start": Event("a process group began training", _LAUNCH),
-    "resume": Event("a checkpoint was loaded", {
-        **_LAUNCH,
-        "checkpoint": Metric("tag", "its name"),
-        "rows_moved": Metric("rows", "rows of later steps that went to segments/"),
-        "config_diff": Metric("mapping", "key: [in the checkpoint, now]"),
-    }),
-    "device": Event("what runs it", {
-        "name": Metric("text", "the device's name"),
-        "world_size": Metric("devices", "how many"),
-        "memory_gib": Metric("GiB", "memory of one"),
-        "peak_tflops": Metric("10^12/s", "its peak at the run's precision"),
-        "peak_source": Metric("text", "`table`, or `measured` by a matrix product"),
-    }),
-    "predicted": Event("a few steps in: training.plan's count beside what rank 0 measures", {
-        "memory_gib": Metric("GiB", "counted"),
-        "measured_gib": Metric("GiB", "measured; on a CPU what the process grew by since before the model"),
-        "seconds": Metric("s", "predicted per step, on Triton's kernels and a device in the table"),
-        "measured_seconds": Metric("s", "measured"),
-    }),
-    "eval": Event("held-out text was scored", {
-        "eval_loss": Metric("nats/token", "cross-entropy, mean over target tokens, with sparse attention"),
-        "eval_bpb": Metric("bits/byte", "what the model needs for each UTF-8 byte of held-out text"),
-        "eval_loss_dense": Metric("nats/token", "in the dense stage: the loss with dense attention"),
-        "eval_bpb_dense": Metric("bits/byte", "in the dense stage: bits per byte with dense attention"),
-        "eval_tokens": Metric("tokens", "target tokens scored"),
-        "unigram_bpb": Metric("bits/byte", "what the best model without context needs"),
-        "eval_seconds": Metric("s", "wall time"),
-    }),
-    "save": Event("a checkpoint was published; step is its own", {
-        "tag": Metric("tag", "its folder"),
-        "bytes": Metric("bytes", "its size"),
-        "save_stall_seconds": Metric("s", "the loop stood still"),
-        "save_background_seconds": Metric("s", "from then to publication"),
-        "save_background_cpu_seconds": Metric("s", "CPU time of rank 0's writer"),
-    }),
-    "spike": Event("a loss beyond training.spike_sigmas, or none at all", {
-        "spike_loss": Metric("nats/token", "the loss"),
-        "score": Metric("deviations", "above the mean of the steps before"),
-        "samples": Metric("windows", "[first, last] of the step"),
-        "action": Metric("text", "`log`, `skip` (the update was dropped) or `rollback`"),
-        "checkpoint": Metric("tag", "what a rollback went back to"),
-    }),
-    "receipt": Event("the steps that a resume trained again are over", {
-        "compared": Metric("steps", "held against the rows of the dead segment"),
-        "identical": Metric("yes or no", "every number of every one"),
-        "first_difference": Metric("mapping", "step, field, before, now"),
-    }),
-    "sample": Event("a fixed prompt was continued by the model, greedily", {
-        "prompt": Metric("text", "the prompt"), "text": Metric("text", "what the model added"),
-    }),
+    "resume": Event(
+        "a checkpoint was loaded",
+        {
+            **_LAUNCH,
+            "checkpoint": Metric("tag", "its name"),
+            "rows_moved": Metric("rows", "rows of later steps that went to segments/"),
+            "config_diff": Metric("mapping", "key: [in the checkpoint, now]"),
+        },
+    ),
+    "device": Event(
+        "what runs it",
+        {
+            "name": Metric("text", "the device's name"),
+            "world_size": Metric("devices", "how many"),
+            "memory_gib": Metric("GiB", "memory of one"),
+            "peak_tflops": Metric("10^12/s", "its peak at the run's precision"),
+            "peak_source": Metric("text", "`table`, or `measured` by a matrix product"),
+        },
+    ),
+    "predicted": Event(
+        "a few steps in: training.plan's count beside what rank 0 measures",
+        {
+            "memory_gib": Metric("GiB", "counted"),
+            "measured_gib": Metric("GiB", "measured; on a CPU what the process grew by since before the model"),
+            "seconds": Metric("s", "predicted per step, on Triton's kernels and a device in the table"),
+            "measured_seconds": Metric("s", "measured"),
+        },
+    ),
+    "eval": Event(
+        "held-out text was scored",
+        {
+            "eval_loss": Metric("nats/token", "cross-entropy, mean over target tokens, with sparse attention"),
+            "eval_bpb": Metric("bits/byte", "what the model needs for each UTF-8 byte of held-out text"),
+            "eval_loss_dense": Metric("nats/token", "in the dense stage: the loss with dense attention"),
+            "eval_bpb_dense": Metric("bits/byte", "in the dense stage: bits per byte with dense attention"),
+            "eval_tokens": Metric("tokens", "target tokens scored"),
+            "unigram_bpb": Metric("bits/byte", "what the best model without context needs"),
+            "eval_seconds": Metric("s", "wall time"),
+        },
+    ),
+    "save": Event(
+        "a checkpoint was published; step is its own",
+        {
+            "tag": Metric("tag", "its folder"),
+            "bytes": Metric("bytes", "its size"),
+            "save_stall_seconds": Metric("s", "the loop stood still"),
+            "save_background_seconds": Metric("s", "from then to publication"),
+            "save_background_cpu_seconds": Metric("s", "CPU time of rank 0's writer"),
+        },
+    ),
+    "spike": Event(
+        "a loss beyond training.spike_sigmas, or none at all",
+        {
+            "spike_loss": Metric("nats/token", "the loss"),
+            "score": Metric("deviations", "above the mean of the steps before"),
+            "samples": Metric("windows", "[first, last] of the step"),
+            "action": Metric("text", "`log`, `skip` (the update was dropped) or `rollback`"),
+            "checkpoint": Metric("tag", "what a rollback went back to"),
+        },
+    ),
+    "receipt": Event(
+        "the steps that a resume trained again are over",
+        {
+            "compared": Metric("steps", "held against the rows of the dead segment"),
+            "identical": Metric("yes or no", "every number of every one"),
+            "first_difference": Metric("mapping", "step, field, before, now"),
+        },
+    ),
+    "sample": Event(
+        "a fixed prompt was continued by the model, greedily",
+        {"prompt": Metric("text", "the prompt"), "text": Metric("text", "what the model added")},
+    ),
     "stop": Event("the run ended in order", {"reason": Metric("text", "finished, stop_at_step, or a signal")}),
     "error": Event("the run ended out of order", {"reason": Metric("text", "what went wrong")}),
-}  # fmt: skip
+}
 
 
 def as_written(value: object) -> Any:
@@ -295,9 +315,11 @@ def _replace(path: Path, rows: list[dict], head: int = 0) -> None:
 def schema() -> str:
     """docs/metrics.md: every field and event, from the tables above."""
     kinds = (
-        ("Every step", STEP_METRICS), ("Every `training.probe_interval` steps", PROBE_METRICS),
-        ("Every `training.health_interval` steps", HEALTH_METRICS), ("On GPUs", GPU_METRICS),
-    )  # fmt: skip
+        ("Every step", STEP_METRICS),
+        ("Every `training.probe_interval` steps", PROBE_METRICS),
+        ("Every `training.health_interval` steps", HEALTH_METRICS),
+        ("On GPUs", GPU_METRICS),
+    )
     lines = [
         "# metrics.jsonl",
         "",
@@ -319,5 +341,3 @@ def schema() -> str:
         lines += ["", f"## Event `{name}`: {event.meaning}", "", "| field | unit | meaning |", "|---|---|---|"]
         lines += [f"| `{field}` | {metric.unit} | {metric.meaning} |" for field, metric in event.fields.items()]
     return "\n".join(lines) + "\n"
-
-

@@ -96,11 +96,19 @@ def read(folder: Path, label: str) -> Record:
         dead.read(path, notes)
     steps = _in_order(curve.steps(), notes)
     return Record(
-        folder, label, steps, tuple(curve.events), dead.steps(), tuple(dead.events),
-        run=_mapping(folder / "run.json", json.loads, notes), config=_mapping(folder / "config.yaml", _yaml, notes),
+        folder,
+        label,
+        steps,
+        tuple(curve.events),
+        dead.steps(),
+        tuple(dead.events),
+        run=_mapping(folder / "run.json", json.loads, notes),
+        config=_mapping(folder / "config.yaml", _yaml, notes),
         ds_config=_mapping(folder / "ds_config.json", json.loads, notes),
-        env=_mapping(folder / "env.json", json.loads, notes), notes=tuple(notes), read_at=time.time(),
-    )  # fmt: skip
+        env=_mapping(folder / "env.json", json.loads, notes),
+        notes=tuple(notes),
+        read_at=time.time(),
+    )
 
 
 def labels(folders: Sequence[Path]) -> list[str]:

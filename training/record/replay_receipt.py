@@ -33,9 +33,11 @@ class Receipt:
             return None
         self._last = 0
         return {
-            "event": "receipt", "compared": self._compared, "identical": self._first_difference is None,
+            "event": "receipt",
+            "compared": self._compared,
+            "identical": self._first_difference is None,
             "first_difference": self._first_difference,
-        }  # fmt: skip
+        }
 
 
 def first_difference(before: dict, now: dict) -> dict | None:

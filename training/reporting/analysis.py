@@ -174,22 +174,32 @@ def tell(record: Record, *, verify: bool) -> Story:
     devices = [v for row in record.told("device") if (v := finite(row, "memory_gib")) is not None]
     elapsed = [launch.seconds for launch in launches if launch.seconds is not None]
     return Story(
-        record, state, words, step, max_steps,
+        record,
+        state,
+        words,
+        step,
+        max_steps,
         loss=_over_last(steps.of("loss"), LOSS_STEPS, np.mean),
-        bpb=scores[-1] if scores else None, best_bpb=min(scores, default=None),
+        bpb=scores[-1] if scores else None,
+        best_bpb=min(scores, default=None),
         unigram_bpb=unigrams[-1] if unigrams else None,
         tokens_per_s=_over_last(steps.of("tokens_per_s"), RECENT_STEPS, np.median),
         mfu=_over_last(steps.of("mfu"), RECENT_STEPS, np.median),
         utilisation=_over_last(utilisation(steps), RECENT_STEPS, np.median),
         memory_gib=_over_last(steps.of("memory_gib"), len(steps), np.max),
         device_memory_gib=devices[-1] if devices else None,
-        elapsed_s=sum(elapsed) if elapsed else None, left_s=_left(steps, max_steps),
+        elapsed_s=sum(elapsed) if elapsed else None,
+        left_s=_left(steps, max_steps),
         unsaved=None if step is None else max(0, int(step) - max((s for s in whole if s <= step), default=0)),
-        parameters=_parameters(record), launches=launches, budget=_budget(record, launches),
+        parameters=_parameters(record),
+        launches=launches,
+        budget=_budget(record, launches),
         spikes=find_spikes(steps, sum(row.get("action") == "rollback" for row in record.told("spike"))),
-        checkpoints=checkpoints, checkpoint_notes=notes, samples=_samples(record),
+        checkpoints=checkpoints,
+        checkpoint_notes=notes,
+        samples=_samples(record),
         diagnosis=_diagnosis(record),
-    )  # fmt: skip
+    )
 
 
 def utilisation(steps: Steps) -> np.ndarray:
@@ -328,22 +338,35 @@ def _launches(record: Record, state: State, words: str) -> tuple[Launch, ...]:
 
 
 def _launch(
-    record: Record, opening: dict, within: Sequence[dict], began: float | None, until: float,
+    record: Record,
+    opening: dict,
+    within: Sequence[dict],
+    began: float | None,
+    until: float,
     ending: tuple[str, bool | None],
-) -> Launch:  # fmt: skip
+) -> Launch:
     """within: events from `began` until the next launch."""
     kept, lost = (_between(steps, began, until) for steps in (record.steps, record.dead_steps))
     numbers = [step for step, _ in (*kept, *lost)]
     times = [*(at for _, at in (*kept, *lost)), *(e["time"] for e in within)]
     before = set(record.dead_steps.of("step"))
     return Launch(
-        opening["event"], finite(opening, "step"), opening.get("checkpoint"), began, max(times, default=None),
-        min(numbers, default=None), max(numbers, default=None), lost=len(lost),
+        opening["event"],
+        finite(opening, "step"),
+        opening.get("checkpoint"),
+        began,
+        max(times, default=None),
+        min(numbers, default=None),
+        max(numbers, default=None),
+        lost=len(lost),
         replayed=sum(step in before for step, _ in kept),
-        world_size=finite(opening, "world_size"), zero_stage=finite(opening, "zero_stage"), ending=ending[0],
-        good=ending[1], config_diff=mapping(opening.get("config_diff")) or None,
+        world_size=finite(opening, "world_size"),
+        zero_stage=finite(opening, "zero_stage"),
+        ending=ending[0],
+        good=ending[1],
+        config_diff=mapping(opening.get("config_diff")) or None,
         receipt=next((e for e in within if e["event"] == "receipt"), None),
-    )  # fmt: skip
+    )
 
 
 def _between(steps: Steps, began: float | None, until: float) -> list[tuple[float, float]]:
@@ -376,13 +399,14 @@ def _budget(record: Record, launches: Sequence[Launch]) -> Budget | None:
     computing = np.maximum(0.0, np.nan_to_num(steps.of("seconds")) - data - other)
     again = np.isin(steps.of("step"), dead.of("step"))
     seconds: dict[Part, float] = {
-        "productive": computing[~again].sum(), "replayed": computing[again].sum(),
+        "productive": computing[~again].sum(),
+        "replayed": computing[again].sum(),
         "lost": sum(np.nansum(dead.of(f"seconds{part}")) for part in ("", "_save", "_eval")),
         "data": data.sum(),
         "save": _stood_still(record, launches, "seconds_save", "save", "save_stall_seconds"),
         "evaluation": _stood_still(record, launches, "seconds_eval", "eval", "eval_seconds"),
         "other": other.sum(),
-    }  # fmt: skip
+    }
     seconds = {part: float(spent) for part, spent in seconds.items()}
     timed = [launch for launch in launches if launch.seconds is not None]
     wall = sum(launch.seconds for launch in timed)

@@ -102,9 +102,11 @@ def thin(x: np.ndarray, y: np.ndarray, stretches: int) -> tuple[np.ndarray, np.n
     starts = np.flatnonzero(np.diff(place, prepend=-1))
     sizes = np.diff(starts, append=len(x))
     return (
-        np.add.reduceat(x, starts) / sizes, np.minimum.reduceat(y, starts), np.add.reduceat(y, starts) / sizes,
+        np.add.reduceat(x, starts) / sizes,
+        np.minimum.reduceat(y, starts),
+        np.add.reduceat(y, starts) / sizes,
         np.maximum.reduceat(y, starts),
-    )  # fmt: skip
+    )
 
 
 def line_chart(
@@ -149,8 +151,9 @@ def line_chart(
         drawn.append(f'<path class="line{lone} c{s.colour}" d="{_path(x_axis, y_axis, x, mean)}"/>')
     dots = "".join(f"M{_at(x_axis, x)} {_down(y_axis, y)}h0" for x, y in marks if y > 0 or scale == "linear")
     drawn.append(f'<path class="dots" d="{dots}"/>' if dots else "")
-    spoken = ". ".join([f"{title}, {unit}"] + [_spoken(s, x, least, mean, greatest, x_unit)
-                        for s, x, least, mean, greatest in thinned])  # fmt: skip
+    spoken = ". ".join(
+        [f"{title}, {unit}"] + [_spoken(s, x, least, mean, greatest, x_unit) for s, x, least, mean, greatest in thinned]
+    )
     frame = _frame(y_axis.ticks(), y_axis, x_axis, x_unit, drawn, spoken, _named_levels(levels, y_axis))
     points = [[[float(f"{v:.7g}") for v in x], [float(f"{v:.4g}") for v in mean]] for _, x, _, mean, _ in thinned]
     shown = json.dumps({"x": [x_axis.low, x_axis.high], "unit": x_unit, "s": points}, separators=(",", ":"))
@@ -222,9 +225,14 @@ def _named_levels(levels: Sequence[Level], axis: Axis) -> str:
 
 
 def _frame(
-    y_ticks: Sequence[tuple[float, str]], y_axis: Axis, x_axis: Axis, x_unit: str, drawn: Sequence[str], spoken: str,
+    y_ticks: Sequence[tuple[float, str]],
+    y_axis: Axis,
+    x_axis: Axis,
+    x_unit: str,
+    drawn: Sequence[str],
+    spoken: str,
     over: str = "",
-) -> str:  # fmt: skip
+) -> str:
     """The plot with its labels: those of y at the left, those of x below."""
     y = "".join(f'<span style="bottom:{100 * float(y_axis.place(v)):.2f}%">{escape(t)}</span>' for v, t in y_ticks)
     x = ""
@@ -283,7 +291,7 @@ def heat_bins(steps: Sequence[float], values: Sequence[Sequence[float]]) -> tupl
 
 def heat_map(
     title: str, unit: str, bins: tuple[np.ndarray, float, float], *, low: float, high: float, about: str
-) -> str:  # fmt: skip
+) -> str:
     """Layers from top to bottom, steps from left to right. low, high: values at the ends of the colour ramp."""
     values, first, last = bins
     layers = len(values)
@@ -326,8 +334,12 @@ def _png(values: np.ndarray, low: float, high: float) -> bytes:
     lines = b"".join(b"\0" + row.tobytes() for row in pixels)
     header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 3, 0, 0, 0)
     chunks = (
-        (b"IHDR", header), (b"PLTE", palette), (b"tRNS", b"\0"), (b"IDAT", zlib.compress(lines, 9)), (b"IEND", b""),
-    )  # fmt: skip
+        (b"IHDR", header),
+        (b"PLTE", palette),
+        (b"tRNS", b"\0"),
+        (b"IDAT", zlib.compress(lines, 9)),
+        (b"IEND", b""),
+    )
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
     )

@@ -36,33 +36,62 @@ class Plan:
 LEARNING = (
     Plan("Held-out text", {"eval_bpb": "sparse", "eval_bpb_dense": "dense"}, "log"),
     Plan("Indexer loss", {"indexer_loss": "indexer loss"}, "log"),
-    Plan("Gradient norm", {
-        "grad_norm": "all", "grad_norm/indexer": "indexer", "grad_norm/gates": "gates", "grad_norm/rest": "rest",
-    }, "log"),
+    Plan(
+        "Gradient norm",
+        {"grad_norm": "all", "grad_norm/indexer": "indexer", "grad_norm/gates": "gates", "grad_norm/rest": "rest"},
+        "log",
+    ),
     Plan("Learning rate", {"lr": "main", "lr_indexer": "indexer"}, from_zero=True),
-    Plan("Update to weights", {"update_ratio/main": "main", "update_ratio/indexer": "indexer"}, "log",
-         about="norm of a step's change of the matrices over their norm, on a sample"),
-)  # fmt: skip
+    Plan(
+        "Update to weights",
+        {"update_ratio/main": "main", "update_ratio/indexer": "indexer"},
+        "log",
+        about="norm of a step's change of the matrices over their norm, on a sample",
+    ),
+)
 SPEED = (
     Plan("Throughput", {"tokens_per_s": "tokens/s"}, from_zero=True),
-    Plan("Use of the devices", {"mfu": "MFU", "utilisation": "utilisation"}, from_zero=True,
-         about="MFU: useful arithmetic over the devices' peak; utilisation: kernels running"),
+    Plan(
+        "Use of the devices",
+        {"mfu": "MFU", "utilisation": "utilisation"},
+        from_zero=True,
+        about="MFU: useful arithmetic over the devices' peak; utilisation: kernels running",
+    ),
     Plan("Memory", {"memory_gib": "peak"}, from_zero=True),
-    Plan("Seconds of a step", {
-        "seconds": "whole", "seconds_forward": "forward", "seconds_backward": "backward", "seconds_step": "update",
-        "seconds_data": "data",
-    }, from_zero=True, about="wall time on rank 0, whole and in parts"),
-)  # fmt: skip
+    Plan(
+        "Seconds of a step",
+        {
+            "seconds": "whole",
+            "seconds_forward": "forward",
+            "seconds_backward": "backward",
+            "seconds_step": "update",
+            "seconds_data": "data",
+        },
+        from_zero=True,
+        about="wall time on rank 0, whole and in parts",
+    ),
+)
 ATTENTION = (
-    Plan("Keys per query", {"selected_k": "selected", "visible_k": "visible"}, from_zero=True,
-         about="keys attended to, and keys that could be: those of the document so far"),
-    Plan("Coverage", {"indexer/coverage": "mean", "indexer/coverage_worst": "worst layer", "indexer/oracle": "perfect"},
-         about="dense attention mass on the selected keys; perfect: on the best ones"),
+    Plan(
+        "Keys per query",
+        {"selected_k": "selected", "visible_k": "visible"},
+        from_zero=True,
+        about="keys attended to, and keys that could be: those of the document so far",
+    ),
+    Plan(
+        "Coverage",
+        {"indexer/coverage": "mean", "indexer/coverage_worst": "worst layer", "indexer/oracle": "perfect"},
+        about="dense attention mass on the selected keys; perfect: on the best ones",
+    ),
     Plan("Recall", {"indexer/recall": "recall"}),
-    Plan("Saturated gates", {"gate/value_saturation": "value", "gate/output_saturation": "output"}, from_zero=True,
-         about="gates below 0.05 or above 0.95"),
+    Plan(
+        "Saturated gates",
+        {"gate/value_saturation": "value", "gate/output_saturation": "output"},
+        from_zero=True,
+        about="gates below 0.05 or above 0.95",
+    ),
     Plan("First token", {"attention/first_token": "first token"}, from_zero=True),
-)  # fmt: skip
+)
 BY_LAYER: dict[str, tuple[str, str]] = {
     "coverage": ("Coverage", "indexer/coverage"),
     "recall": ("Recall", "indexer/recall"),
@@ -125,11 +154,17 @@ def draw(plan: Plan, stories: Sequence[Story], by: By) -> str:
     if len(stories) > 1:
         note = _absent(series)
     return line_chart(
-        plan.title, "%" if factor == 100 else described(first).unit, series, x_unit=by,
-        about=plan.about or described(first).meaning, note=note, scale=plan.scale, from_zero=plan.from_zero,
+        plan.title,
+        "%" if factor == 100 else described(first).unit,
+        series,
+        x_unit=by,
+        about=plan.about or described(first).meaning,
+        note=note,
+        scale=plan.scale,
+        from_zero=plan.from_zero,
         levels=_levels(first, stories),
         verticals=_resumed(stories[0]) if len(stories) == 1 and first == "tokens_per_s" else (),
-    )  # fmt: skip
+    )
 
 
 def _absent(series: Sequence[Series]) -> str:
@@ -178,18 +213,30 @@ def loss_charts(stories: Sequence[Story], by: By) -> str:
     one = None if several else stories[0]
     about = described("loss").meaning
     whole = line_chart(
-        "Loss", "nats/token", series, x_unit=by, about=about, scale="log", wide=True,
+        "Loss",
+        "nats/token",
+        series,
+        x_unit=by,
+        about=about,
+        scale="log",
+        wide=True,
         note=_marked(one) if one else _absent(series),
-        verticals=_resumed(one) if one else (), marks=_spikes(one) if one else (),
-    )  # fmt: skip
+        verticals=_resumed(one) if one else (),
+        marks=_spikes(one) if one else (),
+    )
     ends = [s.x[-1] for s in series if len(s.x)]
     if not ends or max(len(s.x) for s in series) < 40:
         return whole
     halves = [Series(s.name, s.x[late], s.y[late], s.colour) for s in series for late in [s.x >= max(ends) / 2]]
     return whole + line_chart(
-        "Loss, second half", "nats/token", halves, x_unit=by, about=f"the same from {by} {compact(max(ends) / 2)} on",
-        cut=0.02, note="The scale leaves out the most extreme 2 % at either end.",
-    )  # fmt: skip
+        "Loss, second half",
+        "nats/token",
+        halves,
+        x_unit=by,
+        about=f"the same from {by} {compact(max(ends) / 2)} on",
+        cut=0.02,
+        note="The scale leaves out the most extreme 2 % at either end.",
+    )
 
 
 def _spikes(story: Story) -> list[tuple[float, float]]:
@@ -231,9 +278,13 @@ def heat_maps(stories: Sequence[Story]) -> dict[str, str]:
         low, high = float(known.min()), float(known.max())
         found[title] = "".join(
             heat_map(
-                title if len(stories) == 1 else f"{title}, {label}", "%", one, low=low, high=high,
+                title if len(stories) == 1 else f"{title}, {label}",
+                "%",
+                one,
+                low=low,
+                high=high,
                 about=described(metric).meaning.removesuffix(", mean over layers"),
             )
             for label, one in bins.items()
-        )  # fmt: skip
+        )
     return found

@@ -24,10 +24,15 @@ def render(stories: Sequence[Story]) -> str:
     """stories: of one run, or of several to be compared."""
     head = _head(stories[0]) if len(stories) == 1 else _comparison(stories)
     sections = (
-        ("Learning", _learning), ("Time", _time), ("Speed", _speed), ("Attention", _attention),
-        ("Launches", _launches), ("Checkpoints", _checkpoints), ("Samples", _samples),
+        ("Learning", _learning),
+        ("Time", _time),
+        ("Speed", _speed),
+        ("Attention", _attention),
+        ("Launches", _launches),
+        ("Checkpoints", _checkpoints),
+        ("Samples", _samples),
         ("Configuration", _configuration),
-    )  # fmt: skip
+    )
     parts = [head, *(f"## {name}\n\n{_each(stories, show)}" for name, show in sections)]
     return "\n\n".join(parts) + f"\n\nWritten {moment(stories[0].record.read_at)} by training.report.\n"
 
@@ -72,8 +77,14 @@ def _curve_table(story: Story, metrics: Sequence[str]) -> str:
         if not len(y):
             continue
         meant, tell = described(metric), percent if in_percent(metric) else number
-        rows.append((metric, "" if in_percent(metric) else meant.unit, _drawn(y),
-                     *(tell(float(v)) for v in (y[0], y[-1], y.min(), y.max()))))  # fmt: skip
+        rows.append(
+            (
+                metric,
+                "" if in_percent(metric) else meant.unit,
+                _drawn(y),
+                *(tell(float(v)) for v in (y[0], y[-1], y.min(), y.max())),
+            )
+        )
     if not rows:
         return "No row of metrics.jsonl has any of these yet."
     columns = ("metric", "unit", "over the run", "first", "last", "least", "greatest")
@@ -98,10 +109,12 @@ def _head(story: Story) -> str:
 def _comparison(stories: Sequence[Story]) -> str:
     differing = tables.difference_table(stories)
     return _paragraphs(
-        f"# {len(stories)} runs side by side", _table(tables.number_table(stories)),
+        f"# {len(stories)} runs side by side",
+        _table(tables.number_table(stories)),
         _bullets([f"{s.label}: {note}" for s in stories for note in tables.missing_words(s)]),
-        "## What they were told differently", _table(differing) if differing.rows else "Nothing.",
-    )  # fmt: skip
+        "## What they were told differently",
+        _table(differing) if differing.rows else "Nothing.",
+    )
 
 
 def _bullets(lines: Sequence[str]) -> str:
@@ -114,9 +127,7 @@ def _bullets(lines: Sequence[str]) -> str:
 def _learning(story: Story) -> str:
     spikes = tables.spike_table(story)
     metrics = ["loss", *(metric for plan in LEARNING for metric in plan.lines)]
-    return _paragraphs(
-        _curve_table(story, metrics), tables.spike_line(story), _table(spikes) if spikes.rows else ""
-    )  # fmt: skip
+    return _paragraphs(_curve_table(story, metrics), tables.spike_line(story), _table(spikes) if spikes.rows else "")
 
 
 def _time(story: Story) -> str:
@@ -128,10 +139,14 @@ def _time(story: Story) -> str:
 def _speed(story: Story) -> str:
     gpus, d = tables.gpu_table(story), story.diagnosis
     return _paragraphs(
-        _curve_table(story, [metric for plan in SPEED for metric in plan.lines]), safe(tables.predictions(story)),
-        _table(gpus) if gpus.rows else "", "What bounds it, by training.doctor:", safe(d.missing or ""),
-        *(_verdict(i, verdict) for i, verdict in enumerate(d.verdicts, 1)), _bullets(d.notes),
-    )  # fmt: skip
+        _curve_table(story, [metric for plan in SPEED for metric in plan.lines]),
+        safe(tables.predictions(story)),
+        _table(gpus) if gpus.rows else "",
+        "What bounds it, by training.doctor:",
+        safe(d.missing or ""),
+        *(_verdict(i, verdict) for i, verdict in enumerate(d.verdicts, 1)),
+        _bullets(d.notes),
+    )
 
 
 def _verdict(place: int, verdict: Verdict) -> str:
@@ -172,7 +187,8 @@ def _samples(story: Story) -> str:
 def _configuration(story: Story) -> str:
     changes = tables.change_table(story)
     return _paragraphs(
-        "Changes between launches:", _table(changes) if changes.rows else "None is recorded.",
+        "Changes between launches:",
+        _table(changes) if changes.rows else "None is recorded.",
         "Set to something else than the default:" if story.record.config else "",
         _table(tables.setting_table(story)) if story.record.config else "",
-    )  # fmt: skip
+    )

@@ -210,19 +210,32 @@ def _summary(folder: Path, rows: list[dict], window: list[dict], notes: list[str
     waits = [slowest - middle for slowest, middle in pairs if slowest is not None and middle is not None]
     gpus = _gpus(window)
     return Summary(
-        first=window[0]["step"], last=window[-1]["step"], steps=len(window), step_seconds=median(seconds),
-        total_steps=sum(seconds), settings=_settings(config, ds_config, run, rows),
-        data=_median(window, "seconds_data"), forward=_median(window, "seconds_forward"),
-        backward=_median(window, "seconds_backward"), update=_median(window, "seconds_step"),
+        first=window[0]["step"],
+        last=window[-1]["step"],
+        steps=len(window),
+        step_seconds=median(seconds),
+        total_steps=sum(seconds),
+        settings=_settings(config, ds_config, run, rows),
+        data=_median(window, "seconds_data"),
+        forward=_median(window, "seconds_forward"),
+        backward=_median(window, "seconds_backward"),
+        update=_median(window, "seconds_step"),
         other=_median(window, "seconds_other"),
         total_data=sum(_number(row, "seconds_data") or 0.0 for row in window),
-        total_saves=total_saves, saves=saves, total_evals=total_evals, evals=evals,
-        rank_wait=median(waits) if waits else None, mfu=_median(window, "mfu"),
+        total_saves=total_saves,
+        saves=saves,
+        total_evals=total_evals,
+        evals=evals,
+        rank_wait=median(waits) if waits else None,
+        mfu=_median(window, "mfu"),
         memory_gib=max(_number(row, "memory_gib") or 0.0 for row in window) or None,
-        device=name, device_memory_gib=_number(device, "memory_gib") or (known.memory_gib if known else None),
-        on_gpu=bool(gpus) or (name is not None and name.lower() not in CPU_NAMES), gpus=gpus,
-        retries=_retries(window), written=_number(rows[-1], "time"),
-    )  # fmt: skip
+        device=name,
+        device_memory_gib=_number(device, "memory_gib") or (known.memory_gib if known else None),
+        on_gpu=bool(gpus) or (name is not None and name.lower() not in CPU_NAMES),
+        gpus=gpus,
+        retries=_retries(window),
+        written=_number(rows[-1], "time"),
+    )
 
 
 def read_mapping(path: Path, parse: Callable[[str], Any], notes: list[str]) -> dict:

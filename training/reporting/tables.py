@@ -57,11 +57,14 @@ def figures(story: Story) -> list[Figure]:
         Figure("step", count(story.step), of),
         Figure("tokens", compact(tokens), "" if epoch is None else f"epoch {number(epoch, 3)}"),
         Figure("loss", number(story.loss), f"nats/token, last {min(LOSS_STEPS, len(steps))} steps"),
-        Figure("held-out", number(story.bpb), "bits/byte" if story.unigram_bpb is None else
-               f"bits/byte, unigram {number(story.unigram_bpb, 3)}"),
+        Figure(
+            "held-out",
+            number(story.bpb),
+            "bits/byte" if story.unigram_bpb is None else f"bits/byte, unigram {number(story.unigram_bpb, 3)}",
+        ),
         Figure("tokens/s", compact(story.tokens_per_s), "" if story.mfu is None else f"MFU {percent(story.mfu)}"),
         Figure("time spent", duration(story.elapsed_s)),
-    ]  # fmt: skip
+    ]
     if story.state == "finished":
         return found
     left = duration(story.left_s)
@@ -78,11 +81,16 @@ def facts(story: Story) -> list[tuple[str, str]]:
         ("Data", _data(story)),
         ("Batch", _batch(story)),
         ("Devices", _devices(story)),
-        ("Versions", ", ".join(f"{name} {env[name]}" for name in ("torch", "deepspeed", "cuda", "python", "project")
-                               if env.get(name)) or NOTHING),
+        (
+            "Versions",
+            ", ".join(
+                f"{name} {env[name]}" for name in ("torch", "deepspeed", "cuda", "python", "project") if env.get(name)
+            )
+            or NOTHING,
+        ),
         ("Began", moment(launches[0].began) if launches else NOTHING),
         ("Last line", moment(launches[-1].ended) if launches else NOTHING),
-    ]  # fmt: skip
+    ]
     if parent := record.run.get("parent"):
         told.append(("Forked from", brief(as_json(parent))))
     if record.run.get("tracking_id"):
@@ -171,8 +179,7 @@ def spike_line(story: Story) -> str:
     return (
         f"Spike score {percent(spikes.share)}: the loss of {count(len(spikes.at))} of {count(len(spikes.score))} steps "
         f"lies more than {number(SPIKE_SIGMA)} standard deviations above the mean of the {count(WINDOW)} before, "
-        f"{source}."
-        + (f" With them count {count(spikes.undone)} that a rollback took back." if spikes.undone else "")
+        f"{source}." + (f" With them count {count(spikes.undone)} that a rollback took back." if spikes.undone else "")
     )
 
 
@@ -184,10 +191,15 @@ def _spikes_in_words(spikes: Spikes) -> str:
 def spike_table(story: Story) -> Table:
     """What was done about spikes, newest first."""
     rows = [
-        (count(row["step"]), number(finite(row, "spike_loss")), number(finite(row, "score"), 3),
-         brief(row.get("action")), _span(row.get("samples")))
+        (
+            count(row["step"]),
+            number(finite(row, "spike_loss")),
+            number(finite(row, "score"), 3),
+            brief(row.get("action")),
+            _span(row.get("samples")),
+        )
         for row in reversed(story.record.told("spike"))
-    ]  # fmt: skip
+    ]
     return Table(("Step", "Loss", "Score", "Action", "Samples"), tuple(rows), frozenset({0, 1, 2}))
 
 
@@ -200,20 +212,29 @@ def _span(pair: object) -> str:
 def budget_table(story: Story) -> Table:
     budget = story.budget
     rows = [
-        (name, duration(budget.seconds[part]), percent(budget.seconds[part] / budget.total if budget.total else None),
-         meaning)
+        (
+            name,
+            duration(budget.seconds[part]),
+            percent(budget.seconds[part] / budget.total if budget.total else None),
+            meaning,
+        )
         for part, (name, meaning) in PARTS.items()
-    ]  # fmt: skip
+    ]
     return Table(("Part", "Time", "Share", "What it is"), tuple(rows), frozenset({1, 2}))
 
 
 def share_table(stories: Sequence[Story]) -> Table:
     """Where the time went, a column for each run."""
     rows = [
-        (name, *(percent(s.budget.seconds[part] / s.budget.total) if s.budget and s.budget.total else NOTHING
-                 for s in stories))
+        (
+            name,
+            *(
+                percent(s.budget.seconds[part] / s.budget.total) if s.budget and s.budget.total else NOTHING
+                for s in stories
+            ),
+        )
         for part, (name, _) in PARTS.items()
-    ]  # fmt: skip
+    ]
     return Table(("Part", *(s.label for s in stories)), tuple(rows), frozenset(range(1, len(stories) + 1)))
 
 
@@ -229,16 +250,31 @@ def gpu_table(story: Story) -> Table:
     """Medians over the last steps, GPU by GPU of rank 0's node; no row without GPUs."""
     steps, rows = story.record.steps, []
     for i in gpus(steps):
-        get = {name: recent(steps, f"gpu/{i}/{name}") for name in (
-            "utilisation", "clock_mhz", "max_clock_mhz", "power_w", "power_limit_w", "memory_gib", "temperature_c",
-        )}  # fmt: skip
+        get = {
+            name: recent(steps, f"gpu/{i}/{name}")
+            for name in (
+                "utilisation",
+                "clock_mhz",
+                "max_clock_mhz",
+                "power_w",
+                "power_limit_w",
+                "memory_gib",
+                "temperature_c",
+            )
+        }
         throttled = steps.of(f"gpu/{i}/throttled")[-RECENT_STEPS:]
         held = float(np.nanmean(throttled)) if np.isfinite(throttled).any() else None
-        rows.append((
-            str(i), percent(get["utilisation"]), f"{count(get['clock_mhz'])} of {count(get['max_clock_mhz'])} MHz",
-            f"{count(get['power_w'])} of {count(get['power_limit_w'])} W", f"{number(get['memory_gib'], 3)} GiB",
-            f"{count(get['temperature_c'])} °C", percent(held),
-        ))  # fmt: skip
+        rows.append(
+            (
+                str(i),
+                percent(get["utilisation"]),
+                f"{count(get['clock_mhz'])} of {count(get['max_clock_mhz'])} MHz",
+                f"{count(get['power_w'])} of {count(get['power_limit_w'])} W",
+                f"{number(get['memory_gib'], 3)} GiB",
+                f"{count(get['temperature_c'])} °C",
+                percent(held),
+            )
+        )
     columns = ("GPU", "Busy", "Clock", "Power", "Memory", "Temperature", "Held down")
     return Table(columns, tuple(rows), frozenset(range(1, 7)))
 
@@ -247,11 +283,18 @@ def launch_table(story: Story) -> Table:
     rows = []
     for i, launch in enumerate(story.launches):
         steps = NOTHING if launch.first is None else f"{count(launch.first)} to {count(launch.last)}"
-        rows.append((
-            str(i), "nothing" if launch.kind == "start" else brief(launch.checkpoint), moment(launch.began),
-            f"{count(launch.world_size)} × ZeRO {count(launch.zero_stage)}", steps, duration(launch.seconds),
-            launch.ending, _replay(launch),
-        ))  # fmt: skip
+        rows.append(
+            (
+                str(i),
+                "nothing" if launch.kind == "start" else brief(launch.checkpoint),
+                moment(launch.began),
+                f"{count(launch.world_size)} × ZeRO {count(launch.zero_stage)}",
+                steps,
+                duration(launch.seconds),
+                launch.ending,
+                _replay(launch),
+            )
+        )
     columns = ("Launch", "From", "Began", "Ranks", "Steps", "Time", "Ended", "Replay")
     return Table(columns, tuple(rows), frozenset({5}))
 
@@ -299,10 +342,17 @@ def checkpoint_table(story: Story) -> Table:
     for c in reversed(story.checkpoints):
         i = at.get(c.step)
         tokens, loss = (None, None) if i is None else (float(steps.of("tokens")[i]), float(steps.of("loss")[i]))
-        rows.append((
-            c.tag, compact(tokens), number(loss), size(c.bytes), _created(c.created), c.verdict,
-            ", ".join(c.marks) or NOTHING,
-        ))  # fmt: skip
+        rows.append(
+            (
+                c.tag,
+                compact(tokens),
+                number(loss),
+                size(c.bytes),
+                _created(c.created),
+                c.verdict,
+                ", ".join(c.marks) or NOTHING,
+            )
+        )
     columns = ("Tag", "Tokens", "Loss", "Size", "Made", "Verdict", "Marks")
     return Table(columns, tuple(rows), frozenset({1, 2, 3}))
 
@@ -379,9 +429,13 @@ def number_table(stories: Sequence[Story]) -> Table:
         ("MFU", lambda s: percent(s.mfu)),
         ("peak memory (GiB)", lambda s: number(s.memory_gib)),
         ("time spent", lambda s: duration(s.elapsed_s)),
-        ("productive", lambda s: percent(s.budget.seconds["productive"] / s.budget.total)
-         if s.budget and s.budget.total else NOTHING),
-    ):  # fmt: skip
+        (
+            "productive",
+            lambda s: (
+                percent(s.budget.seconds["productive"] / s.budget.total) if s.budget and s.budget.total else NOTHING
+            ),
+        ),
+    ):
         cells = [tell(story) for story in stories]
         if set(cells) != {NOTHING}:
             rows.append((name, *cells))
@@ -392,8 +446,12 @@ def difference_table(stories: Sequence[Story]) -> Table:
     """Settings in which the runs differ, a column for each run."""
     told = [_told(story) for story in stories]
     keys = list(dict.fromkeys(key for settings in told for key in settings))
-    rows = [(key, *cells) for key in keys for cells in [[brief(t[key]) if key in t else NOTHING for t in told]]
-            if len(set(cells)) > 1]  # fmt: skip
+    rows = [
+        (key, *cells)
+        for key in keys
+        for cells in [[brief(t[key]) if key in t else NOTHING for t in told]]
+        if len(set(cells)) > 1
+    ]
     return Table(("Key", *(s.label for s in stories)), tuple(rows))
 
 
@@ -401,9 +459,11 @@ def _told(story: Story) -> dict[str, object]:
     record = story.record
     zero = {"zero_optimization": mapping(record.ds_config.get("zero_optimization"))}
     ran = {name: record.run[name] for name in ("world_size", "zero_stage", "backend") if name in record.run}
-    return flat(record.config) | {f"ds_config: {k}": v for k, v in flat(zero).items()} | {
-        f"run: {name}": value for name, value in ran.items()
-    }  # fmt: skip
+    return (
+        flat(record.config)
+        | {f"ds_config: {k}": v for k, v in flat(zero).items()}
+        | {f"run: {name}": value for name, value in ran.items()}
+    )
 
 
 def missing_words(story: Story) -> list[str]:

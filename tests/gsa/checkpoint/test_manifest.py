@@ -123,11 +123,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_good_checkpoint_and_the_save_ca
             save(output_dir, 2)
             assert manifest.newest_good(output_dir) == (output_dir / "step_2", [])
     # the kills reached each state there is
-    assert outcomes == {
-        (False, "step_1", False),
-        (True, "step_1", False),
-        (True, "step_2", True),
-    }
+    assert outcomes == {(False, "step_1", False), (True, "step_1", False), (True, "step_2", True)}
 
 
 @pytest.mark.parametrize("interrupted", ["manifest.json", "latest"])
@@ -451,11 +447,7 @@ def test_the_newest_good_checkpoint_is_found_past_torn_and_damaged_ones(tmp_path
     (tmp_path / "step_5").write_text("a file")
 
     assert tags(tmp_path) == ["step_2", "step_9", "step_10", "step_30", "step_100"]
-    assert [f.tag for f in manifest.list_checkpoints(tmp_path) if f.complete] == [
-        "step_2",
-        "step_9",
-        "step_30",
-    ]
+    assert [f.tag for f in manifest.list_checkpoints(tmp_path) if f.complete] == ["step_2", "step_9", "step_30"]
     found, passed_over = manifest.newest_good(tmp_path)
     assert found == tmp_path / "step_9" == manifest.resolve("auto", tmp_path)
     assert passed_over == [

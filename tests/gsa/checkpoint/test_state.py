@@ -25,11 +25,7 @@ STATE = RunState(
     epoch=1.25,
     samples_consumed=4800,
     tokens_seen=1_200_000,
-    config={
-        "model": {"n_layers": 4, "rope": 1e4},
-        "data": {"mixture": None, "dirs": ["a", "b"]},
-        "wandb": False,
-    },
+    config={"model": {"n_layers": 4, "rope": 1e4}, "data": {"mixture": None, "dirs": ["a", "b"]}, "wandb": False},
     data_fingerprint="f" * 64,
     tracking_id=None,
     stage="sparse",
@@ -62,11 +58,20 @@ def test_a_state_survives_the_file_it_is_saved_in():
 def test_this_version_is_read_by_every_later_one():
     """Every version as it lies in files: a later reader must go on reading these very dicts."""
     first = {
-        "version": 1, "step": 300, "epoch": 1.25, "samples_consumed": 4800, "tokens_seen": 1200000,
-        "config": STATE.config, "data_fingerprint": "f" * 64, "tracking_id": None, "stage": "sparse",
-        "versions": {"torch": "2.13.0", "deepspeed": "0.19.8", "project": "0.1.0"}, "world_size": 2,
-        "zero_stage": 3, "created": "2026-01-31T12:00:00+00:00",
-    }  # fmt: skip
+        "version": 1,
+        "step": 300,
+        "epoch": 1.25,
+        "samples_consumed": 4800,
+        "tokens_seen": 1200000,
+        "config": STATE.config,
+        "data_fingerprint": "f" * 64,
+        "tracking_id": None,
+        "stage": "sparse",
+        "versions": {"torch": "2.13.0", "deepspeed": "0.19.8", "project": "0.1.0"},
+        "world_size": 2,
+        "zero_stage": 3,
+        "created": "2026-01-31T12:00:00+00:00",
+    }
     second = {**first, "version": 2, "epoch_offset": 0.0, "indexer_start": 0, "decided": {}}
     third = {**second, "version": 3, "skipped": []}
     assert STATE.to_dict() == third
@@ -79,8 +84,12 @@ def test_the_table_of_formats_names_every_version_as_it_is(where):
     rows = [line.split("|") for line in text.splitlines() if line.startswith("|")]
     now = {cells[1].split(",")[0].strip(): cells[3].strip() for cells in rows if len(cells) == 6}
     assert now["run state"] == str(VERSION)
-    assert now["manifest.json"] == str(manifest.FORMAT) and now["config.json with model.safetensors"] == str(weights.FORMAT)
-    deepspeed = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("deepspeed"))
+    assert now["manifest.json"] == str(manifest.FORMAT) and now["config.json with model.safetensors"] == str(
+        weights.FORMAT
+    )
+    deepspeed = next(
+        line for line in (ROOT / "requirements.txt").read_text().splitlines() if line.startswith("deepspeed")
+    )
     assert now["*_states.pt"] in deepspeed
 
 

@@ -51,7 +51,9 @@ def test_a_fault_of_long_or_even_lengths_or_without_bits_is_found_out(monkeypatc
             )
             assert "its output is off by" in fault_of("chunked", SHAPE, CPU)
     attend = chunked.attend
-    monkeypatch.setattr(chunked, "attend", lambda q, k, v, bits, s: attend(q, k * (1 + 0.01 * (bits is None)), v, bits, s))
+    monkeypatch.setattr(
+        chunked, "attend", lambda q, k, v, bits, s: attend(q, k * (1 + 0.01 * (bits is None)), v, bits, s)
+    )
     assert "is off by" in fault_of("chunked", SHAPE, CPU)
 
 

@@ -102,7 +102,9 @@ def test_selecting_all_is_one_call_of_dense_attention(monkeypatch, mode, scored)
     called = []
     for where, name in ((chunked, "_gates"), (chunked, "_sorted"), (F, "scaled_dot_product_attention")):
         honest = getattr(where, name)
-        monkeypatch.setattr(where, name, lambda *a, name=name, honest=honest, **k: [called.append(name), honest(*a, **k)][1])
+        monkeypatch.setattr(
+            where, name, lambda *a, name=name, honest=honest, **k: [called.append(name), honest(*a, **k)][1]
+        )
     case = Case(k=80, mode=mode)
     x = inputs(case).to(torch.float64, "cpu")
     bits = choose("chunked", x, case).bits

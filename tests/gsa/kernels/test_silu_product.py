@@ -73,11 +73,13 @@ def test_operands_that_are_not_contiguous():
 
 @pytest.mark.parametrize(
     "kernel, there, instead",
-    [("silu_forward", "gate * tl.sigmoid(gate) * up", "tl.sigmoid(gate) * up"),
-     ("silu_backward", "(1 + gate * (1 - opened))", "(1 + gate * opened)"),
-     ("silu_backward", "d_out * gate * opened", "d_out * opened"),
-     ("silu_backward", "tl.load(dOut + o, mask=inside", "tl.load(dOut + o, mask=o < numel - 1")],
-)  # fmt: skip
+    [
+        ("silu_forward", "gate * tl.sigmoid(gate) * up", "tl.sigmoid(gate) * up"),
+        ("silu_backward", "(1 + gate * (1 - opened))", "(1 + gate * opened)"),
+        ("silu_backward", "d_out * gate * opened", "d_out * opened"),
+        ("silu_backward", "tl.load(dOut + o, mask=inside", "tl.load(dOut + o, mask=o < numel - 1"),
+    ],
+)
 def test_a_wrong_kernel_is_caught(kernel, there, instead, monkeypatch, tmp_path):
     triton_interpreter.garbage(monkeypatch)
     wrong = triton_interpreter.rewritten(triton_feed_forward, tmp_path, (there, instead))

@@ -55,8 +55,9 @@ def test_every_group_size_with_packed_documents_and_ties(group):
 @pytest.mark.shipped_tiles
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_shipped_tiles_and_heads_of_64(dtype):
-    case = Case(B=1, T=80, S=150, H=8, G=2, D=64, J=4, E=64, k=20, documents=3, mode="variance", dtype=dtype,
-                device=DEVICE)  # fmt: skip
+    case = Case(
+        B=1, T=80, S=150, H=8, G=2, D=64, J=4, E=64, k=20, documents=3, mode="variance", dtype=dtype, device=DEVICE
+    )
     check_selection("triton", case)
     check_attention("triton", case, BOUNDS[dtype])
 
@@ -128,7 +129,9 @@ def test_a_wrong_kernel_is_caught(monkeypatch, module, name, change):
 def test_reading_what_nobody_wrote_is_caught(monkeypatch, tmp_path):
     """The gradient by the logits exists where a tile of queries sees keys: early queries have none at late keys."""
     wrong = triton_interpreter.rewritten(
-        triton_alignment, tmp_path, ("n[:, None], mask=seen, other=0.0)", "n[:, None], mask=ok[None, :] & n_ok[:, None])")
+        triton_alignment,
+        tmp_path,
+        ("n[:, None], mask=seen, other=0.0)", "n[:, None], mask=ok[None, :] & n_ok[:, None])"),
     )
     monkeypatch.setattr(triton_alignment, "align_keys", wrong.align_keys)
     with pytest.raises(AssertionError, match="index k: nan"):
@@ -153,10 +156,7 @@ def test_a_wrong_selection_is_caught(monkeypatch, name, change, says):
         check_selection("triton", SELECTION)
 
 
-OLDEST_FIRST = (
-    ("block = blocks - 1 - i", "block = i"),
-    ("tl.cumsum(equal, 0, reverse=True)", "tl.cumsum(equal, 0)"),
-)
+OLDEST_FIRST = (("block = blocks - 1 - i", "block = i"), ("tl.cumsum(equal, 0, reverse=True)", "tl.cumsum(equal, 0)"))
 
 
 @pytest.mark.parametrize(

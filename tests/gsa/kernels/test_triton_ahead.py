@@ -19,9 +19,12 @@ SHARED_KIB = {80: 163, 89: 99, 90: 227}
 
 def run(command: list[str], **env: str) -> str:
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), **env}, capture_output=True,
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return done.stdout
 
@@ -44,7 +47,9 @@ MODELS = ("80", "89", "90")
 
 def test_every_kernel_compiles_ahead_without_spills_within_shared_memory(tmp_path):
     """The widest heads and float32 for the GPU with the least shared memory."""
-    printed = run(["tests/support/compile_triton_ahead.py", *MODELS, "89:wide", "89:float32"], TRITON_CACHE_DIR=str(tmp_path))
+    printed = run(
+        ["tests/support/compile_triton_ahead.py", *MODELS, "89:wide", "89:float32"], TRITON_CACHE_DIR=str(tmp_path)
+    )
     check(printed, {(80, "model"), (89, "model"), (90, "model"), (89, "wide"), (89, "float32")})
 
 
@@ -64,7 +69,10 @@ def test_the_oldest_supported_triton(tmp_path):
         "3.6.0",
         "2.3.5",
     ]
-    tests = [f"tests/gsa/kernels/{name}.py" for name in ("test_triton", "test_triton_identities", "test_triton_loss", "test_silu_product")]
+    tests = [
+        f"tests/gsa/kernels/{name}.py"
+        for name in ("test_triton", "test_triton_identities", "test_triton_loss", "test_silu_product")
+    ]
     run(["-m", "pytest", "-q", "-p", "no:xdist", *tests], **path)
     # 8 or 16 in attend_backward_keys, on sm_80 and sm_89
     printed = run(["tests/support/compile_triton_ahead.py", *MODELS], **path)

@@ -53,9 +53,13 @@ def test_loss_and_gradients_equal_float64(dtype):
 
 @pytest.mark.parametrize(
     "kernel, there, instead",
-    [("fold_rows", "mass * tl.exp(top - new_top)", "mass"), ("fold_rows", "at < width", "at < width - 1"),
-     ("gradient_rows", "c == at", "c == at + 1"), ("gradient_rows", "mask=c < width)", "mask=c < width - 1)")],
-)  # fmt: skip
+    [
+        ("fold_rows", "mass * tl.exp(top - new_top)", "mass"),
+        ("fold_rows", "at < width", "at < width - 1"),
+        ("gradient_rows", "c == at", "c == at + 1"),
+        ("gradient_rows", "mask=c < width)", "mask=c < width - 1)"),
+    ],
+)
 def test_a_wrong_kernel_is_caught(kernel, there, instead, monkeypatch, tmp_path):
     import importlib.util
     from pathlib import Path

@@ -36,12 +36,25 @@ def lives(tmp_path_factory):
     (base / "run.yaml").write_text(TINY_YAML.format(data=base / "text"))
 
     def case(ranks, name, stage, *extra, into=None):
-        return Case(name, (
-            "--config", str(base / "run.yaml"), "--output_dir", str(base / str(ranks) / (into or name)),
-            "--deepspeed_config", str(ROOT / "ds_configs" / f"{stage}.json"), "data.num_workers=2", "training.max_steps=5",
-            f"training.micro_batch_size={4 if ranks == 1 else 2}", "training.indexer_warmup_steps=3",
-            f"model.n_layers={LAYERS[ranks]}", "training.eval_interval=0", "training.eval_windows=1", *extra,
-        ))  # fmt: skip
+        return Case(
+            name,
+            (
+                "--config",
+                str(base / "run.yaml"),
+                "--output_dir",
+                str(base / str(ranks) / (into or name)),
+                "--deepspeed_config",
+                str(ROOT / "ds_configs" / f"{stage}.json"),
+                "data.num_workers=2",
+                "training.max_steps=5",
+                f"training.micro_batch_size={4 if ranks == 1 else 2}",
+                "training.indexer_warmup_steps=3",
+                f"model.n_layers={LAYERS[ranks]}",
+                "training.eval_interval=0",
+                "training.eval_windows=1",
+                *extra,
+            ),
+        )
 
     chained = base / "chain"
     for life in ("first", "second"):

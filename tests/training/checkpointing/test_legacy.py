@@ -58,8 +58,13 @@ logging: {project: gsa-pretrain, log_interval: 10, eval_interval: 1000, save_int
 """
 SHAPE = 0.5 * (1 + math.cos(math.pi * 3000 / 98000))
 """Of the cosine at step 5000."""
-TUNED = ("training.max_seq_len=32", "training.micro_batch_size=2", "training.gradient_accumulation_steps=1",
-         "training.stop_at_step=5003", "training.eval_windows=4")  # fmt: skip
+TUNED = (
+    "training.max_seq_len=32",
+    "training.micro_batch_size=2",
+    "training.gradient_accumulation_steps=1",
+    "training.stop_at_step=5003",
+    "training.eval_windows=4",
+)
 
 
 def their_name(name: str) -> str:
@@ -71,7 +76,13 @@ def their_name(name: str) -> str:
 
 
 def write_legacy(
-    step_dir: Path, config: dict, *, omegaconf: bool, training: DictConfig | None = None, step: int = 5000, epoch: int = 51
+    step_dir: Path,
+    config: dict,
+    *,
+    omegaconf: bool,
+    training: DictConfig | None = None,
+    step: int = 5000,
+    epoch: int = 51,
 ) -> dict:
     """A checkpoint of the predecessor's layout with random weights and moments; returns what is in it.
 
@@ -90,21 +101,28 @@ def write_legacy(
         groups[2 * ("indexer" in name) + ("bias" in name or "norm" in name)].append(name)
     order = [name for group in groups for name in group]
     state = {
-        number: {"step": torch.tensor(20.0), "exp_avg": torch.randn_like(weights[name]) * 1e-3,
-                 "exp_avg_sq": torch.rand_like(weights[name]) * 1e-6}
-        for number, name in enumerate(order) if "indexer" not in name
-    }  # fmt: skip
+        number: {
+            "step": torch.tensor(20.0),
+            "exp_avg": torch.randn_like(weights[name]) * 1e-3,
+            "exp_avg_sq": torch.rand_like(weights[name]) * 1e-6,
+        }
+        for number, name in enumerate(order)
+        if "indexer" not in name
+    }
     numbers = iter(range(len(order)))
     if training is None:
         training = OmegaConf.create(config).training if omegaconf else config["training"]
     data = {
-        "step": step, "model_state_dict": weights,
-        "optimizer_state_dict": {"state": state, "param_groups": [
-            {"lr": 3e-4, "params": [next(numbers) for _ in group]} for group in groups if group
-        ]},
-        "scheduler_state_dict": {"last_epoch": step, "_last_lr": [3e-4 * SHAPE]}, "extra_state": {"epoch": epoch},
+        "step": step,
+        "model_state_dict": weights,
+        "optimizer_state_dict": {
+            "state": state,
+            "param_groups": [{"lr": 3e-4, "params": [next(numbers) for _ in group]} for group in groups if group],
+        },
+        "scheduler_state_dict": {"last_epoch": step, "_last_lr": [3e-4 * SHAPE]},
+        "extra_state": {"epoch": epoch},
         "config": training,
-    }  # fmt: skip
+    }
     step_dir.mkdir(parents=True)
     torch.save(data, step_dir / f"checkpoint_{step}.pt")
     (step_dir / "checkpoint_latest.pt").symlink_to(f"checkpoint_{step}.pt")
@@ -128,12 +146,26 @@ def imported(tmp_path_factory):
         written[variant] = write_legacy(base / variant / "step_5000", config, omegaconf=variant == "omegaconf")
 
     def case(name: str, checkpoint: Path | str, stage: str, *extra: str, yaml: Path = base / "run.yaml") -> Case:
-        return Case(name, (
-            "--config", str(yaml), "--output_dir", str(base / name), "--resume_from", str(checkpoint),
-            "--deepspeed_config", str(ROOT / "ds_configs" / f"{stage}.json"), *TUNED, *extra,
-        ))  # fmt: skip
+        return Case(
+            name,
+            (
+                "--config",
+                str(yaml),
+                "--output_dir",
+                str(base / name),
+                "--resume_from",
+                str(checkpoint),
+                "--deepspeed_config",
+                str(ROOT / "ds_configs" / f"{stage}.json"),
+                *TUNED,
+                *extra,
+            ),
+        )
 
-    cases = [case("zero1", base / "dict" / "step_5000", "zero1"), case("zero3", base / "omegaconf" / "step_5000", "zero3")]
+    cases = [
+        case("zero1", base / "dict" / "step_5000", "zero1"),
+        case("zero3", base / "omegaconf" / "step_5000", "zero3"),
+    ]
     for name, precision in UNTOUCHED.items():
         still = (f"training.precision={precision}", "training.stop_at_step=5000", "--allow_config_change")
         cases.append(case(f"untouched_{name}", base / "dict" / "step_5000", name.split("_")[0], *still))
@@ -142,14 +174,22 @@ def imported(tmp_path_factory):
     ours["training"] = {k: v for k, v in config["training"].items() if k != "optimizer"}
     ours["data"], ours["logging"] = {"data_dir": str(base / "text")}, {}
     (base / "ours.yaml").write_text(yaml.safe_dump(ours))
-    cases.append(case("on", base / "zero1" / "step_5003", "zero1", "training.stop_at_step=5004", yaml=base / "ours.yaml"))
+    cases.append(
+        case("on", base / "zero1" / "step_5003", "zero1", "training.stop_at_step=5004", yaml=base / "ours.yaml")
+    )
     shutil.copytree(base / "dict", base / "beside", symlinks=True)
     cases.append(case("beside", "auto", "zero1", "training.stop_at_step=5001", "training.keep_last=1"))
     if FIXTURES.exists():
         for variant in ("legacy_dict", "legacy_dictconfig"):
             run = (f"data.data_dir={base / 'text'}", "training.stop_at_step=5001")
             cases.append(
-                case(f"real_{variant}", FIXTURES / variant / "step_5000", "zero2", *run, yaml=FIXTURES / "pretrain_tiny.yaml")
+                case(
+                    f"real_{variant}",
+                    FIXTURES / variant / "step_5000",
+                    "zero2",
+                    *run,
+                    yaml=FIXTURES / "pretrain_tiny.yaml",
+                )
             )
     output = run_cases(2, cases, base / "launch")
     return base, config, written, output
@@ -208,9 +248,20 @@ def test_the_new_checkpoint_resumes_with_the_yaml_that_ties_its_head(imported):
 
 def test_torchrun_resumes_it(imported, tmp_path):
     base = imported[0]
-    process = start_training(4, ["--config", str(base / "run.yaml"), "--output_dir", str(tmp_path / "run"), "--resume_from",
-                                 str(base / "omegaconf" / "step_5000"), *TUNED, "training.stop_at_step=5001"],
-                             launcher="torchrun")  # fmt: skip
+    process = start_training(
+        4,
+        [
+            "--config",
+            str(base / "run.yaml"),
+            "--output_dir",
+            str(tmp_path / "run"),
+            "--resume_from",
+            str(base / "omegaconf" / "step_5000"),
+            *TUNED,
+            "training.stop_at_step=5001",
+        ],
+        launcher="torchrun",
+    )
     output = process.communicate(timeout=600)[0]
     assert process.returncode == 0, output
     assert "continuing at step 5001 of 5001" in output
@@ -238,7 +289,16 @@ def test_the_real_ones_resume(imported, variant):
 
 def resume(base: Path, folder: Path, *extra: str):
     """The new variant in `folder`/step_5000, in its own folder, on one rank."""
-    argv = ["--config", str(base / "run.yaml"), "--output_dir", str(folder), "--resume_from", "step_5000", *TUNED, *extra]
+    argv = [
+        "--config",
+        str(base / "run.yaml"),
+        "--output_dir",
+        str(folder),
+        "--resume_from",
+        "step_5000",
+        *TUNED,
+        *extra,
+    ]
     return train.prepare(train.parse(argv)).start
 
 
@@ -273,18 +333,40 @@ def test_a_good_one_is_verified_and_a_flipped_bit_anywhere_in_its_numbers_is_fou
     refused(base, old, "checkpoint_5000.pt: damaged")
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    (lambda data: data["optimizer_state_dict"]["state"][0].pop("step"), "its optimizer state does not fit its weights (KeyError: 'step')"),
-    (lambda data: data["optimizer_state_dict"]["state"][0].update(step=None), "does not fit its weights (TypeError"),
-    (lambda data: data["optimizer_state_dict"]["state"][0].update(exp_avg=torch.ones(2)), "exp_avg of model.embed_tokens.weight has shape (2,)"),
-    (lambda data: data["model_state_dict"].update({"model.norm.weight": 1.0}), "model.norm.weight: float, not a tensor"),
-    (lambda data: data["model_state_dict"].pop("model.norm.weight"), "norm.weight: missing from the checkpoint"),
-    (lambda data: data["extra_state"].update(epoch=None), "its extra_state.epoch is None"),
-    (lambda data: data["config"].update(optimizer="lion"), "made with training.optimizer=lion; only adamw"),
-    (lambda data: data["config"].update(global_batch_size="8"), "its training.global_batch_size is '8', not a number"),
-    (lambda data: [data["config"].pop(key) for key in ("global_batch_size", "micro_batch_size")], "neither global_batch_size nor micro_batch_size"),
-    (lambda data: data.pop("scheduler_state_dict"), "lacks scheduler_state_dict"),
-], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda data: data["optimizer_state_dict"]["state"][0].pop("step"),
+            "its optimizer state does not fit its weights (KeyError: 'step')",
+        ),
+        (
+            lambda data: data["optimizer_state_dict"]["state"][0].update(step=None),
+            "does not fit its weights (TypeError",
+        ),
+        (
+            lambda data: data["optimizer_state_dict"]["state"][0].update(exp_avg=torch.ones(2)),
+            "exp_avg of model.embed_tokens.weight has shape (2,)",
+        ),
+        (
+            lambda data: data["model_state_dict"].update({"model.norm.weight": 1.0}),
+            "model.norm.weight: float, not a tensor",
+        ),
+        (lambda data: data["model_state_dict"].pop("model.norm.weight"), "norm.weight: missing from the checkpoint"),
+        (lambda data: data["extra_state"].update(epoch=None), "its extra_state.epoch is None"),
+        (lambda data: data["config"].update(optimizer="lion"), "made with training.optimizer=lion; only adamw"),
+        (
+            lambda data: data["config"].update(global_batch_size="8"),
+            "its training.global_batch_size is '8', not a number",
+        ),
+        (
+            lambda data: [data["config"].pop(key) for key in ("global_batch_size", "micro_batch_size")],
+            "neither global_batch_size nor micro_batch_size",
+        ),
+        (lambda data: data.pop("scheduler_state_dict"), "lacks scheduler_state_dict"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_what_is_wrong_inside_is_said_in_our_words(imported, old, change, words):
     file = old / "step_5000" / "checkpoint_5000.pt"
     data = torch.load(file, weights_only=True)

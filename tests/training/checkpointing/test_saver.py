@@ -47,9 +47,19 @@ def kills(tmp_path_factory, a_run, tiny_yaml):
     environment = {k: v for k, v in rank_environment().items() if k not in ("RANK", "WORLD_SIZE")}
     environment["PYTHONPATH"] += f":{ROOT / 'tests'}"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "support" / "kill_during_save.py"), str(tiny_yaml), str(base / "source"), str(base)],
-        capture_output=True, text=True, env=environment, cwd=ROOT, timeout=900,
-    )  # fmt: skip
+        [
+            sys.executable,
+            str(ROOT / "tests" / "support" / "kill_during_save.py"),
+            str(tiny_yaml),
+            str(base / "source"),
+            str(base),
+        ],
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=ROOT,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     numbers = sorted(int(path.stem) for path in base.glob("*.json"))
     return [(base / str(n), json.loads((base / f"{n}.json").read_text())) for n in numbers], base / "calm"
@@ -67,8 +77,10 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_good_checkpoint(kills):
             assert facts["passed_over"] == []
     # before anything; torn; between manifest and latest: nothing else
     assert {(f["torn"], f["found"], f["latest"]) for _, f in killed} == {
-        (False, "step_3", "step_3"), (True, "step_3", "step_3"), (False, "step_4", "step_3"),
-    }  # fmt: skip
+        (False, "step_3", "step_3"),
+        (True, "step_3", "step_3"),
+        (False, "step_4", "step_3"),
+    }
     moments = [facts["moment"] for _, facts in killed]
     names = [name for name in manifest.read(kills[1] / "step_4").files] + ["manifest.json", "latest"]
     assert len(names) == 6
@@ -96,12 +108,26 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(a_run, tiny_yaml,
     shutil.copytree(a_run, tmp_path / "run")
     assert manifest.latest_tag(tmp_path / "run") == "step_6"  # set aside by the resume: `latest` must not stay there
     done = subprocess.run(
-        [sys.executable, "training/train.py", "--config", str(tiny_yaml), "--output_dir", str(tmp_path / "run"),
-         "--resume_from", "step_3", "training.save_interval=1"],
-        capture_output=True, text=True, env=rank_environment(), cwd=ROOT,
-        preexec_fn=lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
-                            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))),
-    )  # fmt: skip
+        [
+            sys.executable,
+            "training/train.py",
+            "--config",
+            str(tiny_yaml),
+            "--output_dir",
+            str(tmp_path / "run"),
+            "--resume_from",
+            "step_3",
+            "training.save_interval=1",
+        ],
+        capture_output=True,
+        text=True,
+        env=rank_environment(),
+        cwd=ROOT,
+        preexec_fn=lambda: (
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+        ),
+    )
     assert done.returncode == 3, done.stderr
     assert "step_4 was not saved" in done.stderr and "File too large" in done.stderr and "Free space" in done.stderr
     run = json.loads((tmp_path / "run" / "run.json").read_text())
@@ -119,8 +145,18 @@ def killed_launches(tmp_path_factory, tiny_yaml):
 
     def argv(name: str) -> list[str]:
         # large enough that a save takes a while
-        return ["--config", str(tiny_yaml), "--output_dir", str(base / name), "--resume_from", "auto", "model.vocab_size=20000",
-                "training.save_interval=1", "training.max_steps=8", "training.eval_interval=0"]  # fmt: skip
+        return [
+            "--config",
+            str(tiny_yaml),
+            "--output_dir",
+            str(base / name),
+            "--resume_from",
+            "auto",
+            "model.vocab_size=20000",
+            "training.save_interval=1",
+            "training.max_steps=8",
+            "training.eval_interval=0",
+        ]
 
     launchers = {"rank_0": "torchrun", "rank_1": "deepspeed", "all": "deepspeed"}
     processes = {  # at once: they mostly start
@@ -168,13 +204,27 @@ def saves(tmp_path_factory, tiny_yaml):
     base = tmp_path_factory.mktemp("saves")
 
     def case(name, *extra, stage=2):
-        return Case(name, ("--config", str(tiny_yaml), "--output_dir", str(base / name), "training.save_interval=1",
-                           "--deepspeed_config", str(ROOT / "ds_configs" / f"zero{stage}.json"), *extra))  # fmt: skip
+        return Case(
+            name,
+            (
+                "--config",
+                str(tiny_yaml),
+                "--output_dir",
+                str(base / name),
+                "training.save_interval=1",
+                "--deepspeed_config",
+                str(ROOT / "ds_configs" / f"zero{stage}.json"),
+                *extra,
+            ),
+        )
 
     keep = ("training.keep_last=2", "training.keep_every=3")
     cases = [case("background", *keep)]
-    cases += [case(f"{kind}_{stage}", "training.save_interval=0", f"training.async_save={kind == 'later'}", stage=stage)
-              for stage in (2, 3) for kind in ("later", "at_once")]  # fmt: skip
+    cases += [
+        case(f"{kind}_{stage}", "training.save_interval=0", f"training.async_save={kind == 'later'}", stage=stage)
+        for stage in (2, 3)
+        for kind in ("later", "at_once")
+    ]
     (base / "output.txt").write_text(run_cases(2, cases, base))
     return base
 
@@ -218,8 +268,9 @@ def test_too_little_disk_is_refused_before_the_launch_and_before_each_save(tmp_p
     assert train.main(["--config", str(tiny_yaml), "--output_dir", str(tmp_path / "run")]) == 3
     assert "a checkpoint needs" in capsys.readouterr().err and not (tmp_path / "run").exists()
     alone = World(0, 1, 0, 1, torch.device("cpu"))
-    saver = Saver(None, alone, tmp_path, background=True, retention=Retention(None, None), bytes_needed=2**21,
-                  published=print)  # fmt: skip
+    saver = Saver(
+        None, alone, tmp_path, background=True, retention=Retention(None, None), bytes_needed=2**21, published=print
+    )
     assert "a checkpoint needs 0.00 GiB and 0.00 GiB are free" in saver._prepare(tmp_path / "step_1")
 
 
@@ -246,13 +297,23 @@ class Ranks:
         self.savers = [
             Saver(
                 SimpleNamespace(snapshot=lambda *_, buffers, rank=rank: self._snapshot(folder, rank, files[rank])),
-                SimpleNamespace(size=self.size, rank=rank, is_main=rank == 0, device=torch.device("cpu"),
-                                gather=lambda value, rank=rank: self.gather(rank, value),
-                                broadcast=lambda value, rank=rank: self.gather(rank, value)[0]),
-                folder, background=True, retention=Retention(keep_last, None), bytes_needed=0,
-                published=self.reports.append, beat=lambda rank=rank: self._beat(rank),
-            ) for rank in range(self.size)
-        ]  # fmt: skip
+                SimpleNamespace(
+                    size=self.size,
+                    rank=rank,
+                    is_main=rank == 0,
+                    device=torch.device("cpu"),
+                    gather=lambda value, rank=rank: self.gather(rank, value),
+                    broadcast=lambda value, rank=rank: self.gather(rank, value)[0],
+                ),
+                folder,
+                background=True,
+                retention=Retention(keep_last, None),
+                bytes_needed=0,
+                published=self.reports.append,
+                beat=lambda rank=rank: self._beat(rank),
+            )
+            for rank in range(self.size)
+        ]
         self._step = 0
 
     def _snapshot(self, folder: Path, rank: int, files: dict[str, object]) -> Snapshot:
@@ -274,9 +335,19 @@ class Ranks:
     def start(self, step: int) -> None:
         self._step = step
         state = RunState(
-            step=step, epoch=0.0, samples_consumed=0, tokens_seen=0, config={"model": {}}, data_fingerprint="f",
-            tracking_id=None, stage="sparse", versions={}, world_size=self.size, zero_stage=2, created="now",
-        )  # fmt: skip
+            step=step,
+            epoch=0.0,
+            samples_consumed=0,
+            tokens_seen=0,
+            config={"model": {}},
+            data_fingerprint="f",
+            tracking_id=None,
+            stage="sparse",
+            versions={},
+            world_size=self.size,
+            zero_stage=2,
+            created="now",
+        )
         self.each(lambda saver: saver.start(state))
 
     def each(self, call) -> list:
@@ -369,7 +440,9 @@ def test_what_cannot_be_deleted_is_reported_and_the_save_stands(tmp_path, monkey
     monkeypatch.setattr(manifest.shutil, "rmtree", real)
     ranks.start(4)
     ranks.each(Saver.finish)
-    assert [str(one) for one in ranks.reports[-1].removed] == ["removed step_3: older than the 1 newest; step_4 is good"]
+    assert [str(one) for one in ranks.reports[-1].removed] == [
+        "removed step_3: older than the 1 newest; step_4 is good"
+    ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_4"]
 
 
@@ -404,7 +477,9 @@ def test_a_checkpoint_that_latest_cannot_name_is_said_to_exist(tmp_path, monkeyp
     monkeypatch.setattr(manifest.os, "replace", full)
     ranks.start(2)
     for err in ranks.each(Saver.finish):
-        assert str(err).startswith("step_2 was saved, and `auto` finds it, but `latest` could not be set to it:\n  rank 0: ")
+        assert str(err).startswith(
+            "step_2 was saved, and `auto` finds it, but `latest` could not be set to it:\n  rank 0: "
+        )
         assert f"{tmp_path / 'latest'} could not be written: No space left on device" in str(err)
     assert manifest.newest_good(tmp_path)[0] == tmp_path / "step_2" and manifest.latest_tag(tmp_path) is None
 
@@ -417,8 +492,20 @@ def test_an_error_of_the_disk_before_a_save_reaches_every_rank(tmp_path, monkeyp
 
     monkeypatch.setattr(manifest, "free_bytes", dead)
     ranks._step = 1
-    state = RunState(step=1, epoch=0.0, samples_consumed=0, tokens_seen=0, config={}, data_fingerprint="f", tracking_id=None,
-                     stage="sparse", versions={}, world_size=2, zero_stage=2, created="now")  # fmt: skip
+    state = RunState(
+        step=1,
+        epoch=0.0,
+        samples_consumed=0,
+        tokens_seen=0,
+        config={},
+        data_fingerprint="f",
+        tracking_id=None,
+        stage="sparse",
+        versions={},
+        world_size=2,
+        zero_stage=2,
+        created="now",
+    )
     assert [str(err) for err in ranks.each(lambda saver: saver.start(state))] == ["[Errno 5] Input/output error"] * 2
 
 
@@ -466,7 +553,11 @@ def test_what_lies_after_the_step_resumed_from_is_set_aside_whatever_it_is(tmp_p
     (tmp_path / "step_7").mkdir()
     (tmp_path / "step_7" / "config.json.tmp").touch()
     said = RunFolder(tmp_path).set_aside(6)
-    assert [line.split(":")[1].strip() for line in said] == ["removed", "moved to segments/step_8.0", "moved to segments/step_9.0"]
+    assert [line.split(":")[1].strip() for line in said] == [
+        "removed",
+        "moved to segments/step_8.0",
+        "moved to segments/step_9.0",
+    ]
     assert (tmp_path / "segments" / "step_9.0").read_text() == "a file of somebody's"
     assert not list(tmp_path.glob("step_*"))
     (tmp_path / "step_7").touch()

@@ -21,9 +21,17 @@ STEPS = 40 * KILLS // 20 * 20
 
 def argv(folder: Path, tiny_yaml: Path) -> list[str]:
     return [
-        "--config", str(tiny_yaml), "--output_dir", str(folder), "--resume_from", "auto", f"training.max_steps={STEPS}",
-        "training.save_interval=20", "training.eval_interval=0", "training.indexer_warmup_steps=150",
-    ]  # fmt: skip
+        "--config",
+        str(tiny_yaml),
+        "--output_dir",
+        str(folder),
+        "--resume_from",
+        "auto",
+        f"training.max_steps={STEPS}",
+        "training.save_interval=20",
+        "training.eval_interval=0",
+        "training.indexer_warmup_steps=150",
+    ]
 
 
 def rows(folder: Path) -> list[dict]:

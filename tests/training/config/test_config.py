@@ -64,21 +64,37 @@ def test_the_mixture_is_read_and_checked(tmp_path):
 @pytest.mark.parametrize(
     "text, override, words",
     [
-        ("training:\n  micro_batch_sise: 3\n", None, ["run.yaml, line 2", "unknown key", "did you mean training.micro_batch_size"]),
+        (
+            "training:\n  micro_batch_sise: 3\n",
+            None,
+            ["run.yaml, line 2", "unknown key", "did you mean training.micro_batch_size"],
+        ),
         ("training:\n  n_layers: 3\n", None, ["run.yaml, line 2", "did you mean model.n_layers?"]),
         ("trainning:\n  seed: 3\n", None, ["run.yaml, line 1", "unknown section 'trainning'; did you mean training"]),
         ("training:\n  seed: 3\n  seed: 4\n", None, ["line 3", "'seed' is set already in line 2"]),
         ("training: {}\ntraining: {}\n", None, ["line 2", "set already in line 1"]),
         ("data:\n  mixture: {a: 1, a: 2}\n", None, ["'a' is set already"]),
-        ("training:\n  max_steps: many\n", None, ["run.yaml, line 2", "training.max_steps", "could not be converted to Integer"]),
+        (
+            "training:\n  max_steps: many\n",
+            None,
+            ["run.yaml, line 2", "training.max_steps", "could not be converted to Integer"],
+        ),
         ("training:\n  max_steps: 2.5\n", None, ["could not be converted to Integer"]),
         ("training:\n  seed: null\n", None, ["training.seed", "not Optional"]),
         ("training: 5\n", None, ["section 'training' must be a mapping"]),
         ("", None, ["a configuration is a mapping"]),
         ("- a\n", None, ["a configuration is a mapping"]),
         ("training: [\n", None, ["run.yaml, line 2", "not yaml"]),
-        ("training:\n  max_steps: 5\n", "training.stop_at_step=6", ["override 'training.stop_at_step=6'", "line 2", "lies beyond training.max_steps=5"]),
-        ("model:\n  n_heads: 8\n", "model.n_kv_heads=3", ["override 'model.n_kv_heads=3'", "choose one of [1, 2, 4, 8]"]),
+        (
+            "training:\n  max_steps: 5\n",
+            "training.stop_at_step=6",
+            ["override 'training.stop_at_step=6'", "line 2", "lies beyond training.max_steps=5"],
+        ),
+        (
+            "model:\n  n_heads: 8\n",
+            "model.n_kv_heads=3",
+            ["override 'model.n_kv_heads=3'", "choose one of [1, 2, 4, 8]"],
+        ),
         ("{}", "training.max_steps", ["not key=value"]),
         ("{}", "training.max_stepz=1", ["override 'training.max_stepz=1'", "did you mean training.max_steps"]),
         ("{}", "training.precision=fp16", ["'fp16' is not one of bf16, fp32"]),
@@ -91,7 +107,7 @@ def test_the_mixture_is_read_and_checked(tmp_path):
         ("{}", "training.max_seq_len=4096", ["above model.max_position_embeddings=2048"]),
         ("{}", "training.hang_timeout_s=0", ["must be above 0"]),
     ],
-)  # fmt: skip
+)
 def test_what_is_wrong_is_said_with_its_place(tmp_path, text, override, words):
     message = refusal(written(tmp_path, text), *([override] if override else []))
     for word in words:
@@ -204,19 +220,13 @@ def test_every_shipped_pair_resolves_or_is_refused_with_its_reason(yaml_path, js
         ('{"optimizer": {"type": "Adam"}}', ["section 'optimizer' does not belong here"]),
         ('{"fp16": {"enabled": true}}', ["use training.precision=bf16"]),
         ('{"elasticity": {}}', ["removed from DeepSpeed 0.19.8"]),
-        (
-            '{"zero_optimisation": {"stage": 2}}',
-            ["unknown key 'zero_optimisation'", "did you mean zero_optimization"],
-        ),
+        ('{"zero_optimisation": {"stage": 2}}', ["unknown key 'zero_optimisation'", "did you mean zero_optimization"]),
         (
             '{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}',
             ['zero_optimization.reduce_bucket_size is "auto"'],
         ),
         ('{"zero_optimization": {"stage": 4}}', ["stage must be 0, 1, 2 or 3, not 4"]),
-        (
-            '{"zero_optimization": {"stage": 1}, "zero_optimization": {}}',
-            ["'zero_optimization' is set twice"],
-        ),
+        ('{"zero_optimization": {"stage": 1}, "zero_optimization": {}}', ["'zero_optimization' is set twice"]),
         ('{"a": 1,}', ["zero.json, line 1", "not JSON"]),
         ("[]", ["is a JSON object"]),
     ],
@@ -260,12 +270,7 @@ def test_the_pretraining_run_is_what_its_name_says():
     )
     assert count_params(m)["total"] == pytest.approx(511.9e6, rel=0.01)
     plan = plan_batch(t, 4)
-    assert (plan.micro_batch_size, plan.accumulation_steps, plan.global_batch_size, t.max_seq_len) == (
-        8,
-        8,
-        256,
-        2048,
-    )
+    assert (plan.micro_batch_size, plan.accumulation_steps, plan.global_batch_size, t.max_seq_len) == (8, 8, 256, 2048)
     assert plan.note is None
 
 
@@ -275,14 +280,26 @@ def test_every_key_has_one_effect_on_resume():
 
 def test_changes_are_sorted_into_their_effects():
     old = to_plain(load_config(QUICKSTART, ["training.global_batch_size=16"]))
-    new = to_plain(load_config(QUICKSTART, [
-        "training.global_batch_size=16", "training.max_steps=999", "training.learning_rate=1e-3", "model.d_model=96", "training.micro_batch_size=2",
-    ]))  # fmt: skip
+    new = to_plain(
+        load_config(
+            QUICKSTART,
+            [
+                "training.global_batch_size=16",
+                "training.max_steps=999",
+                "training.learning_rate=1e-3",
+                "model.d_model=96",
+                "training.micro_batch_size=2",
+            ],
+        )
+    )
     effects = {change.key: change.effect for change in config_changes(old, new)}
     assert effects == {
-        "training.max_steps": "harmless", "training.learning_rate": "curve", "model.d_model": "impossible",
-        "model.d_head": "impossible", "training.micro_batch_size": "harmless",
-    }  # fmt: skip
+        "training.max_steps": "harmless",
+        "training.learning_rate": "curve",
+        "model.d_model": "impossible",
+        "model.d_head": "impossible",
+        "training.micro_batch_size": "harmless",
+    }
     assert config_changes(old, old) == []
     shorter = to_plain(load_config(QUICKSTART, ["training.max_steps=2", "training.stop_at_step=null"]))
     assert {c.key: c.effect for c in config_changes(new, shorter)}["training.max_steps"] == "curve"

@@ -141,12 +141,7 @@ def test_a_reader_that_fails_is_raised_with_its_samples(small, monkeypatch):
     monkeypatch.setattr(PackedTokens, "batch", lambda self, samples: 1 / 0)
     for workers in (0, 2):
         loader = Loader(
-            data,
-            samples_consumed=8,
-            plan=BatchPlan(4, 1, 1, 4),
-            rank=0,
-            num_workers=workers,
-            pin_memory=False,
+            data, samples_consumed=8, plan=BatchPlan(4, 1, 1, 4), rank=0, num_workers=workers, pin_memory=False
         )
         with pytest.raises(DataError, match=r"samples 8\.\.11 cannot be read: ZeroDivisionError"):
             next(loader)

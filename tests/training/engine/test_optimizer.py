@@ -57,5 +57,8 @@ def test_groups_hold_every_parameter_once_and_only_matrices_decay():
     assert all(p.ndim >= 2 for g in ("decay", "indexer") for _, p in by_name[g]["params"])
     assert any("log_alpha" in n for n in members["indexer_no_decay"])
     assert {g: (group["lr"], group["weight_decay"]) for g, group in by_name.items()} == {
-        "decay": (1e-3, 0.1), "no_decay": (1e-3, 0.0), "indexer": (1e-2, 0.1), "indexer_no_decay": (1e-2, 0.0),
-    }  # fmt: skip
+        "decay": (1e-3, 0.1),
+        "no_decay": (1e-3, 0.0),
+        "indexer": (1e-2, 0.1),
+        "indexer_no_decay": (1e-2, 0.0),
+    }

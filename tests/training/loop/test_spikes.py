@@ -30,31 +30,79 @@ def runs(tmp_path_factory, tiny_yaml) -> Path:
     base = tmp_path_factory.mktemp("spikes")
 
     def case(name, *extra, stage="zero2", into=None):
-        return Case(name, (
-            "--config", str(tiny_yaml), "--output_dir", str(base / (into or name)), "training.eval_interval=0",
-            "--deepspeed_config", str(ROOT / "ds_configs" / f"{stage}.json"), *extra,
-        ))  # fmt: skip
+        return Case(
+            name,
+            (
+                "--config",
+                str(tiny_yaml),
+                "--output_dir",
+                str(base / (into or name)),
+                "training.eval_interval=0",
+                "--deepspeed_config",
+                str(ROOT / "ds_configs" / f"{stage}.json"),
+                *extra,
+            ),
+        )
 
-    health = [case(f"health_{stage}", "training.health_interval=1", "training.max_steps=3", stage=stage) for stage in STAGES]
+    health = [
+        case(f"health_{stage}", "training.health_interval=1", "training.max_steps=3", stage=stage) for stage in STAGES
+    ]
     long = (
-        f"training.max_steps={STEPS}", "training.save_interval=10", "training.learning_rate=1e-5",
-        "training.min_learning_rate=1e-6", "training.keep_last=null", f"training.spike_sigmas={SIGMA}",
+        f"training.max_steps={STEPS}",
+        "training.save_interval=10",
+        "training.learning_rate=1e-5",
+        "training.min_learning_rate=1e-6",
+        "training.keep_last=null",
+        f"training.spike_sigmas={SIGMA}",
         "training.global_batch_size=4",
-    )  # fmt: skip
-    skips = [case(f"skip_{stage}", *long, "training.on_spike=skip", "training.health_interval=1", stage=stage)
-             for stage in ("zero0", "zero2", "zero3")]  # fmt: skip
+    )
+    skips = [
+        case(f"skip_{stage}", *long, "training.on_spike=skip", "training.health_interval=1", stage=stage)
+        for stage in ("zero0", "zero2", "zero3")
+    ]
     back = (*long, "training.on_spike=rollback")
-    run_cases(2, [
-        *health, *skips, case("log", *long), case("rollback", *back),
-        case("stopped", *back, "training.stop_at_step=60"), case("resumed", *back, "--resume_from", "latest", into="stopped"),
-        case("unevaluated", "training.save_interval=2", "training.max_steps=4"),
-        case("evaluated", "--resume_from", "step_2", "training.eval_interval=2", "training.max_steps=4", into="unevaluated"),
-        case("no_checkpoint", *back, "training.save_interval=0"),
-        case("sampled", "training.indexer_warmup_steps=5", "training.sample_interval=1", "training.save_interval=1",
-             "training.max_steps=2", "training.sample_prompts=[w3]", "training.sample_tokens=2"),
-        case("replayed", "training.save_interval=3"), case("replay", "--resume_from", "step_3", into="replayed"),
-        case("bent", "--resume_from", "step_3", "--allow_config_change", "training.learning_rate=1e-3", into="replayed"),
-    ], base, timeout_s=900)  # fmt: skip
+    run_cases(
+        2,
+        [
+            *health,
+            *skips,
+            case("log", *long),
+            case("rollback", *back),
+            case("stopped", *back, "training.stop_at_step=60"),
+            case("resumed", *back, "--resume_from", "latest", into="stopped"),
+            case("unevaluated", "training.save_interval=2", "training.max_steps=4"),
+            case(
+                "evaluated",
+                "--resume_from",
+                "step_2",
+                "training.eval_interval=2",
+                "training.max_steps=4",
+                into="unevaluated",
+            ),
+            case("no_checkpoint", *back, "training.save_interval=0"),
+            case(
+                "sampled",
+                "training.indexer_warmup_steps=5",
+                "training.sample_interval=1",
+                "training.save_interval=1",
+                "training.max_steps=2",
+                "training.sample_prompts=[w3]",
+                "training.sample_tokens=2",
+            ),
+            case("replayed", "training.save_interval=3"),
+            case("replay", "--resume_from", "step_3", into="replayed"),
+            case(
+                "bent",
+                "--resume_from",
+                "step_3",
+                "--allow_config_change",
+                "training.learning_rate=1e-3",
+                into="replayed",
+            ),
+        ],
+        base,
+        timeout_s=900,
+    )
     return base
 
 
@@ -141,7 +189,10 @@ def test_a_run_with_rollbacks_resumes_exactly(runs):
     straight, resumed = (read_rows(runs / name / "metrics.jsonl") for name in ("rollback", "stopped"))
     straight, resumed = ([timeless(row) for row in rows if "loss" in row] for rows in (straight, resumed))
     assert straight == resumed
-    assert read_run_state(runs / "stopped" / f"step_{STEPS}").skipped == read_run_state(runs / "rollback" / f"step_{STEPS}").skipped
+    assert (
+        read_run_state(runs / "stopped" / f"step_{STEPS}").skipped
+        == read_run_state(runs / "rollback" / f"step_{STEPS}").skipped
+    )
 
 
 def test_without_a_checkpoint_a_spike_is_logged(runs):

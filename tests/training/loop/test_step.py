@@ -21,9 +21,13 @@ from training.loop.step_clock import StepClock
 
 def waits(config, *argv: str) -> dict[str, dict[str, int]]:
     done = subprocess.run(
-        [sys.executable, "tests/support/count_waits.py", str(config), *argv], cwd=ROOT, env=rank_environment(),
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [sys.executable, "tests/support/count_waits.py", str(config), *argv],
+        cwd=ROOT,
+        env=rank_environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("WAITS "))[6:])
 
@@ -69,8 +73,9 @@ def test_what_comes_after_the_last_micro_batch_is_not_the_update_s():
 
     cfg = TrainingConfig(max_seq_len=8)
     plan = BatchPlan(1, 2, 2, 1)
-    run_passes(FakeEngine(), iter([batch, batch]), cfg, plan, step=0, n_targets=1, probing=False, examining=False,
-               phase=phase)  # fmt: skip
+    run_passes(
+        FakeEngine(), iter([batch, batch]), cfg, plan, step=0, n_targets=1, probing=False, examining=False, phase=phase
+    )
     time.sleep(2)  # what the trainer does with what came out
     seconds = clock.read()
     assert told == [*["data", "forward", "backward", "step"] * 2, "other"]

@@ -44,7 +44,9 @@ print("asked", wish.number, flush=True)
 
 
 def started(program: str = PROGRAM) -> subprocess.Popen:
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     assert process.stdout.readline() == "listening\n"
     return process
 

@@ -55,9 +55,14 @@ def runs(tmp_path_factory, tiny_yaml):
 
         def case(name, *extra, stage="zero2", code=0, folder=folder, into=None):
             argv = (
-                "--config", str(tiny_yaml), "--output_dir", str(folder / (into or name)),
-                "--deepspeed_config", str(ROOT / "ds_configs" / f"{stage}.json"), *extra,
-            )  # fmt: skip
+                "--config",
+                str(tiny_yaml),
+                "--output_dir",
+                str(folder / (into or name)),
+                "--deepspeed_config",
+                str(ROOT / "ds_configs" / f"{stage}.json"),
+                *extra,
+            )
             return Case(name, argv, code)
 
         cases = [
@@ -68,12 +73,25 @@ def runs(tmp_path_factory, tiny_yaml):
         ]
         if ranks == 1:
             cases += [
-                case("diverged", "training.learning_rate=1e30", "training.grad_clip=0", "training.save_interval=1", code=4),
-                case("overfit", f"data.data_dir={four_windows}", "training.max_steps=150", "training.global_batch_size=4",
-                     "training.learning_rate=1e-2", "training.eval_interval=0", "training.weight_decay=0"),
+                case(
+                    "diverged",
+                    "training.learning_rate=1e30",
+                    "training.grad_clip=0",
+                    "training.save_interval=1",
+                    code=4,
+                ),
+                case(
+                    "overfit",
+                    f"data.data_dir={four_windows}",
+                    "training.max_steps=150",
+                    "training.global_batch_size=4",
+                    "training.learning_rate=1e-2",
+                    "training.eval_interval=0",
+                    "training.weight_decay=0",
+                ),
                 case("init_from", f"training.init_from={folder / 'zero2_sparse' / 'step_6'}", "training.max_steps=1"),
                 case("nothing_to_do", "--resume_from", "step_6", into="zero2_sparse"),
-            ]  # fmt: skip
+            ]
             cases += [case("untied", "model.tie_embeddings=false", "training.max_steps=1")]
             cases += [case("compiled", ATTENTION["dense"], "training.compile=true")]
         if ranks == 2:
@@ -83,32 +101,61 @@ def runs(tmp_path_factory, tiny_yaml):
                 config, weights = load_weights(path)
                 weights["embed.weight"][tokens] = float("nan")
                 save_weights(weights, {"model": config}, path)
-            cases += [case("poisoned", "model.tie_embeddings=false", "training.micro_batch_size=1",
-                           f"training.init_from={poisoned}", code=4),
-                      case("lost", "model.tie_embeddings=false", "training.micro_batch_size=1", "training.on_spike=skip",
-                           "training.global_batch_size=2", "training.max_steps=30", "training.eval_interval=0",
-                           "training.save_interval=1", "training.keep_last=null", f"training.init_from={poisoned}")]  # fmt: skip
-            hopeless = ("model.tie_embeddings=false", "training.max_steps=40", "training.on_spike=skip",
-                        "training.eval_interval=0", f"training.init_from={broken}")  # fmt: skip
-            cases += [case("hopeless_a", *hopeless, "training.stop_at_step=4", into="hopeless"),
-                      case("hopeless_b", *hopeless, "--resume_from", "step_4", code=4, into="hopeless")]  # fmt: skip
+            cases += [
+                case(
+                    "poisoned",
+                    "model.tie_embeddings=false",
+                    "training.micro_batch_size=1",
+                    f"training.init_from={poisoned}",
+                    code=4,
+                ),
+                case(
+                    "lost",
+                    "model.tie_embeddings=false",
+                    "training.micro_batch_size=1",
+                    "training.on_spike=skip",
+                    "training.global_batch_size=2",
+                    "training.max_steps=30",
+                    "training.eval_interval=0",
+                    "training.save_interval=1",
+                    "training.keep_last=null",
+                    f"training.init_from={poisoned}",
+                ),
+            ]
+            hopeless = (
+                "model.tie_embeddings=false",
+                "training.max_steps=40",
+                "training.on_spike=skip",
+                "training.eval_interval=0",
+                f"training.init_from={broken}",
+            )
+            cases += [
+                case("hopeless_a", *hopeless, "training.stop_at_step=4", into="hopeless"),
+                case("hopeless_b", *hopeless, "--resume_from", "step_4", code=4, into="hopeless"),
+            ]
             for stage in ("zero1", "zero2", "zero3"):
-                half = (
-                    "training.stop_at_step=3",
-                    "training.precision=bf16",
-                    "training.indexer_warmup_steps=2",
-                )
+                half = ("training.stop_at_step=3", "training.precision=bf16", "training.indexer_warmup_steps=2")
                 cases += [
                     case(f"{stage}_straight", *half[1:], stage=stage),
                     case(f"{stage}_halves_a", *half, stage=stage, into=f"{stage}_halves"),
-                    case(f"{stage}_halves_b", *half[1:], "--resume_from", "step_3", stage=stage, into=f"{stage}_halves"),
-                ]  # fmt: skip
+                    case(
+                        f"{stage}_halves_b", *half[1:], "--resume_from", "step_3", stage=stage, into=f"{stage}_halves"
+                    ),
+                ]
             cases += [
                 case("zero2_offload", ATTENTION["dense"], stage="zero2_offload"),
                 case("zero3_offload", ATTENTION["dense"], stage="zero3_offload"),
                 case("recomputed", ATTENTION["sparse"], "training.gradient_checkpointing=true"),
-                *(case(f"recomputed_ffn_{stage}", ATTENTION["sparse"], "training.gradient_checkpointing=true",
-                       "training.checkpointing_scope=ffn", stage=stage) for stage in ("zero2", "zero3")),
+                *(
+                    case(
+                        f"recomputed_ffn_{stage}",
+                        ATTENTION["sparse"],
+                        "training.gradient_checkpointing=true",
+                        "training.checkpointing_scope=ffn",
+                        stage=stage,
+                    )
+                    for stage in ("zero2", "zero3")
+                ),
                 case("workers", ATTENTION["sparse"], "data.num_workers=3"),
                 case("inline", ATTENTION["sparse"], "data.num_workers=0"),
                 case("micro_1", ATTENTION["dense"], "training.micro_batch_size=1"),
@@ -157,9 +204,14 @@ def test_offload_and_accumulation_change_nothing(runs, case):
 
 @pytest.mark.parametrize(
     "case, plain",
-    [("recomputed", "zero2_sparse"), ("recomputed_ffn_zero2", "zero2_sparse"),
-     ("recomputed_ffn_zero3", "zero3_sparse"), ("workers", "zero2_sparse"), ("inline", "zero2_sparse")],
-)  # fmt: skip
+    [
+        ("recomputed", "zero2_sparse"),
+        ("recomputed_ffn_zero2", "zero2_sparse"),
+        ("recomputed_ffn_zero3", "zero3_sparse"),
+        ("workers", "zero2_sparse"),
+        ("inline", "zero2_sparse"),
+    ],
+)
 def test_recomputation_and_loader_workers_change_no_bit(runs, case, plain):
     assert [timeless(r) for r in rows_of(runs / "2" / case)] == [timeless(r) for r in rows_of(runs / "2" / plain)]
 
@@ -213,10 +265,7 @@ def test_a_resumed_run_is_the_straight_run(runs, stage):
         for n in ("straight", "halves")
     ]
     assert evals[0] == evals[1]
-    assert [e["reason"] for e in events_of(runs / "2" / f"{stage}_halves", "stop")] == [
-        "stop_at_step",
-        "finished",
-    ]
+    assert [e["reason"] for e in events_of(runs / "2" / f"{stage}_halves", "stop")] == ["stop_at_step", "finished"]
 
 
 def test_golden_first_steps(runs):
@@ -260,9 +309,7 @@ def test_a_loss_that_is_not_a_number_is_traced_to_rank_and_samples(runs):
     message = output[output.index("error: step 1: loss nan") :].partition("Nothing was saved")[0]
     named = {(int(rank), int(first)) for rank, first in re.findall(r"rank (\d), samples (\d+)\.\.", message)}
     data = PackedTokens({str(corpus_of(runs)): 1.0}, split="train", max_seq_len=32, seed=7)
-    guilty = {
-        (first % 2, first) for first in range(8) if (data.batch(np.array([first])).tokens == POISONED).any()
-    }  # fmt: skip
+    guilty = {(first % 2, first) for first in range(8) if (data.batch(np.array([first])).tokens == POISONED).any()}
     assert named == guilty and 0 < len(guilty) < 8
     assert not list((runs / "2" / "poisoned").glob("step_*"))
 
@@ -272,12 +319,15 @@ def test_steps_without_a_number_can_be_dropped_and_leave_no_trace(runs):
     folder = runs / "2" / "lost"
     rows = rows_of(folder)
     guilty = {
-        row["step"] for row in rows
+        row["step"]
+        for row in rows
         if (data.batch(np.arange(row["samples"] - 2, row["samples"])).tokens == POISONED).any()
-    }  # fmt: skip
+    }
     assert {row["step"] for row in rows if row["loss"] == "nan"} == guilty and 3 < len(guilty) < 28 and len(rows) == 30
     events = events_of(folder, "spike")
-    assert {e["step"] for e in events} == guilty and {(e["action"], e["spike_loss"]) for e in events} == {("skip", "nan")}
+    assert {e["step"] for e in events} == guilty and {(e["action"], e["spike_loss"]) for e in events} == {
+        ("skip", "nan")
+    }
     # while losses are lost no checkpoint displaces a good one; the last step has one all the same
     saved = {int(path.name.removeprefix("step_")) for path in folder.glob("step_*")}
     assert saved == set(range(1, 31)) - guilty | {30}
@@ -316,8 +366,13 @@ def test_bits_per_byte_are_those_of_the_checkpoint_by_hand(runs):
 
 
 def test_every_event_is_in_the_table(runs):
-    told = [row for folder in sorted((runs / "2").iterdir()) if folder.is_dir() for row in read_rows(folder / "metrics.jsonl")
-            if "event" in row]  # fmt: skip
+    told = [
+        row
+        for folder in sorted((runs / "2").iterdir())
+        if folder.is_dir()
+        for row in read_rows(folder / "metrics.jsonl")
+        if "event" in row
+    ]
     assert {row["event"] for row in told} >= {"start", "resume", "device", "predicted", "eval", "save", "stop", "spike"}
     for row in told:
         assert row.keys() - {"event", "step", "time"} <= EVENTS[row["event"]].fields.keys(), row

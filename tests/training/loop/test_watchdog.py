@@ -48,11 +48,15 @@ RANK = textwrap.dedent("""
 def start_pair(folder, mode):
     return [
         subprocess.Popen(
-            [sys.executable, "-c", RANK, str(folder), str(rank), mode], cwd=ROOT, env=rank_environment(),
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [sys.executable, "-c", RANK, str(folder), str(rank), mode],
+            cwd=ROOT,
+            env=rank_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in (0, 1)
-    ]  # fmt: skip
+    ]
 
 
 def outputs(pair, timeout=120):
@@ -106,9 +110,12 @@ def test_a_stopped_rank_is_named_by_the_living(tmp_path):
 
 def test_a_disk_that_refuses_is_said_once_and_does_not_hide_what_the_run_ends_with(tmp_path):
     lone = subprocess.run(
-        [sys.executable, "-c", RANK, str(tmp_path), "0", "disk"], cwd=ROOT, env=rank_environment(),
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-c", RANK, str(tmp_path), "0", "disk"],
+        cwd=ROOT,
+        env=rank_environment(),
+        capture_output=True,
+        text=True,
+    )
     assert lone.stderr.count("watchdog: rank 0 cannot write its sign of life: [Errno 2]") == 1
     assert lone.returncode == 1 and lone.stderr.splitlines()[-1] == "ValueError: what the run ends with"
 

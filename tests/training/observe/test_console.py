@@ -21,7 +21,14 @@ from training.record.metrics_log import read_rows
 def test_ctrl_c_saves_and_ends_in_order(launcher, tmp_path, tiny_yaml):
     """A terminal signals every process of its foreground group, and DeepSpeed's launcher signals the ranks twice more."""
     run = tmp_path / "run"
-    argv = ["--config", str(tiny_yaml), "--output_dir", str(run), "training.max_steps=100000", "training.eval_interval=1"]
+    argv = [
+        "--config",
+        str(tiny_yaml),
+        "--output_dir",
+        str(run),
+        "training.max_steps=100000",
+        "training.eval_interval=1",
+    ]
     process = start_training(1, argv, launcher=launcher)
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
@@ -55,10 +62,18 @@ def said(tmp_path_factory, tiny_yaml) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("console")
     found = {}
     for level in ("info", "warning"):
-        done = train_alone([
-            "--config", str(tiny_yaml), "--output_dir", str(folder / level), "--log_level", level, "training.max_steps=2",
-            "training.log_interval=1",
-        ])  # fmt: skip
+        done = train_alone(
+            [
+                "--config",
+                str(tiny_yaml),
+                "--output_dir",
+                str(folder / level),
+                "--log_level",
+                level,
+                "training.max_steps=2",
+                "training.log_interval=1",
+            ]
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         found[level] = done.stdout + done.stderr
     return found
@@ -75,8 +90,15 @@ def test_the_banner_fits_one_screen_and_says_what_runs(said):
 
 
 def test_steps_evaluations_saves_and_the_end_have_a_line_each(said):
-    for pattern in (r"^step 1/2  loss", r"^step 2/2  loss", r"^step 2: held-out [\d.]+ bits per byte", r"^saved step_2:",
-                    r"^done$", r"^  ended +finished at step 2, 2 steps", r"^  checkpoint +step_2$"):  # fmt: skip
+    for pattern in (
+        r"^step 1/2  loss",
+        r"^step 2/2  loss",
+        r"^step 2: held-out [\d.]+ bits per byte",
+        r"^saved step_2:",
+        r"^done$",
+        r"^  ended +finished at step 2, 2 steps",
+        r"^  checkpoint +step_2$",
+    ):
         assert len(re.findall(pattern, said["info"], re.M)) == 1, pattern
 
 
@@ -94,7 +116,15 @@ def test_warnings_pass_every_level_on_rank_0_alone(capsys):
 def test_no_bar_under_ci(monkeypatch, capsys):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setenv("CI", "true")
-    row = {"step": 10, "loss": 1.0, "indexer_loss": 0.1, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_s": 5.0, "epoch": 0.1}
+    row = {
+        "step": 10,
+        "loss": 1.0,
+        "indexer_loss": 0.1,
+        "grad_norm": 1.0,
+        "lr": 1e-3,
+        "tokens_per_s": 5.0,
+        "epoch": 0.1,
+    }
     Console(True, 20).step(row, eta_s=1)
     out = capsys.readouterr()
     assert out.out.startswith("step 10/20") and not out.err

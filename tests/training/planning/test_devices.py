@@ -37,9 +37,17 @@ def test_a_card_is_known_by_the_name_torch_gives_it(torch_name, name):
 
 @pytest.mark.parametrize(
     "torch_name",
-    ["NVIDIA RTX A4000", "NVIDIA L40", "NVIDIA GB200", "NVIDIA H200 NVL", "NVIDIA H100 NVL",
-     "NVIDIA A100-SXM4-80GB MIG 3g.40gb", "NVIDIA GeForce RTX 4090", "x86_64"],
-)  # fmt: skip
+    [
+        "NVIDIA RTX A4000",
+        "NVIDIA L40",
+        "NVIDIA GB200",
+        "NVIDIA H200 NVL",
+        "NVIDIA H100 NVL",
+        "NVIDIA A100-SXM4-80GB MIG 3g.40gb",
+        "NVIDIA GeForce RTX 4090",
+        "x86_64",
+    ],
+)
 def test_a_card_that_only_sounds_alike_is_unknown(torch_name):
     assert find(torch_name) is None
 
@@ -106,9 +114,15 @@ class StandIn:
 
     def __init__(self, **changes):
         self.answers = {
-            "utilisation": [90, 100], "power": [300_000], "limit": [350_000], "clock": [1900], "max_clock": [2520],
-            "memory": [2**34], "temperature": [65], "bits": [0x04, 0x01],
-        } | changes  # fmt: skip
+            "utilisation": [90, 100],
+            "power": [300_000],
+            "limit": [350_000],
+            "clock": [1900],
+            "max_clock": [2520],
+            "memory": [2**34],
+            "temperature": [65],
+            "bits": [0x04, 0x01],
+        } | changes
         self.started = self.ended = 0
         self.asked_for: list[str] = []
 
@@ -189,11 +203,17 @@ def test_a_row_has_the_means_of_the_samples_since_the_last_row():
     nvml = StandIn()
     monitor = sampled(nvml)
     assert monitor.read() == {
-        "gpu/0/utilisation": 0.95, "gpu/0/power_w": 300.0, "gpu/0/power_limit_w": 350.0, "gpu/0/clock_mhz": 1900.0,
-        "gpu/0/max_clock_mhz": 2520.0, "gpu/0/memory_gib": 16.0, "gpu/0/temperature_c": 65.0,
+        "gpu/0/utilisation": 0.95,
+        "gpu/0/power_w": 300.0,
+        "gpu/0/power_limit_w": 350.0,
+        "gpu/0/clock_mhz": 1900.0,
+        "gpu/0/max_clock_mhz": 2520.0,
+        "gpu/0/memory_gib": 16.0,
+        "gpu/0/temperature_c": 65.0,
         # capped in one of two samples; idle in the other, which is no fault
-        "gpu/0/throttled": 0.5, "gpu/0/throttle_reasons": "power cap",
-    }  # fmt: skip
+        "gpu/0/throttled": 0.5,
+        "gpu/0/throttle_reasons": "power cap",
+    }
     assert monitor.read() == {}
     assert monitor.new_messages() == []
     assert nvml.started == nvml.ended == 1
@@ -243,9 +263,7 @@ def test_an_older_driver_is_asked_by_older_names():
 def test_a_card_that_nvml_does_not_know_costs_that_card():
     monitor = sampled(StandIn(), gpus=(A, GpuId("cccc", "00000000:0c:00.0")))
     assert {key.split("/")[1] for key in monitor.read()} == {"0"}
-    assert monitor.new_messages() == [
-        "GPU 1 (00000000:0c:00.0) is not monitored: NVML does not know it: Not Found"
-    ]  # fmt: skip
+    assert monitor.new_messages() == ["GPU 1 (00000000:0c:00.0) is not monitored: NVML does not know it: Not Found"]
 
 
 def test_an_nvml_that_does_not_start_costs_the_monitor_and_not_the_training():
@@ -277,10 +295,12 @@ def test_every_name_the_monitor_calls_is_in_the_real_library():
     names = [name for name in dir(StandIn) if name.lower().startswith("nvml")]
     assert len(names) == 18 and [name for name in names if name not in dir(pynvml)] == []
     bits = {
-        pynvml.nvmlClocksEventReasonSwPowerCap, pynvml.nvmlClocksEventReasonHwSlowdown,
-        pynvml.nvmlClocksEventReasonSwThermalSlowdown, pynvml.nvmlClocksEventReasonHwThermalSlowdown,
+        pynvml.nvmlClocksEventReasonSwPowerCap,
+        pynvml.nvmlClocksEventReasonHwSlowdown,
+        pynvml.nvmlClocksEventReasonSwThermalSlowdown,
+        pynvml.nvmlClocksEventReasonHwThermalSlowdown,
         pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown,
-    }  # fmt: skip
+    }
     assert set(devices.THROTTLE_REASONS) == bits
     assert pynvml.NVML_CLOCK_SM == StandIn.NVML_CLOCK_SM
     assert pynvml.NVML_TEMPERATURE_GPU == StandIn.NVML_TEMPERATURE_GPU

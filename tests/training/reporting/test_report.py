@@ -53,63 +53,125 @@ def step_row(step: int, at: float, random: np.random.Generator) -> dict:
     """4 GPUs, dense until step 100; every field that the trainer knows."""
     seconds = 7.0 + abs(random.normal(0, 0.05))
     row = {
-        "step": step, "epoch": step / 5000, "samples": 256 * step, "tokens": 524288 * step,
-        "loss": 3.0 + 7.6 * math.exp(-step / 60) + random.normal(0, 0.03), "spike_score": 0.0,
-        "indexer_loss": 0.05 + math.exp(-step / 80), "grad_norm": 0.4 + 2 * math.exp(-step / 50), "lr": 3e-4,
-        "lr_indexer": 3e-3, "stage": "dense" if step <= 100 else "sparse", "selected_k": 480.0, "visible_k": 700.0,
-        "tokens_per_s": 524288 / seconds, "tokens_per_s_per_device": 131072 / seconds, "mfu": 0.42, "seconds": seconds,
-        "seconds_data": 0.01, "seconds_forward": 2.1, "seconds_backward": seconds - 2.5, "seconds_step": 0.3,
-        "seconds_other": 0.09, "seconds_save": 2.0 if step % 200 == 1 and step > 1 else 0.0,
-        "seconds_eval": 20.0 if step % 100 == 1 and step > 1 else 0.0, "rank_seconds_slowest": 2.13,
-        "rank_seconds_median": 2.11, "allocator_retries": 0, "memory_gib": 33.7, "time": at,
-    }  # fmt: skip
+        "step": step,
+        "epoch": step / 5000,
+        "samples": 256 * step,
+        "tokens": 524288 * step,
+        "loss": 3.0 + 7.6 * math.exp(-step / 60) + random.normal(0, 0.03),
+        "spike_score": 0.0,
+        "indexer_loss": 0.05 + math.exp(-step / 80),
+        "grad_norm": 0.4 + 2 * math.exp(-step / 50),
+        "lr": 3e-4,
+        "lr_indexer": 3e-3,
+        "stage": "dense" if step <= 100 else "sparse",
+        "selected_k": 480.0,
+        "visible_k": 700.0,
+        "tokens_per_s": 524288 / seconds,
+        "tokens_per_s_per_device": 131072 / seconds,
+        "mfu": 0.42,
+        "seconds": seconds,
+        "seconds_data": 0.01,
+        "seconds_forward": 2.1,
+        "seconds_backward": seconds - 2.5,
+        "seconds_step": 0.3,
+        "seconds_other": 0.09,
+        "seconds_save": 2.0 if step % 200 == 1 and step > 1 else 0.0,
+        "seconds_eval": 20.0 if step % 100 == 1 and step > 1 else 0.0,
+        "rank_seconds_slowest": 2.13,
+        "rank_seconds_median": 2.11,
+        "allocator_retries": 0,
+        "memory_gib": 33.7,
+        "time": at,
+    }
     for gpu in range(4):
         row |= {
-            f"gpu/{gpu}/utilisation": 0.96, f"gpu/{gpu}/power_w": 340.0, f"gpu/{gpu}/power_limit_w": 350.0,
-            f"gpu/{gpu}/clock_mhz": 1905.0, f"gpu/{gpu}/max_clock_mhz": 2520.0, f"gpu/{gpu}/memory_gib": 36.0,
-            f"gpu/{gpu}/temperature_c": 66.0, f"gpu/{gpu}/throttled": 0.6, f"gpu/{gpu}/throttle_reasons": "power cap",
-        }  # fmt: skip
+            f"gpu/{gpu}/utilisation": 0.96,
+            f"gpu/{gpu}/power_w": 340.0,
+            f"gpu/{gpu}/power_limit_w": 350.0,
+            f"gpu/{gpu}/clock_mhz": 1905.0,
+            f"gpu/{gpu}/max_clock_mhz": 2520.0,
+            f"gpu/{gpu}/memory_gib": 36.0,
+            f"gpu/{gpu}/temperature_c": 66.0,
+            f"gpu/{gpu}/throttled": 0.6,
+            f"gpu/{gpu}/throttle_reasons": "power cap",
+        }
     if step % 10 == 0:
-        row |= {"grad_norm/indexer": 0.1, "grad_norm/gates": 0.05, "grad_norm/rest": 0.4, "update_ratio/main": 2e-3,
-                "update_ratio/indexer": 4e-3}  # fmt: skip
+        row |= {
+            "grad_norm/indexer": 0.1,
+            "grad_norm/gates": 0.05,
+            "grad_norm/rest": 0.4,
+            "update_ratio/main": 2e-3,
+            "update_ratio/indexer": 4e-3,
+        }
     if step % 20 == 0:
-        by_layer = {"coverage": 0.9, "oracle": 0.95, "recall": 0.8, "value_saturation": 0.1, "output_saturation": 0.2,
-                    "first_token": 0.12}  # fmt: skip
+        by_layer = {
+            "coverage": 0.9,
+            "oracle": 0.95,
+            "recall": 0.8,
+            "value_saturation": 0.1,
+            "output_saturation": 0.2,
+            "first_token": 0.12,
+        }
         row["layers"] = {name: [v * (1 - 0.05 * i) for i in range(LAYERS)] for name, v in by_layer.items()}
         row["layers"]["value_saturation"][0] = None
         row |= {
-            "indexer/coverage": 0.8, "indexer/coverage_worst": 0.7, "indexer/oracle": 0.9, "indexer/recall": 0.7,
-            "gate/value_saturation": 0.1, "gate/output_saturation": 0.2, "attention/first_token": 0.1,
-        }  # fmt: skip
+            "indexer/coverage": 0.8,
+            "indexer/coverage_worst": 0.7,
+            "indexer/oracle": 0.9,
+            "indexer/recall": 0.7,
+            "gate/value_saturation": 0.1,
+            "gate/output_saturation": 0.2,
+            "attention/first_token": 0.1,
+        }
     return row
 
 
 def long_run(
-    folder: Path, *, steps: int = 700, crash: int = 430, back: int = 400, seed: int = 0, overrides=(), status: str = "running",
+    folder: Path,
+    *,
+    steps: int = 700,
+    crash: int = 430,
+    back: int = 400,
+    seed: int = 0,
+    overrides=(),
+    status: str = "running",
     sealed=(200, 400, 600),
-) -> Path:  # fmt: skip
+) -> Path:
     """Started, killed after `crash`, resumed from step `back`, and at `steps` now. A spike at 250."""
     random, now = np.random.default_rng(seed), time.time() - 9 * steps - 3600
     config = run_config.load_config(ROOT / "training/configs/pretrain_512m_low_memory.yaml", list(overrides))
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(run_config.to_plain(config)))
-    (folder / "ds_config.json").write_text(json.dumps({
-        "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 8, "zero_optimization": {"stage": 2},
-    }))  # fmt: skip
+    (folder / "ds_config.json").write_text(
+        json.dumps(
+            {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 8, "zero_optimization": {"stage": 2}}
+        )
+    )
     (folder / "env.json").write_text(
         json.dumps({"torch": "2.13.0", "python": "3.11.7", "devices": ["NVIDIA L40S"] * 4})
     )
-    (folder / "run.json").write_text(json.dumps({
-        "status": status, "reason": None, "step": steps, "world_size": 4, "zero_stage": 2, "backend": "triton",
-        "tracking_id": "9f3c1a20", "updated": now,
-    }))  # fmt: skip
+    (folder / "run.json").write_text(
+        json.dumps(
+            {
+                "status": status,
+                "reason": None,
+                "step": steps,
+                "world_size": 4,
+                "zero_stage": 2,
+                "backend": "triton",
+                "tracking_id": "9f3c1a20",
+                "updated": now,
+            }
+        )
+    )
 
     def event(kind: str, step: int, **fields: object) -> dict:
         return {"event": kind, "step": step, **fields, "time": now}
 
     def device(step: int) -> dict:
-        return event("device", step, name="NVIDIA L40S", world_size=4, memory_gib=44.4, peak_tflops=149.7,
-                     peak_source="table")  # fmt: skip
+        return event(
+            "device", step, name="NVIDIA L40S", world_size=4, memory_gib=44.4, peak_tflops=149.7, peak_source="table"
+        )
 
     curve, dead = [event("start", 0, world_size=4, zero_stage=2, segment=0), device(0)], []
     plan = [(step, curve if step <= back or crash >= steps else dead) for step in range(1, min(crash, steps) + 1)]
@@ -119,8 +181,19 @@ def long_run(
         resumed = step <= before
         if resumed:
             now += 1200
-            rows += [event("resume", back, world_size=4, zero_stage=2, segment=1, checkpoint=f"step_{back}",
-                           rows_moved=crash - back, config_diff={"data.num_workers": [2, 4]}), device(back)]  # fmt: skip
+            rows += [
+                event(
+                    "resume",
+                    back,
+                    world_size=4,
+                    zero_stage=2,
+                    segment=1,
+                    checkpoint=f"step_{back}",
+                    rows_moved=crash - back,
+                    config_diff={"data.num_workers": [2, 4]},
+                ),
+                device(back),
+            ]
         before = step
         row = step_row(step, now, random)
         if resumed:
@@ -137,8 +210,17 @@ def long_run(
         if step == crash and crash < steps and rows is curve:
             rows.append(event("receipt", step, compared=crash - back, identical=True, first_difference=None))
         if step % 100 == 0:
-            rows.append(event("eval", step, eval_loss=3.0, eval_bpb=0.9 + 2 * math.exp(-step / 150), unigram_bpb=2.31,
-                              eval_seconds=20.0) | {"time": now + 20})  # fmt: skip
+            rows.append(
+                event(
+                    "eval",
+                    step,
+                    eval_loss=3.0,
+                    eval_bpb=0.9 + 2 * math.exp(-step / 150),
+                    unigram_bpb=2.31,
+                    eval_seconds=20.0,
+                )
+                | {"time": now + 20}
+            )
             rows.append(event("sample", step, prompt="def ", text=f"f(x):\n    return {step} < x & `x`"))
             rows.append(event("sample", step, prompt="The ", text="river had been rising since the thaw."))
         if step in sealed:
@@ -220,8 +302,19 @@ def test_the_report_of_a_real_run(a_run, tmp_path, capsys):
     shown = Elements(html)
     assert shown.ids("section") == SECTIONS
     for text in (shown.text, md):
-        for said in ("2 layers of 32", "2 × CPU", "of 6, 100 %", "1 to 6", "2 × ZeRO 2", "finished", "step_3", "step_6",
-                     "complete: names and sizes agree", "latest", "productive"):  # fmt: skip
+        for said in (
+            "2 layers of 32",
+            "2 × CPU",
+            "of 6, 100 %",
+            "1 to 6",
+            "2 × ZeRO 2",
+            "finished",
+            "step_3",
+            "step_6",
+            "complete: names and sizes agree",
+            "latest",
+            "productive",
+        ):
             assert said in text, said
     loss = [row["loss"] for row in rows_of(a_run / "metrics.jsonl") if "loss" in row]
     assert number(sum(loss) / 6) in shown.text and number(loss[-1]) in shown.text
@@ -234,8 +327,11 @@ def test_the_report_of_a_real_run(a_run, tmp_path, capsys):
     assert story.state == "finished" and story.unsaved == 0 and story.launches[0].last == 6
     spent = story.budget.seconds
     assert story.budget.total == pytest.approx(story.elapsed_s) and spent["lost"] == spent["replayed"] == 0
-    told = sum(row["seconds_forward"] + row["seconds_backward"] + row["seconds_step"]
-               for row in rows_of(a_run / "metrics.jsonl") if "loss" in row)  # fmt: skip
+    told = sum(
+        row["seconds_forward"] + row["seconds_backward"] + row["seconds_step"]
+        for row in rows_of(a_run / "metrics.jsonl")
+        if "loss" in row
+    )
     assert spent["productive"] == pytest.approx(told, rel=0.01)
 
 
@@ -255,10 +351,25 @@ def test_a_killed_run_and_its_resumption(a_run, tiny_yaml, tmp_path):
     assert dead.step == 5 and dead.unsaved == 2 and any("1 line(s) are torn" in note for note in dead.record.notes)
     assert (dead.state == "silent") == (time.time() - 1.8e9 > 3600)
 
-    run_cases(1, [Case("resume", (
-        "--config", str(tiny_yaml), "--output_dir", str(folder), "--resume_from", "auto", "training.save_interval=3",
-        "training.log_interval=7",
-    ))], tmp_path)  # fmt: skip
+    run_cases(
+        1,
+        [
+            Case(
+                "resume",
+                (
+                    "--config",
+                    str(tiny_yaml),
+                    "--output_dir",
+                    str(folder),
+                    "--resume_from",
+                    "auto",
+                    "training.save_interval=3",
+                    "training.log_interval=7",
+                ),
+            )
+        ],
+        tmp_path,
+    )
     story = story_of(folder)
     assert story.state == "finished" and story.step == 6 and not story.record.notes
     first, second = sorted(story.launches, key=lambda launch: launch.kind == "resume")
@@ -272,8 +383,9 @@ def test_a_killed_run_and_its_resumption(a_run, tiny_yaml, tmp_path):
     )
     assert second.config_diff == {"training.log_interval": [10, 7]}
     spent, lost = story.budget.seconds, rows_of(folder / "segments/metrics_0.jsonl")
-    assert spent["lost"] == pytest.approx(sum(row.get("seconds", 0) + row.get("seconds_eval", 0) + row.get("seconds_save", 0)
-                                              for row in lost))  # fmt: skip
+    assert spent["lost"] == pytest.approx(
+        sum(row.get("seconds", 0) + row.get("seconds_eval", 0) + row.get("seconds_save", 0) for row in lost)
+    )
     assert spent["replayed"] > 0
     assert second.receipt is not None and second.receipt["compared"] == 2
     shown = rendered(story).text
@@ -313,8 +425,15 @@ def test_a_rollback_within_a_launch_loses_and_replays_steps(tmp_path):
     rows = [{"step": i, "loss": 3.0, "seconds": 1.0, "time": 1000.0 + i} for i in range(1, 61)]
     again = [{"step": i, "loss": 3.0, "seconds": 1.0, "time": 1100.0 + i} for i in range(41, 81)]
     start = {"event": "start", "step": 0, "time": 1000.0}
-    spike = {"event": "spike", "step": 61, "spike_loss": 9.0, "score": 31.5, "samples": [480, 487], "action": "rollback",
-             "time": 1065.0}  # fmt: skip
+    spike = {
+        "event": "spike",
+        "step": 61,
+        "spike_loss": 9.0,
+        "score": 31.5,
+        "samples": [480, 487],
+        "action": "rollback",
+        "time": 1065.0,
+    }
     write_rows(tmp_path / "metrics.jsonl", [start, *rows[:40], spike, *again])
     write_rows(tmp_path / "segments/metrics_0.jsonl", rows[40:])
     story = story_of(tmp_path)
@@ -352,9 +471,15 @@ def test_spike_scores_are_those_of_the_trainer(copy):
 
 @pytest.mark.parametrize(
     "status, silence, state",
-    [("running", 30, "running"), ("running", 7200, "silent"), ("finished", 7200, "finished"), ("stopped", 9, "stopped"),
-     ("failed", 9, "failed"), ("strange", 9, "unknown")],
-)  # fmt: skip
+    [
+        ("running", 30, "running"),
+        ("running", 7200, "silent"),
+        ("finished", 7200, "finished"),
+        ("stopped", 9, "stopped"),
+        ("failed", 9, "failed"),
+        ("strange", 9, "unknown"),
+    ],
+)
 def test_the_state_of_a_run(copy, status, silence, state):
     rows = rows_of(copy / "metrics.jsonl")
     late = max(row["time"] for row in rows) + silence - time.time()
@@ -412,9 +537,11 @@ def test_fields_that_no_row_has_are_named(copy):
     text = Elements((copy / "report.html").read_text()).text
     for said in (
         "Not in the rows of metrics.jsonl: held-out text, indexer loss, gradient norm, learning rate, update to weights.",
-        "throughput, use of the devices, memory, seconds of a step.", "there is no budget of time",
-        "there is no heat map", "There is no continuation yet",
-    ):  # fmt: skip
+        "throughput, use of the devices, memory, seconds of a step.",
+        "there is no budget of time",
+        "there is no heat map",
+        "There is no continuation yet",
+    ):
         assert said in text, said
 
 
@@ -435,8 +562,10 @@ def test_fields_of_wrong_kinds_break_no_page(tmp_path, share):
         return inner | {key: WRONG[random.integers(len(WRONG))] for key in bad - {"event"}}
 
     rows = {path: rows_of(path) for path in (run / "metrics.jsonl", run / "segments/metrics_0.jsonl")}
-    files = {run / name: yaml.safe_load((run / name).read_text())
-             for name in ("run.json", "ds_config.json", "env.json", "config.yaml")}  # fmt: skip
+    files = {
+        run / name: yaml.safe_load((run / name).read_text())
+        for name in ("run.json", "ds_config.json", "env.json", "config.yaml")
+    }
     fields = sorted({key for told in rows.values() for row in told for key in row})
     for _ in range(20):
         always = {field for field in fields if random.random() < share / 2}  # these in all rows
@@ -555,7 +684,13 @@ def test_heat_maps_mean_over_steps_and_keep_layers_without_a_value_empty():
 
 def test_numbers_read_well():
     assert [number(v) for v in (0.0, 3.14159, 1234567.8, 3e-4, math.nan, None)] == [
-        "0", "3.142", "1,234,568", "3e-4", "–", "–"]  # fmt: skip
+        "0",
+        "3.142",
+        "1,234,568",
+        "3e-4",
+        "–",
+        "–",
+    ]
     assert [compact(v) for v in (999, 999_999, 12_500, 2.1e9)] == ["999", "1M", "12.5k", "2.1B"]
     assert [percent(v) for v in (0, 1e-5, 0.0213, 0.42, 1)] == ["0 %", "< 0.1 %", "2.1 %", "42 %", "100 %"]
     assert [duration(v) for v in (0.42, 59.99, 3725, 200_000)] == ["0.42 s", "1m 00s", "1h 02m", "2d 8h"]
@@ -636,9 +771,13 @@ def test_the_command_refuses_in_a_sentence(days, ablation, tmp_path, capsys):
 
 def test_the_command_as_a_person_types_it(days, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "training.report", str(days), "--out", str(tmp_path), "--verify"], cwd=ROOT,
-        env=rank_environment(), capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
+        [sys.executable, "-m", "training.report", str(days), "--out", str(tmp_path), "--verify"],
+        cwd=ROOT,
+        env=rank_environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert "verified: every byte" in (tmp_path / "report.md").read_text()
 
@@ -671,9 +810,21 @@ def test_the_page_in_a_browser(browser, days, tmp_path, width, scheme):
         spoken: f.querySelector("svg").getAttribute("aria-label"), width: f.querySelector("svg").clientWidth,
         height: f.querySelector("svg").clientHeight}))""")
     titles = [chart["title"].split("\n")[0] for chart in charts]
-    for title in ("Loss nats/token", "Held-out text bits/byte", "Indexer loss nats/row", "Gradient norm", "Learning rate",
-                  "Throughput tokens/s", "Use of the devices %", "Memory GiB", "Coverage %", "Recall %",
-                  "Saturated value gates %", "Saturated output gates %", "First token %"):  # fmt: skip
+    for title in (
+        "Loss nats/token",
+        "Held-out text bits/byte",
+        "Indexer loss nats/row",
+        "Gradient norm",
+        "Learning rate",
+        "Throughput tokens/s",
+        "Use of the devices %",
+        "Memory GiB",
+        "Coverage %",
+        "Recall %",
+        "Saturated value gates %",
+        "Saturated output gates %",
+        "First token %",
+    ):
         assert title in titles, title
     assert all(chart["spoken"] and chart["width"] > 200 and chart["height"] > 100 for chart in charts)
     assert browser.evaluate("document.querySelectorAll('.dots').length") == 1  # the spike at step 250

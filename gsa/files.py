@@ -1,0 +1,46 @@
+"""Writing a file whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+
+@contextmanager
+def write_atomically(path: Path, *, durable: bool, unique: bool = False) -> Iterator[BinaryIO]:
+    """Opens a temporary file beside `path` for writing; when the block ends, it replaces `path` in one step.
+
+    A reader, or a process killed at any moment, leaves and finds either the old content or all of the new. When the
+    block raises, `path` is untouched and the temporary file is removed; a kill leaves it behind as `<name>.tmp`.
+
+    durable: the content and the name survive a power cut once the block has ended (fsync of file and folder).
+    unique: the temporary file has a name of its own, for a path that several processes may write at the same time.
+    Raises OSError when the disk refuses.
+    """
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp" if unique else f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+    if durable:
+        fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

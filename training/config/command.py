@@ -1,0 +1,55 @@
+"""What every command shares: its parser, the spelling of its flags, and how an error becomes an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gsa.checkpoint.manifest import CheckpointError
+from training.config.exit_codes import ExitCode, Refusal
+
+
+def command_parser(name: str, doc: str | None, **options: object) -> argparse.ArgumentParser:
+    """The parser of `python -m training.<name>`; its help begins with the module's docstring, `doc`, as it is written.
+
+    options: further arguments of argparse.ArgumentParser. Flags are spelled in snake_case; `snake_case_flags` accepts
+    the kebab-case spellings of earlier versions.
+    """
+    return argparse.ArgumentParser(
+        prog=f"python -m training.{name}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        **options,
+    )
+
+
+def add_run(parser: argparse.ArgumentParser, help: str = "the folder of a run, e.g. outputs/quickstart") -> None:
+    """The positional argument RUN, a run's folder; it is a Path named `run` in the namespace."""
+    parser.add_argument("run", type=Path, metavar="RUN", help=help)
+
+
+def snake_case_flags(argv: Sequence[str]) -> list[str]:
+    """argv with `--vocab-size 8` or `--vocab-size=8` spelled `--vocab_size`; everything else is left as it is."""
+    spelled = []
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if flag.startswith("--") and flag != "--":
+            flag = "--" + flag[2:].replace("-", "_")
+        spelled.append(flag + equals + value)
+    return spelled
+
+
+def run_command(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Runs a command's `main` and returns its exit code; a refusal is printed to stderr as one `error:` line.
+
+    Only refusals are caught (Refusal and its subclasses, CheckpointError): any other exception is a bug and keeps its
+    traceback.
+    """
+    try:
+        return main(snake_case_flags(sys.argv[1:] if argv is None else argv))
+    except (Refusal, CheckpointError) as err:
+        print(f"error: {err}", file=sys.stderr, flush=True)
+        return err.exit_code if isinstance(err, Refusal) else ExitCode.REFUSED_INPUT
