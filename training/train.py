@@ -42,7 +42,7 @@ from training.record.run_folder import FolderError, RunFolder  # noqa: E402
 FINISHED, FAILED, REFUSED_CONFIG, REFUSED_INPUT, DIVERGED = 0, 1, 2, 3, 4
 
 SOFT_EPOCH_LIMIT = 4.0
-"""Passes over the same text after which repetition is known to stop paying."""
+"""StepSums over the same text after which repetition is known to stop paying."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -23,7 +23,7 @@ from training.data import Loader
 from training.engine import engine as engine_module
 from training.engine.build import build_engine
 from training.engine.world import World
-from training.loop.step import run_passes
+from training.loop.step import forward_backward
 from training.train import open_data
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def waits(accumulation: int, stage: int, config: Path, world: World) -> Counter:
     loader = Loader(open_data(cfg)[0], samples_consumed=0, plan=plan, rank=0, num_workers=1, pin_memory=False)
 
     def step(number: int) -> None:
-        run_passes(
+        forward_backward(
             engine,
             loader,
             cfg.training,
@@ -101,7 +101,7 @@ def waits(accumulation: int, stage: int, config: Path, world: World) -> Counter:
 def main() -> None:
     world = engine_module.start(timeout_s=60)
     if "--as-deepspeed-has-it" in sys.argv:
-        engine_module._let_the_host_run_ahead = lambda optimizer: None
+        engine_module._order_streams_instead_of_syncing = lambda optimizer: None
     told = {f"{stage}/{n}": waits(n, stage, Path(sys.argv[1]), world) for stage in (1, 2, 3) for n in (1, 4)}
     print("WAITS " + json.dumps(told))
 

@@ -174,7 +174,7 @@ class PackedTokens:
         return Path(next(iter(self.sources))) / "tokenizer.json"
 
     def epoch(self, samples: int) -> float:
-        """Passes over the text after `samples` samples; over the most repeated source of a mixture."""
+        """StepSums over the text after `samples` samples; over the most repeated source of a mixture."""
         return max(self._order.epochs(samples))
 
     def epochs_by_source(self, samples: int) -> dict[str, float]:

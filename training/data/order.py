@@ -99,7 +99,7 @@ class Order:
         return Place(source, epoch, window)
 
     def epochs(self, samples: int) -> list[float]:
-        """Passes over each source after `samples` samples; exact at block boundaries and for one source."""
+        """StepSums over each source after `samples` samples; exact at block boundaries and for one source."""
         total = int(self._starts[-1])
         return [samples * part / total / windows for part, windows in zip(self.parts, self.windows, strict=True)]
 

@@ -112,7 +112,7 @@ class _SafeFiles(CheckpointEngine):
         return True
 
 
-def _let_the_host_run_ahead(optimizer: Any) -> None:
+def _order_streams_instead_of_syncing(optimizer: Any) -> None:
     """Takes a wait of the host for the device out of every micro-batch of ZeRO 2 with overlap_comm.
 
     There DeepSpeed lets go of gradients that another stream may still be summing, or hands that stream gradients that
@@ -160,7 +160,7 @@ class Engine:
         self.device: torch.device = torch.device(self._engine.device)
         self._grad_norm: torch.Tensor | float | None = None
         if self.zero_stage == 2 and not self._engine.optimizer.cpu_offload:
-            _let_the_host_run_ahead(self._engine.optimizer)
+            _order_streams_instead_of_syncing(self._engine.optimizer)
         if self.zero_stage == 3 and not self._engine.optimizer.params_in_nvme_and_cpu:
             zero_padding(self._engine.optimizer)
 
@@ -272,11 +272,11 @@ class Engine:
         from the shards and cut anew. The files must have been verified before: DeepSpeed loads flipped bits in
         silence. Raises CheckpointError on all ranks when one of them refuses a file.
         """
-        layout = self.agreed(lambda: read_layout(checkpoint))
+        layout = self.raise_on_all_ranks(lambda: read_layout(checkpoint))
         alike = layout == self._layout()
-        state = self.agreed(lambda: self._require_safe(checkpoint, alike))
+        state = self.raise_on_all_ranks(lambda: self._require_safe(checkpoint, alike))
         if not alike:
-            self.take_up(state)
+            self.load_full_state(state)
             return
         path, client = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if path is None or CLIENT_KEY not in client:
@@ -285,9 +285,9 @@ class Engine:
                 f"choose another checkpoint with --resume_from"
             )
 
-    def take_up(self, state: FullState) -> None:
+    def load_full_state(self, state: FullState) -> None:
         """Makes the engine's state that of another engine, or of the predecessor. Every rank must call it."""
-        self.agreed(lambda: install(state, self.module, self._engine.optimizer, self.zero_stage))
+        self.raise_on_all_ranks(lambda: install(state, self.module, self._engine.optimizer, self.zero_stage))
         schedule = self._engine.lr_scheduler
         position = {"last_epoch": state.run.step, "_step_count": state.run.step + 1}
         schedule.load_state_dict({**schedule.state_dict(), **(state.schedule or position)})
@@ -315,7 +315,7 @@ class Engine:
                 safe_load.load(path, extra_allowed=DEEPSPEED_GLOBALS, mmap=True)
         return None
 
-    def agreed(self, call: Callable[[], T]) -> T:
+    def raise_on_all_ranks(self, call: Callable[[], T]) -> T:
         """The result of `call`, which reads files: CheckpointError on all ranks when one rank's has failed.
 
         So none waits in a collective for a lost one.

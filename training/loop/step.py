@@ -42,7 +42,7 @@ def summed(parts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @dataclass
-class Passes:
+class StepSums:
     """What the passes of a step leave on this rank's device. Nothing has waited for it, nothing is summed over ranks.
 
     losses, indexer_losses, selected, seen: one number per micro-batch; selected: keys attended per query, seen: keys
@@ -67,7 +67,7 @@ class Passes:
         return torch.stack([torch.stack(part).double().mean() for part in parts])
 
 
-def run_passes(
+def forward_backward(
     engine: Engine,
     batches: Iterator[Batch],
     cfg: TrainingConfig,
@@ -78,8 +78,8 @@ def run_passes(
     probing: bool,
     examining: bool,
     phase: Callable[[str], None],
-    drop: Callable[[Passes], bool] | None = None,
-) -> Passes:
+    drop: Callable[[StepSums], bool] | None = None,
+) -> StepSums:
     """One optimizer step, of the stage that the model is in; every rank must call it.
 
     step: finished ones before it. n_targets: of its global batch; losses are normalised by it: the engine divides by
@@ -94,7 +94,7 @@ def run_passes(
     if probing:
         probe_rows = indexer_rows(cfg.seed, step, cfg.max_seq_len, min(1.0, PROBED_ROWS / cfg.max_seq_len)).to(device)
     n_layers = len(engine.module.layers)
-    passes = Passes(
+    passes = StepSums(
         selection=torch.zeros(n_layers, 2, dtype=torch.float64, device=device),
         probes=torch.zeros(n_layers, len(PROBES), dtype=torch.float64, device=device),
     )

@@ -8,11 +8,11 @@ import threading
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-ONE_WISH_S = 0.8
+DEBOUNCE_S = 0.8
 """Signals within it are one wish: on Ctrl-C the terminal signals the ranks, and DeepSpeed's launcher once more."""
 
 
-class StopWish:
+class StopRequest:
     """Remembers the first signal as `number`, 0 before. Then a later one ends the process, even in a collective."""
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class StopWish:
         if self.number:
             return
         self.number = number
-        timer = threading.Timer(ONE_WISH_S, _end_at_once_from_now_on)
+        timer = threading.Timer(DEBOUNCE_S, _end_at_once_from_now_on)
         timer.daemon = True
         timer.start()
 

@@ -34,9 +34,9 @@ from training.engine.world import World
 from training.engine.zero_internals import health_metrics, probe_metrics
 from training.loop.completions import continuations
 from training.loop.evaluate import evaluate, unigram_score
-from training.loop.step import Passes, run_passes, summed
+from training.loop.step import StepSums, forward_backward, summed
 from training.loop.step_clock import StepClock
-from training.loop.stopping import StopWish
+from training.loop.stopping import StopRequest
 from training.loop.watchdog import Watchdog
 from training.observe.banner import closing_summary, start_banner
 from training.observe.console import Console, LogLevel
@@ -44,18 +44,18 @@ from training.observe.telemetry import SETTLED, Telemetry
 from training.observe.tracking.run_identity import tracked_as
 from training.planning.space import checkpoint_bytes
 from training.record.metrics_log import MetricsLog, iter_rows, rewind
-from training.record.replay_receipt import Receipt, describe
+from training.record.replay_receipt import ReplayReceipt, describe
 from training.record.run_folder import PROJECT, RunFolder, version
 from training.record.spike_score import WINDOW, SpikeDetector
 from training.tracking import Tracker
 
-GARBAGE_INTERVAL = 50
+GC_INTERVAL = 50
 """Steps between collections of Python's garbage, alike on all ranks: one that pauses by itself keeps others waiting."""
 
-MOST_ROLLBACKS = 10
+MAX_ROLLBACKS = 10
 """Of a run. One that needs more does not suffer from a few bad samples: its spikes are logged from there on."""
 
-MOST_LOST_IN_A_ROW = 10
+MAX_LOST_IN_A_ROW = 10
 """Steps without a finite loss one after another, of which the last ends a run with on_spike=skip: then it is the
 weights that are broken."""
 
@@ -113,7 +113,7 @@ class Trainer:
         self.epoch_offset = 0.0
         self.decided: dict = {}
         self.skipped: list[tuple[int, int]] = []  # (first, count) of samples that a rollback has ruled out
-        self._stop = StopWish()
+        self._stop = StopRequest()
         self._unigram_bpb: float | None = None
 
         self.telemetry = Telemetry(cfg, plan, ds_config, world)
@@ -137,7 +137,7 @@ class Trainer:
             self._take_up(start)
         self._first_step = self.step
         self._ds_config = ds_config
-        self._receipt = Receipt([])
+        self._receipt = ReplayReceipt([])
         self.world.barrier()  # every rank has read run.json before rank 0 writes it
         self.log: MetricsLog | None = None
         self.tracker: Tracker | None = None
@@ -179,7 +179,9 @@ class Trainer:
         self.watchdog.beat("load")
         if start.legacy:
             # every rank reads the file: where one cannot, all must hear of it
-            self.engine.take_up(self.engine.agreed(lambda: read_legacy(start.checkpoint, self.cfg.model, start.state)))
+            self.engine.load_full_state(
+                self.engine.raise_on_all_ranks(lambda: read_legacy(start.checkpoint, self.cfg.model, start.state))
+            )
         else:
             self.engine.load(start.checkpoint)
         # what the yaml says runs: DeepSpeed brings back the saved rates, decay, betas and clipping
@@ -222,7 +224,7 @@ class Trainer:
         run = self.folder.read_run()
         segment = run.get("segments", 0)
         self.log = MetricsLog(self.folder.metrics)
-        self._receipt = Receipt(moved)
+        self._receipt = ReplayReceipt(moved)
         parent = None if self._parent is None else asdict(self._parent)
         self.folder.update_run(
             status="running",
@@ -350,7 +352,7 @@ class Trainer:
                 if (due or self.step == self._end()) and saved_at != self.step:
                     stood["seconds_save"] = _timed(self._save)[1]
                     saved_at = self.step
-                if self.step % GARBAGE_INTERVAL == 0:
+                if self.step % GC_INTERVAL == 0:
                     gc.collect()
         except Diverged:
             try:
@@ -433,7 +435,7 @@ class Trainer:
         rates = self.engine.learning_rates()
         probing, examining = self._due(cfg.probe_interval), self._due(cfg.health_interval)
         n_targets = self.data.n_targets(first, plan.global_batch_size)
-        done = run_passes(
+        done = forward_backward(
             self.engine,
             loader,
             cfg,
@@ -488,7 +490,7 @@ class Trainer:
             "visible_k": n_seen,
         }
         self._lost_in_a_row = 0 if _finite(row) else self._lost_in_a_row + 1
-        dropped = done.dropped and self._lost_in_a_row < MOST_LOST_IN_A_ROW
+        dropped = done.dropped and self._lost_in_a_row < MAX_LOST_IN_A_ROW
         if not _finite(row) and not dropped and not self._may_roll_back():
             if self.log is not None:  # which step, and of which samples: training.replay asks
                 self.log.write(row | {"time": time.time()})
@@ -509,7 +511,7 @@ class Trainer:
 
     # -- spikes ----------------------------------------------------------------------------------------
 
-    def _spiking(self, done: Passes) -> bool:
+    def _spiking(self, done: StepSums) -> bool:
         """Before the update: whether the step's loss is a spike, or no number. Waits for the device."""
         loss, indexer_loss, *_ = summed({"means": done.means() / self.world.size})["means"].tolist()
         lost = not math.isfinite(loss) or not math.isfinite(indexer_loss)
@@ -527,7 +529,7 @@ class Trainer:
         }
 
     def _may_roll_back(self) -> bool:
-        return self.cfg.training.on_spike == "rollback" and len(self.skipped) < MOST_ROLLBACKS
+        return self.cfg.training.on_spike == "rollback" and len(self.skipped) < MAX_ROLLBACKS
 
     def _rolled_back(self, row: dict) -> bool:
         """Judges the step's loss; after a spike goes back to the last good checkpoint, past the step's samples, if it
@@ -589,7 +591,7 @@ class Trainer:
     def _warm(self) -> bool:
         return self.step > self._first_step
 
-    def _diverged(self, done: Passes, first: int, loss: float, grad_norm: float) -> None:
+    def _diverged(self, done: StepSums, first: int, loss: float, grad_norm: float) -> None:
         """Every rank is here, since the sums are the same on all: find out whose micro-batches did it, and raise."""
         plan = self.plan
         bad = [

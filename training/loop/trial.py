@@ -27,7 +27,7 @@ from training.config import BatchPlan, RunConfig, load_config, plan_batch
 from training.config.deepspeed import resolve_ds_config
 from training.data import Loader, PackedTokens
 from training.engine.world import World, environment_rank, environment_world_size, exit_process
-from training.loop.step import Passes, run_passes, summed
+from training.loop.step import StepSums, forward_backward, summed
 from training.loop.watchdog import Watchdog
 from training.train import open_data
 
@@ -185,7 +185,7 @@ class Bench:
         cfg, plan = self.cfg.training, self.plan
         model = self.engine.module
         model.set_stage(stage)
-        done = run_passes(
+        done = forward_backward(
             self.engine,
             self.loader,
             cfg,
@@ -207,7 +207,7 @@ class Bench:
         self.done += 1
 
     @staticmethod
-    def _waits(done: Passes) -> bool:
+    def _waits(done: StepSums) -> bool:
         """A run that may drop an update waits for the step's loss before it."""
         summed({"means": done.means()})["means"].tolist()
         return False

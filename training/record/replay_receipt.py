@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from training.record.metrics_log import as_written, is_timing
 
 
-class Receipt:
+class ReplayReceipt:
     """Fed every new row; `event` is due once the last step of the dead segment has been trained again.
 
     dead_rows: what metrics.jsonl held after the step resumed from. Times, and what follows from them, may differ.

@@ -270,7 +270,9 @@ def ten_steps(world, host_runs_ahead):
     optimizer = build_optimizer(model, cfg.training)
     ds_config = resolve_ds_config(None, cfg, plan_batch(cfg.training, 1), Path("x"))
     with patch.object(
-        door, "_let_the_host_run_ahead", door._let_the_host_run_ahead if host_runs_ahead else lambda optimizer: None
+        door,
+        "_order_streams_instead_of_syncing",
+        door._order_streams_instead_of_syncing if host_runs_ahead else lambda optimizer: None,
     ):
         engine = door.Engine(model, optimizer, build_schedule(optimizer, cfg.training), ds_config)
     random = torch.Generator().manual_seed(1)

@@ -14,7 +14,7 @@ from gsa.checkpoint.full_state import read_run_state
 from training.data import past
 from training.record.metrics_log import HEALTH_METRICS, is_timing, read_rows
 from training.record.reader import read
-from training.record.replay_receipt import Receipt
+from training.record.replay_receipt import ReplayReceipt
 from training.record.spike_score import KNOWN, WINDOW, SpikeDetector
 from training.replay import trainings_of
 from training.reporting.analysis import tell
@@ -218,7 +218,7 @@ def test_a_resume_evaluates_where_a_kill_came_before_the_evaluation(runs):
 
 
 def test_a_replayed_step_without_a_number_is_as_before():
-    receipt = Receipt([{"step": 2, "loss": "nan", "layers": {"coverage": [0.5, "inf"]}}])
+    receipt = ReplayReceipt([{"step": 2, "loss": "nan", "layers": {"coverage": [0.5, "inf"]}}])
     told = receipt.compare({"step": 2, "loss": math.nan, "layers": {"coverage": (0.5, math.inf)}})
     assert told["identical"] and told["compared"] == 1
 

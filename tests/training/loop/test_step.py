@@ -15,7 +15,7 @@ from support.launching import ROOT, rank_environment
 
 from training.config import BatchPlan, TrainingConfig
 from training.loop import step as step_module
-from training.loop.step import indexer_rows, run_passes
+from training.loop.step import indexer_rows, forward_backward
 from training.loop.step_clock import StepClock
 
 
@@ -73,7 +73,7 @@ def test_what_comes_after_the_last_micro_batch_is_not_the_update_s():
 
     cfg = TrainingConfig(max_seq_len=8)
     plan = BatchPlan(1, 2, 2, 1)
-    run_passes(
+    forward_backward(
         FakeEngine(), iter([batch, batch]), cfg, plan, step=0, n_targets=1, probing=False, examining=False, phase=phase
     )
     time.sleep(2)  # what the trainer does with what came out

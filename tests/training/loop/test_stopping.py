@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from support.launching import ROOT
 
-from training.loop.stopping import ONE_WISH_S, STOP_SIGNALS
+from training.loop.stopping import DEBOUNCE_S, STOP_SIGNALS
 
 PROGRAM = """
 import ctypes, os, signal, time
-from training.loop.stopping import StopWish
-wish = StopWish()
+from training.loop.stopping import StopRequest
+wish = StopRequest()
 wish.listen()
 print("listening", flush=True)
 while not wish.number:
@@ -32,8 +32,8 @@ print("slept")
 
 BUSY = """
 import os, subprocess
-from training.loop.stopping import StopWish
-wish = StopWish()
+from training.loop.stopping import StopRequest
+wish = StopRequest()
 wish.listen()
 print("listening", flush=True)
 signals = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -INT {os.getpid()}; kill -TERM {os.getpid()}"])
@@ -62,7 +62,7 @@ def test_signals_close_together_are_one_wish_and_a_later_one_ends_it_inside_a_ca
     process = started()
     process.send_signal(first)
     assert process.stdout.readline() == f"asked {first}\n"
-    time.sleep(ONE_WISH_S)
+    time.sleep(DEBOUNCE_S)
     deadline = time.monotonic() + 30
     while handled(process.pid, signal.SIGTERM):
         assert time.monotonic() < deadline
