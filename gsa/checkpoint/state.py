@@ -1,27 +1,35 @@
-"""RunState: what a run must know to go on, besides what the engine saves. Plain values only, versioned."""
+"""RunState: what a run needs to continue, besides what the engine saves. Plain values only, versioned."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gsa.checkpoint.manifest import CheckpointError
 
 CLIENT_KEY = "gsa_run"
-"""The one key of DeepSpeed's client state that is ours: it lets any other overwrite its own."""
+"""Our only key in DeepSpeed's client state, which would overwrite DeepSpeed's own entries of the same name."""
 
-VERSION = 3
 CONFIG = "config.json"
 """The configuration of the run, beside its weights; its "model" section is the model's."""
 
 
+def _since(version: int, default: Any = MISSING, *, factory: Any = MISSING) -> Any:
+    """A field that older versions of the run state do not have; there it has its default."""
+    return field(default=default, default_factory=factory, metadata={"since": version})
+
+
 @dataclass(frozen=True)
 class RunState:
-    """The same on every rank. Everything a step needs follows from it and the engine's own files."""
+    """The position and the origin of a run; the same on every rank.
+
+    Everything that a step needs follows from it and the engine's own files. A new field takes `_since` the next
+    version; the version that is written is the newest of any field.
+    """
 
     step: int
     """optimizer steps done"""
@@ -30,11 +38,11 @@ class RunState:
     samples_consumed: int
     """windows of max_seq_len tokens, over all ranks; the position in the data"""
     tokens_seen: int
-    """training targets, over all ranks"""
+    """window positions trained on, over all ranks: samples_consumed x max_seq_len, the ends of documents included"""
     config: dict[str, Any]
     """the run's whole configuration, resolved"""
     data_fingerprint: str
-    """of the prepared data and how it is cut: another means another order"""
+    """hash of the prepared data and of how it is cut into windows: another one means another order"""
     tracking_id: str | None
     stage: Literal["dense", "sparse"]
     """which attention the last step used"""
@@ -44,15 +52,14 @@ class RunState:
     zero_stage: int
     created: str
     """ISO 8601, UTC"""
-    epoch_offset: float = 0.0
-    """passes of an imported run before its import, over the position in the data at that moment; since version 2"""
-    indexer_start: int = 0
-    """step from which the indexer's warm-up counts: that of the import of an untrained one; since version 2"""
-    decided: dict[str, Any] = field(default_factory=dict)
-    """dotted keys of the configuration that an imported checkpoint decides over the yaml; since version 2"""
-
-    skipped: list[list[int]] = field(default_factory=list)
-    """[first, count] of samples that no step may touch again, ruled out by a rollback; since version 3"""
+    epoch_offset: float = _since(2, 0.0)
+    """passes of an imported run before its import, minus the position in the data at that moment"""
+    indexer_start: int = _since(2, 0)
+    """step from which the indexer's warm-up counts: where an untrained indexer was imported"""
+    decided: dict[str, Any] = _since(2, factory=dict)
+    """dotted keys of the configuration in which an imported checkpoint takes precedence over the yaml"""
+    skipped: list[list[int]] = _since(3, factory=list)
+    """[first, count] of samples that no step may train on again, ruled out by a rollback"""
 
     def to_dict(self) -> dict[str, Any]:
         """A copy made of JSON types. Raises TypeError naming the key of any other value, at any depth."""
@@ -74,10 +81,8 @@ class RunState:
                 f"the run state has version {version}, this project reads up to {VERSION}: "
                 f"update the project to {needed or 'the version that wrote it'} or later"
             )
-        if version < 2:
-            data = {"epoch_offset": 0.0, "indexer_start": 0, "decided": {}, **data}
-        if version < 3:
-            data = {"skipped": [], **data}
+        younger = [f for f in fields(cls) if f.metadata.get("since", 1) > version]
+        data = {**{f.name: f.default if f.default is not MISSING else f.default_factory() for f in younger}, **data}
         names = {f.name for f in fields(cls)}
         differing = sorted(names ^ (set(data) - {"version"}))
         if differing:
@@ -87,13 +92,14 @@ class RunState:
         return cls(**{name: data[name] for name in names})
 
 
+VERSION = max(f.metadata.get("since", 1) for f in fields(RunState))
 _MEND = "it is damaged or not from this project; take another checkpoint with --resume_from"
 
 
 def read_config_json(step_dir: Path) -> dict[str, Any]:
     """The configuration a checkpoint was made with. Raises CheckpointError when it is missing or damaged."""
     config = read_json_object(step_dir / CONFIG)
-    for own in ("format", "tied"):  # gsa.weights'
+    for own in ("format", "tied"):  # written by gsa/weights.py
         config.pop(own, None)
     return config
 
@@ -137,7 +143,7 @@ def _type_name(value: object) -> str:
 
 
 def _misfits(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Each field of RunState whose value in `data` is of another type, and its type."""
+    """Each field of RunState whose value in `data` has another type, with the type that it should have."""
     hints = get_type_hints(RunState)
     kinds = {float: (int, float), dict[str, Any]: dict, dict[str, str]: dict, list[list[int]]: list}
     for known in fields(RunState):
