@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.launching import ROOT, rank_environment
+from support.launching import ROOT, clean_environment, rank_environment
 
 from training import prepare_data
 from training.config import load_config
@@ -31,7 +31,9 @@ def test_readme_has_its_two_commands():
 def test_every_command_is_understood(command):
     words = shlex.split(command)
     if words[0] == "make":
-        done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            ["make", "-n", *words[1:]], cwd=ROOT, env=clean_environment(), capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
     elif "training/train.py" in words:
         args = parse(words[words.index("training/train.py") + 1 :])

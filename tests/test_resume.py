@@ -32,7 +32,10 @@ def main(argv: list[str]) -> int:
 
 
 def script(*argv: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(Path(__file__)), *argv], capture_output=True, text=True, cwd=ROOT)
+    from support.launching import clean_environment  # only pytest finds it: the script runs without
+
+    command = [sys.executable, str(Path(__file__)), *argv]
+    return subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True)
 
 
 def test_the_script_passes_a_good_checkpoint_and_finds_the_newest(a_run, tmp_path, monkeypatch, capsys):

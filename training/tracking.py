@@ -20,8 +20,10 @@ import functools
 import json
 import netrc
 import os
+import re
 import secrets
 import shutil
+import socket
 import struct
 import sys
 import time
@@ -148,6 +150,47 @@ def _mode() -> Mode:
     return "online" if _has_key() else "offline"
 
 
+_SERVICE_TOKEN = re.compile(r"3-\d+-(?:unix-(?P<path>.+)|tcp-localhost-(?P<port>\d+))", re.ASCII)
+"""WANDB_SERVICE as wandb 0.31 writes and reads it: version, pid of the process that started the service, address."""
+
+PROBE_TIMEOUT_S = 2.0
+"""A wandb service on this machine accepts a connection at once; one that takes longer is not used."""
+
+
+def service_answers(token: str) -> bool:
+    """Whether a WANDB_SERVICE token has wandb's format and a process accepts connections at its address."""
+    address = _SERVICE_TOKEN.fullmatch(token)
+    if address is None:
+        return False
+    try:
+        if address["path"] is None:
+            socket.create_connection(("localhost", int(address["port"])), PROBE_TIMEOUT_S).close()
+        else:
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(PROBE_TIMEOUT_S)
+                probe.connect(address["path"])
+    except (OSError, OverflowError, ValueError):  # the latter two: a port or a path that no address can have
+        return False
+    return True
+
+
+def _drop_dead_service() -> None:
+    """Removes WANDB_SERVICE from the environment, with one line on stderr, where no service answers at its address.
+
+    wandb leaves the address of its service in the environment of the process that started it, for its children. The
+    service ends with that process: a child that outlives it, or is started after it ended, could not track at all.
+    """
+    token = os.environ.get("WANDB_SERVICE")
+    if token and not service_answers(token):
+        del os.environ["WANDB_SERVICE"]
+        print(
+            f"W&B: no wandb service answers at the inherited address WANDB_SERVICE={token}, so it is ignored and this"
+            " run starts its own",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
 class _WandbRun:
     """One W&B run from wandb.init to its end, offline or online.
 
@@ -170,6 +213,7 @@ class _WandbRun:
 
         guard: as of Sink.open.
         """
+        _drop_dead_service()
         self._wandb.setup(self._wandb.Settings(silent=True))  # what there is to say, we say
         self._started = True
         self._core = [child for child in psutil.Process().children() if child.name() == "wandb-core"]

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from support.launching import clean_environment
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome-headless-shell")
 HOW_TO_INSTALL = "no Chromium on this machine: apt-get update && apt-get install -y --no-install-recommends chromium"
 
@@ -55,6 +57,7 @@ class Page:
         ]
         self._process = subprocess.Popen(
             command,
+            env=clean_environment(),
             pass_fds=(to_browser, from_browser),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

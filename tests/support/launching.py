@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -23,6 +24,26 @@ class Case:
     name: str
     argv: tuple[str, ...]
     code: int = 0
+
+
+_AT_START = dict(os.environ)
+"""conftest.py imports this module before the first test runs."""
+
+_LEFTOVERS = re.compile(
+    r"(WANDB|TORCHELASTIC|MASTER|OMPI|PMI|PMIX|SLURM|MV2)_.*"
+    r"|((LOCAL|GROUP|ROLE|CROSS|NODE)_)?(RANK|WORLD_SIZE|SIZE)|GROUP_WORLD_SIZE|ROLE_NAME"
+    r"|DS_ACCELERATOR|TRITON_INTERPRET"
+)
+"""What says that a process is a rank of some launch, or tracked by some wandb service, or interprets its kernels."""
+
+
+def clean_environment() -> dict[str, str]:
+    """The environment for a child process of a test.
+
+    It is that of the shell that started pytest: what tests, fixtures and libraries have set since then is not passed
+    on, and neither are variables of wandb, of a distributed launch and of Triton's interpreter, wherever they are from.
+    """
+    return {name: value for name, value in _AT_START.items() if not _LEFTOVERS.fullmatch(name)}
 
 
 _PORTS_EACH = 2000
@@ -43,8 +64,9 @@ def free_port() -> int:
 
 
 def rank_environment() -> dict[str, str]:
+    """clean_environment() for a process that trains: on the CPU, with one thread, and untracked."""
     return {
-        **os.environ,
+        **clean_environment(),
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "PYTHONWARNINGS": "ignore",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from support.launching import ROOT, rank_environment
+from support.launching import ROOT, clean_environment, rank_environment
 
 from training import config as run_config
 from training.doctor import CHECKS, diagnose, main
@@ -562,6 +562,6 @@ def test_a_real_run_without_the_field_is_judged_alike_by_its_events(real, tmp_pa
 
 def test_a_real_run_is_told_from_the_command_line(real):
     command = [sys.executable, "-m", "training.doctor", str(real / "data")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "1. data-bound: at most " in done.stdout, done.stdout + done.stderr
     assert "finished (finished); 1 x " in done.stdout

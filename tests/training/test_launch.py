@@ -275,9 +275,8 @@ def test_help_lists_every_key():
 
 
 def test_wandb_offline_without_a_key_and_never_fatal(tmp_path, tiny_yaml, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # no netrc
     environment = {k: v for k, v in launching.rank_environment().items() if k != "WANDB_MODE"}
+    environment["HOME"] = str(tmp_path)  # no netrc
     monkeypatch.setattr(launching, "rank_environment", lambda: environment)
     blocked = tmp_path / "blocked"
     blocked.mkdir()

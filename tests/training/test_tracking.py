@@ -14,6 +14,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from support.launching import ROOT
+from support.launching import ROOT, clean_environment, free_port
 from wandb.util import get_core_path
 
 from training import tracking
@@ -46,12 +47,21 @@ WANDB, BOARD = LoggingConfig(wandb=True), LoggingConfig(tensorboard=True)
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
-    """No test reaches a server that it has not started itself."""
+    """No test reaches a server or a wandb service that it has not started itself."""
+    os.environ.pop("WANDB_SERVICE", None)  # not by monkeypatch, which would put the dead address back
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    yield
+    os.environ.pop("WANDB_SERVICE", None)
+
+
+def wandb_environment() -> dict[str, str]:
+    """A clean environment, with what this test has set on purpose for wandb."""
+    names = ("HOME", "WANDB_MODE", "WANDB_ERROR_REPORTING", "WANDB_API_KEY", "WANDB_BASE_URL")
+    return clean_environment() | {name: os.environ[name] for name in names if name in os.environ}
 
 
 def row(step: int) -> dict:
@@ -104,7 +114,9 @@ class Life:
 def inspect(file: Path) -> list[dict]:
     """The records of a transaction log, by wandb's own reader."""
     command = [get_core_path(), "leet", "inspect", "-no-observability", "-json", "-run-file", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, env=wandb_environment(), capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
+    )
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -182,7 +194,7 @@ os.kill(os.getpid(), signal.SIGKILL)""",
 def ended(tmp_path_factory) -> dict[str, tuple[Path, int, str]]:
     """Three processes at once that never came to Tracker.finish: run folder, exit code, stderr."""
     base = tmp_path_factory.mktemp("ended")
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | {
+    environment = clean_environment() | {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "training"))),
         "OMP_NUM_THREADS": "1",
         "WANDB_MODE": "offline",
@@ -511,6 +523,87 @@ def test_a_key_without_a_network_is_offline_from_the_first_step(tmp_path, monkey
     assert list(shown(tmp_path)) == [1, 2, 3, 4, 5]
 
 
+# -- a wandb service that another process left behind -------------------------------------------------------
+
+SERVICE_OF_ANOTHER_PROCESS = """
+import os, wandb
+wandb.setup(wandb.Settings(silent=True))
+print(os.environ["WANDB_SERVICE"], flush=True)
+input()
+"""
+
+TRACKED = """
+import sys
+from pathlib import Path
+from training.config import LoggingConfig
+from training.tracking import Tracker
+folder = Path(sys.argv[1])
+folder.mkdir()
+tracker = Tracker(LoggingConfig(wandb=True), output_dir=folder, run_id="abcd1234", config={})
+for step in range(1, 4):
+    tracker.tell({"step": step, "tokens": step, "loss": 1.0, "time": 1e9})
+tracker.finish(0)
+"""
+
+
+def track_in_child(folder: Path, token: str) -> str:
+    """Three steps tracked by a child process that inherits WANDB_SERVICE; returns its stderr."""
+    done = subprocess.run(
+        [sys.executable, "-c", TRACKED, str(folder)],
+        cwd=ROOT,
+        env=wandb_environment() | {"WANDB_SERVICE": token},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+def test_an_inherited_service_is_used_while_it_lives_and_dropped_once_it_is_dead(tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVICE_OF_ANOTHER_PROCESS],
+        env=wandb_environment(),
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as owner:
+        token = owner.stdout.readline().strip()
+        assert tracking.service_answers(token), token
+        assert track_in_child(tmp_path / "live", token) == ""
+        owner.communicate("\n", timeout=60)
+    assert not tracking.service_answers(token), token
+    said = track_in_child(tmp_path / "dead", token)
+    for run in ("live", "dead"):
+        assert list(shown(tmp_path / run)) == [1, 2, 3], said
+    assert said.count("\n") == 1 and f"no wandb service answers at the inherited address WANDB_SERVICE={token}" in said
+
+
+@pytest.mark.parametrize("token", ["garbage", "2-5-unix-/socket", "3-5-tcp-localhost-99999", "3-5-unix-/" + 200 * "x"])
+def test_an_address_that_cannot_be_one_is_dropped(token, monkeypatch, capsys):
+    monkeypatch.setenv("WANDB_SERVICE", token)
+    tracking._drop_dead_service()
+    tracking._drop_dead_service()
+    assert "WANDB_SERVICE" not in os.environ
+    assert capsys.readouterr().err.count(f"WANDB_SERVICE={token}, so it is ignored") == 1
+
+
+@pytest.mark.parametrize("family", ["unix", "tcp"])
+def test_a_service_answers_while_its_socket_listens(family, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # a socket's path may have about 100 characters
+    port = free_port()
+    where, token = {"unix": ("socket", "3-5-unix-socket"), "tcp": (("localhost", port), f"3-5-tcp-localhost-{port}")}[
+        family
+    ]
+    with socket.socket(socket.AF_UNIX if family == "unix" else socket.AF_INET) as service:
+        service.bind(where)
+        service.listen()
+        monkeypatch.setenv("WANDB_SERVICE", token)
+        tracking._drop_dead_service()
+        assert os.environ["WANDB_SERVICE"] == token and capsys.readouterr().err == ""
+    assert not tracking.service_answers(token)  # the unix socket's file is still there
+
+
 # -- online: a stand-in for W&B's server ------------------------------------------------------------------
 
 
@@ -634,7 +727,9 @@ def test_fragments_of_an_offline_run_upload_as_one(tmp_path, server, monkeypatch
 
 def sync(*folders: Path) -> None:
     command = [str(Path(sys.executable).with_name("wandb")), "sync", "--yes", *map(str, folders)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, env=wandb_environment(), capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stderr
 
 

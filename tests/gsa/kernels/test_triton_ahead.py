@@ -9,11 +9,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.launching import ROOT, clean_environment
 
-ROOT = Path(__file__).resolve().parents[3]
 SHARED_KIB = {80: 163, 89: 99, 90: 227}
 
 
@@ -21,7 +20,7 @@ def run(command: list[str], **env: str) -> str:
     done = subprocess.run(
         [sys.executable, *command],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        env={**clean_environment(), "PYTHONPATH": str(ROOT), **env},
         capture_output=True,
         text=True,
     )

@@ -44,7 +44,7 @@ def kills(tmp_path_factory, a_run, tiny_yaml):
     shutil.copytree(a_run, base / "source")
     shutil.rmtree(base / "source" / "step_6")
     (base / "source" / "latest").write_text("step_3\n")
-    environment = {k: v for k, v in rank_environment().items() if k not in ("RANK", "WORLD_SIZE")}
+    environment = rank_environment()
     environment["PYTHONPATH"] += f":{ROOT / 'tests'}"
     done = subprocess.run(
         [

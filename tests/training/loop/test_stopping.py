@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.launching import ROOT
+from support.launching import ROOT, clean_environment
 
 from training.loop.stopping import DEBOUNCE_S, STOP_SIGNALS
 
@@ -45,7 +45,12 @@ print("asked", wish.number, flush=True)
 
 def started(program: str = PROGRAM) -> subprocess.Popen:
     process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert process.stdout.readline() == "listening\n"
     return process
