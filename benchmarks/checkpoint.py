@@ -96,7 +96,7 @@ def main(argv: list[str]) -> int:
                 calm.append(time.perf_counter() - began)
                 step += 1
                 saver.start(state_of(cfg, step))
-                while saver.flags()[0] == 0:
+                while saver.status()[0] == 0:
                     began = time.perf_counter()
                     train_step()
                     slowed.append(time.perf_counter() - began)

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.comparing import BF16_TOLERANCE, TOLERANCE
 from gsa import GSAForCausalLM
 from gsa.kernels.choice import Shape, resolve
-from training.config import BatchPlan, RunConfig, plan_batch, to_yaml
+from training.config import BatchPlan, RunConfig, RunSpec, plan_batch, to_yaml
 from training.config.deepspeed import resolve_ds_config
 from training.data import PackedTokens, step_samples
 from training.engine.optimizer import build_optimizer, build_schedule, parameter_groups
@@ -192,9 +192,7 @@ def trainer_of(case: Case, stage: int, folder: Path) -> Iterator[Trainer]:
     case.world.barrier()
     with Watchdog(folder, rank=case.world.rank, size=case.world.size, timeout_s=600, launch="one") as watchdog:
         trainer = Trainer(
-            case.cfg,
-            ds_config=ds_config,
-            plan=case.plan,
+            RunSpec(case.cfg, case.plan, ds_config),
             world=case.world,
             folder=run,
             data=case.data,

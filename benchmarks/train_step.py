@@ -52,13 +52,11 @@ from benchmarks.synthetic import write_dataset
 from gsa import ModelConfig
 from gsa.model import count_params
 from training.config import DataConfig, RunConfig, TrainingConfig, load_config
-from training.data import Loader
 from training.engine.world import World, exit_process
-from training.loop.step_clock import StepClock
 from training.record.metrics_log import read_rows
 
 if TYPE_CHECKING:
-    from training.loop.trainer import Trainer
+    from training.loop.trainer import Step, Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("overhead", "watching", "zero", "tuned")
@@ -93,7 +91,7 @@ class _Enough(Exception):
 
 
 class Interleaved:
-    """In place of Trainer._one_step: between its steps, a bare loop takes its turns.
+    """In place of Trainer._train_step: between its steps, a bare loop takes its turns.
 
     A turn of the trainer lasts from the beginning of a step to that of the next: all of the loop, whatever it does
     between steps. Turn i of either side is a pair; turns go A B B A.
@@ -102,7 +100,7 @@ class Interleaved:
     def __init__(
         self, trainer: Trainer, bare: Bare, micros: list[list[Micro]], pairs: int, steps: int, tolerance: float
     ) -> None:
-        self._step, self._bare, self._micros, self._world = trainer._one_step, bare, micros, trainer.world
+        self._step, self._bare, self._micros, self._world = trainer._train_step, bare, micros, trainer.world
         self._pairs, self._steps = pairs, steps
         self._tolerance = tolerance
         self.rows: list[dict] = []
@@ -110,15 +108,15 @@ class Interleaved:
         self.theirs: list[Clocks] = []
         self.apart = math.nan
 
-    def __call__(self, loader: Loader, clock: StepClock) -> tuple[dict, int]:
+    def __call__(self) -> Step:
         timed = len(self.rows) - WARM
         if timed == 0:
             self._compare()
         if timed >= 0 and timed % self._steps == 0:
             self._between_turns(timed // self._steps)
-        row, signal_number = self._step(loader, clock)
-        self.rows.append(row)
-        return row, signal_number
+        step = self._step()
+        self.rows.append(step.row)
+        return step
 
     def _compare(self) -> None:
         theirs = [mean_loss(self._bare.step(micros), self._world) for micros in self._micros[:WARM]]
@@ -154,7 +152,7 @@ def overhead(case: Case, folder: Path, pairs: int, steps: int) -> dict:
     with trainer_of(case, 2, folder / "run") as trainer:
         bare = Bare(case, 2)
         turns = Interleaved(trainer, bare, micros, pairs, steps, case.tolerance)
-        with patch.object(trainer, "_one_step", turns):
+        with patch.object(trainer, "_train_step", turns):
             try:
                 reason = trainer.train()
                 raise RuntimeError(f"the trainer ended ({reason}) after {len(turns.ours)} of {pairs} pairs")

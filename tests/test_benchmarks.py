@@ -68,7 +68,7 @@ def world(tmp_path):
 @pytest.mark.parametrize("off_by, refused", [(0.9 * comparing.TOLERANCE, False), (2 * comparing.TOLERANCE, True)])
 def test_train_step_does_not_time_unequal_losses(world, off_by, refused):
     # a trainer whose loop never ends by itself, and a bare loop whose last loss before the timing is off
-    trainer = SimpleNamespace(_one_step=lambda loader, clock: ({"loss": 2.0}, 0), world=world)
+    trainer = SimpleNamespace(_train_step=lambda: SimpleNamespace(row={"loss": 2.0}), world=world)
     fed = []
 
     def bare_step(micros):
@@ -81,7 +81,7 @@ def test_train_step_does_not_time_unequal_losses(world, off_by, refused):
     )
     with pytest.raises(comparing.Refused if refused else train_step._Enough) as ended:
         for _ in range(100):
-            turns(None, None)
+            turns()
     if refused:
         assert "refusing to time the trainer: in step 3" in str(ended.value)
         assert not turns.ours and not turns.theirs

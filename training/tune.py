@@ -33,9 +33,12 @@ from gsa.model import Recomputed
 from training.config import BatchPlan, ConfigError, RunConfig, global_batch_size, load_config, to_plain, to_yaml
 from training.config import deepspeed as ds_config
 from training.data import DataError
+from training.data.open import open_data
+from training.loop.preflight import require_backend
 from training.loop.trial import Outcome, says_out_of_memory
 from training.record.run_folder import environment
-from training.train import FAILED, FINISHED, REFUSED_CONFIG, REFUSED_INPUT, open_data, require_backend
+
+FINISHED, FAILED, REFUSED_CONFIG, REFUSED_INPUT = 0, 1, 2, 3
 
 NOISE = 0.02
 """Of a step's seconds: differences below it, or below the trials' own spread, decide nothing."""

@@ -20,11 +20,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training.config import load_config, plan_batch
 from training.config.deepspeed import resolve_ds_config
 from training.data import Loader
+from training.data.open import open_data
 from training.engine import engine as engine_module
 from training.engine.build import build_engine
 from training.engine.world import World
 from training.loop.step import forward_backward
-from training.train import open_data
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,7 +75,7 @@ def waits(accumulation: int, stage: int, config: Path, world: World) -> Counter:
             step=number,
             n_targets=100,
             probing=True,
-            examining=True,
+            measuring=True,
             phase=lambda name: None,
         )
 

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from training.engine.engine import start
 from training.engine.world import exit_process
-from training.train import parse, prepare, run
+from training.loop.preflight import prepare
+from training.loop.run import run
+from training.train import parse
 
 
 def main() -> int:

@@ -13,8 +13,11 @@ import yaml
 from support.launching import ROOT, clean_environment, rank_environment
 
 from training import config as run_config
-from training.doctor import CHECKS, diagnose, main
-from training.reporting.summary import read
+from training.config.command import run_command
+from training.doctor import main
+from training.record import reader
+from training.reporting import summary as summaries
+from training.reporting.diagnosis import CHECKS, diagnose, diagnose_record
 
 STEPS = 60
 
@@ -127,6 +130,10 @@ def a_run(
     lines = [json.dumps(one) for one in (*start, *rows, *events)]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     return folder
+
+
+def read(folder, last=None):
+    return summaries.summarise(reader.read(folder, newest=summaries.MOST_STEPS), last)
 
 
 def names(folder, last=None):
@@ -474,16 +481,17 @@ def test_json_says_the_same(tmp_path, capsys):
 
 
 def test_a_folder_without_a_run_or_a_step_is_refused_with_what_to_do(tmp_path, capsys):
-    assert main([str(tmp_path / "nowhere")]) == 2
-    assert "holds no run (no metrics.jsonl); give the --output_dir" in capsys.readouterr().err
+    assert run_command(main, [str(tmp_path / "nowhere")]) == 2
+    assert "is no folder; give the --output_dir of one" in capsys.readouterr().err
     a_run(tmp_path / "run", rows=[])
-    assert main([str(tmp_path)]) == 2
-    assert f"runs in it: {tmp_path / 'run'}" in capsys.readouterr().err
-    assert main([str(tmp_path / "run")]) == 2
+    assert run_command(main, [str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert f"holds no run; give the --output_dir of one; runs in it: {tmp_path / 'run'}" in err
+    assert run_command(main, [str(tmp_path / "run")]) == 2
     assert "no finished step" in capsys.readouterr().err
     (tmp_path / "run" / "metrics.jsonl").write_text("nonsense\n{}\n")
-    assert main([str(tmp_path / "run")]) == 2
-    assert "line 1: not JSON" in capsys.readouterr().err
+    assert run_command(main, [str(tmp_path / "run")]) == 3
+    assert "line 1: not JSON (Expecting value); restore the file" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([str(tmp_path / "run"), "--last", "0"])
     assert "at least 1" in capsys.readouterr().err
@@ -495,7 +503,9 @@ SLOWED = """
 import json, sys, time
 from training.data import PackedTokens
 from training.engine.engine import start
-from training.train import parse, prepare, run
+from training.loop.preflight import prepare
+from training.loop.run import run
+from training.train import parse
 from training.engine.world import exit_process
 
 read, world = PackedTokens.batch, start(timeout_s=60)

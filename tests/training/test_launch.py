@@ -21,6 +21,7 @@ from support.tiny_dataset import write_dataset
 
 from gsa.checkpoint import manifest
 from training import launch, train
+from training.observe.terminal import Terminal
 from training.record.metrics_log import read_rows
 
 WAIT_S = 60
@@ -419,7 +420,7 @@ def test_a_lost_terminal_is_a_signal_and_the_second_one_ends_the_ranks_at_once(w
 def test_a_closed_terminal_does_not_end_a_run_that_still_speaks():
     ours, theirs = os.openpty()
     with os.fdopen(theirs, "w") as stream:
-        terminal = train._Terminal(stream)
+        terminal = Terminal(stream)
         print("heard", file=terminal, flush=True)
         assert terminal.isatty() and os.read(ours, 100) == b"heard\r\n"
         os.close(ours)

@@ -14,7 +14,7 @@ from gsa.checkpoint import legacy, manifest
 from gsa.checkpoint.full_state import read_ds_config, read_layout, read_run_state, require_own_name
 from gsa.checkpoint.state import RunState
 from training import config as run_config
-from training.config import BatchPlan, Change, ConfigError, RunConfig, config_changes
+from training.config import Change, ConfigError, RunConfig, RunSpec, config_changes
 from training.data import DataError, PackedTokens
 from training.engine.optimizer import schedule_factor
 from training.record.run_folder import FolderError, RunFolder
@@ -72,14 +72,7 @@ def decided_by(checkpoint: Path, cfg: RunConfig) -> RunConfig:
 
 
 def start_from(
-    checkpoint: Path,
-    cfg: RunConfig,
-    plan: BatchPlan,
-    ds_config: dict[str, Any],
-    data: PackedTokens,
-    allow_change: bool,
-    *,
-    quiet: bool = False,
+    checkpoint: Path, spec: RunSpec, data: PackedTokens, allow_change: bool, *, quiet: bool = False
 ) -> Start:
     """Compares the checkpoint's configuration, text and layout with this run's, and prints every difference.
 
@@ -88,8 +81,9 @@ def start_from(
     Raises ConfigError for a change that is impossible, or bends the curve and is not allowed; CheckpointError
     for a file that is refused.
     """
+    cfg, plan, ds_config = spec.cfg, spec.plan, spec.ds_config
     if legacy.is_legacy(checkpoint):
-        return _start_from_legacy(checkpoint, cfg, plan, data, allow_change, quiet)
+        return _start_from_legacy(checkpoint, spec, data, allow_change, quiet)
     state = read_run_state(checkpoint)
     require_own_name(checkpoint, state)
     changes = config_changes(state.config, run_config.to_plain(cfg))
@@ -119,9 +113,8 @@ def start_from(
     return Start(checkpoint, replace(state, samples_consumed=_carried(state.samples_consumed, length, cfg)), False)
 
 
-def _start_from_legacy(
-    checkpoint: Path, cfg: RunConfig, plan: BatchPlan, data: PackedTokens, allow_change: bool, quiet: bool
-) -> Start:
+def _start_from_legacy(checkpoint: Path, spec: RunSpec, data: PackedTokens, allow_change: bool, quiet: bool) -> Start:
+    cfg, plan = spec.cfg, spec.plan
     legacy.require_whole(checkpoint)
     old = legacy.read_legacy_run(checkpoint)
     said = run_config.to_plain(cfg)

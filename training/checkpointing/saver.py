@@ -1,8 +1,20 @@
-"""Saving off the critical path: a snapshot in host memory, written, sealed and published in the background.
+"""Saves off the critical path: a snapshot in host memory, then written, sealed and published in the background.
 
-The loop waits for the snapshot only. Every rank writes its own files; when the loop's own sums say that all
-have, which costs it no wait, rank 0 seals and publishes. At most one save is in flight. An error on any rank
-is raised on all of them, at the next step.
+One save, from `start` to its checkpoint. At most one is in flight; a new one first waits for the old one.
+
+    snapshot              all ranks, in the loop: copies the state into host memory; the loop waits for nothing else
+       |
+    writing               every rank's writer thread: its own files, each whole or not at all, hashed while written
+       |
+    written by all        `poll` sees it in the sums over ranks that each step makes anyway; nobody waits for it
+       |
+    sealing               rank 0's thread: manifest.json over all files and hashes, written last
+       |
+    sealed                from here on `--resume_from auto` finds the checkpoint
+       |
+    published             rank 0's thread: `latest` names it, older ones are deleted; then the loop reports it
+
+An error on any rank in any phase is raised on all ranks, at the next `poll` or `finish`.
 """
 
 from __future__ import annotations
@@ -21,6 +33,7 @@ import torch
 from gsa.checkpoint import manifest
 from gsa.checkpoint.manifest import CheckpointError, Removed
 from gsa.checkpoint.state import CONFIG, RunState
+from gsa.units import MIB
 from gsa.weights import WEIGHTS, save_weights
 from training.engine.engine import Engine
 from training.engine.snapshot import HostBuffers, Snapshot
@@ -29,21 +42,22 @@ from training.engine.world import World
 
 @dataclass(frozen=True)
 class Retention:
-    """keep_last: newest checkpoints that stay; None: all. keep_every: multiples of it stay for ever."""
+    """keep_last: how many of the newest checkpoints stay; None: all. keep_every: multiples of it stay as well."""
 
     keep_last: int | None
     keep_every: int | None
 
 
 BEAT_S = 5.0
-"""How often a rank that waits for a save gives a sign of life: a disk may take longer than a watchdog's patience."""
+"""Seconds between signs of life of a rank that waits for a save: a disk may take longer than the watchdog waits."""
 
 
 @dataclass(frozen=True)
 class SaveReport:
-    """stall_s: the loop stood still. background_s: from then to publication. background_cpu_s: of rank 0's writer.
+    """A checkpoint that exists. stall_s: how long the loop stood still. background_s: from then to publication.
 
-    removed: older checkpoints, some perhaps with the error that kept them.
+    background_cpu_s: processor time of rank 0's writer. removed: older checkpoints, some perhaps with the error that
+    kept them from being deleted.
     """
 
     tag: str
@@ -54,9 +68,29 @@ class SaveReport:
     background_cpu_s: float
     removed: list[Removed]
 
+    def event(self) -> dict:
+        """The "save" event."""
+        return {
+            "event": "save",
+            "step": self.step,
+            "tag": self.tag,
+            "bytes": self.bytes,
+            "save_stall_seconds": self.stall_s,
+            "save_background_seconds": self.background_s,
+            "save_background_cpu_seconds": self.background_cpu_s,
+        }
 
-class _Job(threading.Thread):
-    """A call in the background, whose result or error is asked for later. Dies with the process."""
+    def lines(self) -> list[str]:
+        """What the console prints of it."""
+        saved = (
+            f"saved {self.tag}: {self.bytes / MIB:.1f} MiB, training stood still for {self.stall_s:.2f} s, "
+            f"written in {self.stall_s + self.background_s:.2f} s"
+        )
+        return [saved, *map(str, self.removed)]
+
+
+class _Task(threading.Thread):
+    """A call in the background, whose result or error is read later. It ends with the process."""
 
     def __init__(self, call: Callable[[], object]) -> None:
         super().__init__(name="checkpoint writer", daemon=True)
@@ -66,7 +100,7 @@ class _Job(threading.Thread):
     def run(self) -> None:
         try:
             self.result = self._call()
-        except Exception as err:  # raised by the loop, on all ranks
+        except Exception as err:  # the loop raises it, on all ranks
             self.error = err
         self.cpu_s = time.thread_time()
 
@@ -74,7 +108,7 @@ class _Job(threading.Thread):
 @dataclass
 class _InFlight:
     state: RunState
-    job: _Job
+    task: _Task
     sealing: bool = False
     outcome: str = "was not saved"
     """What is true of the checkpoint if an error ends its save now."""
@@ -82,12 +116,16 @@ class _InFlight:
     cpu_s: float = 0.0
     since: float = field(default_factory=time.perf_counter)
 
+    @property
+    def tag(self) -> str:
+        return f"step_{self.state.step}"
+
 
 class Saver:
-    """All methods are called by every rank at the same step; none but `start` and `finish` waits for anything.
+    """All methods are called by every rank at the same step; only `start` and `finish` wait for anything.
 
-    background: False writes before `start` returns. bytes_needed: what the first save is expected to take.
-    published: told of every checkpoint that has come to exist, on rank 0. beat: called now and then while waiting.
+    background: False writes before `start` returns. bytes_needed: the expected size of the first save. published:
+    called on rank 0 with every checkpoint once it exists. beat: called now and then while waiting, as a sign of life.
     """
 
     def __init__(
@@ -115,37 +153,42 @@ class Saver:
         began = time.perf_counter()
         self.finish()
         tag = f"step_{state.step}"
-        refused = self._world.broadcast(self._prepare(self._dir / tag) if self._world.is_main else None)
+        refused = self._world.broadcast(self._refusal(self._dir / tag) if self._world.is_main else None)
         if refused is not None:
             raise CheckpointError(refused)
         snapshot = self._engine.snapshot(self._dir, tag, state.to_dict(), buffers=self._buffers)
-        self._flight = _InFlight(state, _Job(lambda: _write(snapshot, state.config, self._dir / tag)))
+        self._flight = _InFlight(state, _Task(lambda: _write(snapshot, state.config, self._dir / tag)))
         if self._buffers is None:
             self.finish(stall_since=began)
         else:
             self._flight.stall_s = time.perf_counter() - began
 
-    def flags(self) -> tuple[float, float]:
-        """(settled, failed), each 0 or 1, of this rank: to be summed over ranks and given to `advance`."""
-        job = None if self._flight is None else self._flight.job
-        if job is None or job.is_alive():
-            return float(job is None), 0.0
-        return 1.0, float(job.error is not None)
+    def status(self) -> tuple[float, float]:
+        """(done, failed) of this rank's task, each 0 or 1: to be summed over ranks and given to `poll`."""
+        task = None if self._flight is None else self._flight.task
+        if task is None or task.is_alive():
+            return float(task is None), 0.0
+        return 1.0, float(task.error is not None)
 
-    def advance(self, settled: float, failed: float) -> None:
-        """Takes the save in flight one phase on, once every rank is through with the last one.
+    def poll(self, done: float, failed: float) -> None:
+        """Begins the next phase of the save in flight once every rank is done with this one.
 
-        Raises CheckpointError on all ranks when any has failed.
+        done, failed: `status`, summed over ranks. Raises CheckpointError on all ranks when any has failed.
         """
-        if self._flight is not None and (failed or settled == self._world.size):
-            self._next_phase()
+        if self._flight is not None and (failed or done == self._world.size):
+            self._end_phase()
 
     def finish(self, *, stall_since: float | None = None) -> None:
         """Waits until the save in flight, if any, is published. Raises CheckpointError on all ranks if it fails."""
         while self._flight is not None:
-            self._next_phase(stall_since)
+            self._end_phase(stall_since)
 
-    def _prepare(self, step_dir: Path) -> str | None:
+    def newest_good(self) -> tuple[Path | None, list[str]]:
+        """The newest checkpoint whose every byte is good, or None, and a line for each that was passed over."""
+        return self._world.from_main(lambda: manifest.newest_good(self._dir))
+
+    def _refusal(self, step_dir: Path) -> str | None:
+        """Removes what an interrupted save left at step_dir; why nothing can be saved there, or None."""
         try:
             manifest.clear_torn(step_dir)
             manifest.require_space(self._dir, self._bytes_needed)
@@ -153,64 +196,66 @@ class Saver:
             return str(err)
         return None
 
-    def _settled(self, flight: _InFlight) -> list[tuple[dict | None, str | None, str]]:
-        """Waits until every rank's job is done; (files written, what went wrong, outcome) of each.
+    def _wait_for_all(self, flight: _InFlight) -> list[tuple[dict | None, str | None, str]]:
+        """Waits until every rank's task is done; (files written, error, outcome) of each.
 
-        In rounds, with a sign of life in each: no rank sits in one collective for as long as another's disk takes.
+        It waits in rounds, with a sign of life in each: no rank sits in one collective for as long as another's disk
+        takes.
         """
         while True:
-            job = flight.job
-            job.join(timeout=BEAT_S)
+            task = flight.task
+            task.join(timeout=BEAT_S)
             self._beat()
-            done = not job.is_alive()
-            written = job.result if done and not flight.sealing else None
-            shared = self._world.gather((written, _words(job.error), flight.outcome) if done else None)
+            done = not task.is_alive()
+            written = task.result if done and not flight.sealing else None
+            shared = self._world.gather((written, _error_text(task.error), flight.outcome) if done else None)
             if None not in shared:
                 return shared
 
-    def _next_phase(self, stall_since: float | None = None) -> None:
+    def _end_phase(self, stall_since: float | None = None) -> None:
+        """Ends the phase of the save in flight on all ranks: raises its errors, seals after writing, or reports."""
         flight = self._flight
-        shared = self._settled(flight)
-        flight.cpu_s += flight.job.cpu_s
-        tag = f"step_{flight.state.step}"
-        failed = [f"rank {rank}: {words}" for rank, (_, words, _) in enumerate(shared) if words is not None]
+        shared = self._wait_for_all(flight)
+        flight.cpu_s += flight.task.cpu_s
+        failed = [f"rank {rank}: {text}" for rank, (_, text, _) in enumerate(shared) if text is not None]
         if failed:
             self._flight = None
             outcome = shared[0][2]  # of rank 0, which seals
-            raise CheckpointError(f"{tag} {outcome}:\n  " + "\n  ".join(failed)) from flight.job.error
+            raise CheckpointError(f"{flight.tag} {outcome}:\n  " + "\n  ".join(failed)) from flight.task.error
         if not flight.sealing:
             hashes = {name: entry for part, *_ in shared for name, entry in part.items()}
             flight.sealing = True
-            flight.job = _Job(lambda: self._seal(flight, hashes) if self._world.is_main else None)
+            flight.task = _Task(lambda: self._seal_and_publish(flight, hashes) if self._world.is_main else None)
             return
         self._flight = None
         if self._world.is_main:
-            size, removed = flight.job.result
+            size, removed = flight.task.result
             self._bytes_needed = size
             now = time.perf_counter()
             stall_s = flight.stall_s if stall_since is None else now - stall_since
             background_s = 0.0 if stall_since is not None else now - flight.since
-            self._published(SaveReport(tag, flight.state.step, size, stall_s, background_s, flight.cpu_s, removed))
+            self._published(
+                SaveReport(flight.tag, flight.state.step, size, stall_s, background_s, flight.cpu_s, removed)
+            )
 
-    def _seal(self, flight: _InFlight, hashes: dict[str, tuple[int, str]]) -> tuple[int, list[Removed]]:
-        tag = f"step_{flight.state.step}"
-        sealed = manifest.seal(self._dir / tag, hashes=hashes)
+    def _seal_and_publish(self, flight: _InFlight, hashes: dict[str, tuple[int, str]]) -> tuple[int, list[Removed]]:
+        sealed = manifest.seal(self._dir / flight.tag, hashes=hashes)
         flight.outcome = "was saved, and `auto` finds it, but `latest` could not be set to it"
-        manifest.publish(self._dir, tag)
+        manifest.publish(self._dir, flight.tag)
         flight.outcome = "was saved, and older ones stay, since reading it back failed"
         removed: list[Removed] = []
         if self._retention.keep_last is not None:
-            # one thread: what is read back here must not take the loop's cores
+            # one thread: reading it back must not take the loop's cores
             removed = manifest.retain(self._dir, self._retention.keep_last, self._retention.keep_every, threads=1)
         return sum(entry.bytes for entry in sealed.files.values()), removed
 
 
-def _words(error: Exception | None) -> str | None:
+def _error_text(error: Exception | None) -> str | None:
     return None if error is None else str(error) if isinstance(error, CheckpointError) else repr(error)
 
 
 def _write(snapshot: Snapshot, config: dict, step_dir: Path) -> dict[str, tuple[int, str]]:
-    """This rank's files; {name: (bytes, sha256)}."""
+    """Writes this rank's files; returns {name: (bytes, sha256)}."""
     hashes = {path.name: write_file(path, content) for path, content in snapshot.files.items()}
     if snapshot.weights is not None:
         save_weights(snapshot.weights, config, step_dir)
@@ -220,7 +265,7 @@ def _write(snapshot: Snapshot, config: dict, step_dir: Path) -> dict[str, tuple[
 
 
 class _HashingFile:
-    """A file being written whose size and sha256 are known when it is closed, without reading it again."""
+    """A file being written; its size and sha256 are known when it is closed, without reading it again."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._sha, self.bytes = file, hashlib.sha256(), 0

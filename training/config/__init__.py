@@ -1,5 +1,6 @@
 """What a run is told: its configuration, batch arithmetic, what a change means on resume, the one DeepSpeed dict."""
 
+from training.config.run_spec import RunSpec
 from training.config.schema import (
     EFFECT_WORDS,
     RESUME_EFFECT,
@@ -31,6 +32,7 @@ __all__ = [
     "DataConfig",
     "LoggingConfig",
     "RunConfig",
+    "RunSpec",
     "TrainingConfig",
     "all_keys",
     "config_changes",

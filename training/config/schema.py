@@ -21,12 +21,13 @@ from gsa import kernels
 from gsa.checkpoint import legacy
 from gsa.config import ModelConfig
 from gsa.model import Recomputed
+from training.config.exit_codes import Refusal
 
 Effect = Literal["harmless", "curve", "impossible"]
 """What changing a key on resume does: nothing to the numbers; bends the curve; does not fit the tensors."""
 
 
-class ConfigError(ValueError):
+class ConfigError(Refusal):
     """A configuration that cannot run; the message names the key, the file or override, and what would fit."""
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from training.config import BatchPlan
+from training.config.exit_codes import ExitCode, Refusal
 from training.data import packing
 from training.data.order import BLOCK, Order, permute
 
@@ -29,8 +30,10 @@ FORMAT = 1
 MANIFEST_KEYS = ("dtype", "vocab_size", "eod_id", "tokenizer_sha256", "fingerprint", "splits")
 
 
-class DataError(ValueError):
+class DataError(Refusal):
     """A dataset that is missing, damaged or does not fit; the message names the file and what to do."""
+
+    exit_code = ExitCode.REFUSED_INPUT
 
 
 @dataclass(frozen=True)

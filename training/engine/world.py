@@ -1,15 +1,18 @@
-"""Where this process stands among the ranks of a run, before and after they have met."""
+"""This process among the ranks of a run: what the launcher's environment says, and the process group."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,19 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def from_main(self, call: Callable[[], T]) -> T:
+        """The result of `call`, which only rank 0 runs, on every rank. What it raises is raised on all of them."""
+        result, error = None, None
+        if self.is_main:
+            try:
+                result = call()
+            except Exception as err:  # the other ranks are waiting for the answer
+                error = err
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            raise error
+        return result
+
     def gather(self, value: Any) -> list:
         """Every rank's value, in rank order, on every rank."""
         gathered: list = [None] * self.size
@@ -46,10 +62,10 @@ class World:
 
 
 def exit_process(code: int) -> NoReturn:
-    """Ends this process with this code, after the handlers of atexit; the interpreter is not taken down.
+    """Ends this process with this code after running the atexit handlers, without tearing down the interpreter.
 
-    A gloo thread may let go of its last tensor while the interpreter ends, and aborts then (pytorch issue 190489):
-    a run that finished would leave with SIGABRT, and its launcher would report a failure.
+    A gloo thread that frees its last tensor while the interpreter shuts down aborts the process (pytorch issue
+    190489): a run that finished would end with SIGABRT, and its launcher would report a failure.
     """
     atexit._run_exitfuncs()  # W&B closes its run in one
     sys.stdout.flush()

@@ -26,10 +26,10 @@ import torch
 from training.config import BatchPlan, RunConfig, load_config, plan_batch
 from training.config.deepspeed import resolve_ds_config
 from training.data import Loader, PackedTokens
+from training.data.open import open_data
 from training.engine.world import World, environment_rank, environment_world_size, exit_process
-from training.loop.step import StepSums, forward_backward, summed
+from training.loop.step import StepSums, forward_backward, sum_over_ranks
 from training.loop.watchdog import Watchdog
-from training.train import open_data
 
 GIB = 2**30
 
@@ -193,14 +193,14 @@ class Bench:
             step=self.done,
             probing=first and bool(cfg.probe_interval),
             n_targets=self.data.n_targets(self.done * plan.global_batch_size, plan.global_batch_size),
-            examining=first and bool(cfg.health_interval),
+            measuring=first and bool(cfg.health_interval),
             phase=lambda name: self.watchdog.beat("first step" if first else name),
             drop=self._waits if cfg.on_spike == "skip" else None,
         )
         shared = {"means": done.means(), "selection": done.selection, "probes": done.probes}
         if done.updates is not None:
             shared["updates"] = done.updates.squares().to(done.selection)
-        shared = summed(shared)
+        shared = sum_over_ranks(shared)
         model.update_v_ref(shared["selection"])
         shared["means"].tolist()
         self.engine.grad_norm()
@@ -209,7 +209,7 @@ class Bench:
     @staticmethod
     def _waits(done: StepSums) -> bool:
         """A run that may drop an update waits for the step's loss before it."""
-        summed({"means": done.means()})["means"].tolist()
+        sum_over_ranks({"means": done.means()})["means"].tolist()
         return False
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What a run says on one screen before its first step, and when it ends."""
+"""What a run prints before its first step and when it ends, one screen each."""
 
 from __future__ import annotations
 
@@ -6,74 +6,60 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gsa.model import count_params
-from training.config import BatchPlan, RunConfig
-from training.data import PackedTokens
+from gsa.units import GIB
+from training.config.run_spec import RunSpec
 from training.observe.console import format_seconds
-from training.planning.cost_model import GIB, memory_bytes, setting_of, step_time
+from training.planning.cost_model import memory_bytes, setting_of, step_time
 from training.planning.devices import find
 
 Entry = tuple[str, str]
 
 
-def start_banner(
-    cfg: RunConfig,
-    plan: BatchPlan,
-    ds_config: dict,
-    data: PackedTokens,
-    folder: Path,
-    device: dict,
-    *,
-    backend: str,
-    tracking: str,
-) -> list[Entry]:
-    """device: the "device" event, training/observe/telemetry.py. tracking: where W&B writes, in words."""
+def start_banner(spec: RunSpec, data: str, folder: Path, device: dict, *, backend: str, tracking: str) -> list[Entry]:
+    """data: a line about the training text. device: the "device" event of training/observe/telemetry.py. tracking:
+    where the run is tracked."""
+    cfg, plan, zero = spec.cfg, spec.plan, spec.ds_config["zero_optimization"]
     t, c = cfg.training, cfg.model
-    tokens = plan.global_batch_size * t.max_seq_len
-    zero = ds_config["zero_optimization"]
     attention = f"{c.k_base} keys of {t.max_seq_len} ({c.adaptive_k})" if c.sparse else "dense"
+    model = f"{count_params(c)['total']:,} parameters, {c.n_layers} layers of {c.d_model}; attention: {attention}"
+    batch = (
+        f"{plan.global_batch_size} windows = {plan.world_size} ranks x {plan.micro_batch_size} x "
+        f"{plan.accumulation_steps} accumulation; {plan.global_batch_size * t.max_seq_len:,} tokens per step, "
+        f"{t.max_steps:,} steps"
+    )
     offload = ", offload" if "offload_optimizer" in zero else ""
+    hardware = (
+        f"{device['world_size']} x {device['name']}, {device['memory_gib']:.0f} GiB, "
+        f"{device['peak_tflops']:.3g} TFLOP/s ({device['peak_source']}); kernels: {backend}"
+    )
     return [
-        (
-            "model",
-            f"{count_params(c)['total']:,} parameters, {c.n_layers} layers of {c.d_model}; attention: {attention}",
-        ),
-        (
-            "data",
-            f"{', '.join(map(str, data.sources))}: {data.n_windows:,} windows of {t.max_seq_len} tokens; "
-            f"{data.epoch(t.max_steps * plan.global_batch_size):.2f} passes planned",
-        ),
-        (
-            "batch",
-            f"{plan.global_batch_size} windows = {plan.world_size} ranks x {plan.micro_batch_size} x "
-            f"{plan.accumulation_steps} accumulation; {tokens:,} tokens per step, {t.max_steps:,} steps",
-        ),
+        ("model", model),
+        ("data", data),
+        ("batch", batch),
         ("zero", f"stage {zero.get('stage', 0)}{offload}, {t.precision}; recomputed: {t.recomputed}"),
-        (
-            "device",
-            f"{device['world_size']} x {device['name']}, {device['memory_gib']:.0f} GiB, "
-            f"{device['peak_tflops']:.3g} TFLOP/s ({device['peak_source']}); kernels: {backend}",
-        ),
-        ("predicted", _predicted(cfg, plan, ds_config, device["name"], backend)),
+        ("device", hardware),
+        ("predicted", _predicted(spec, device["name"], backend)),
         ("folder", f"{folder}: metrics.jsonl, step_N/ every {t.save_interval or 'stop'} steps; {tracking}"),
     ]
 
 
-def _predicted(cfg: RunConfig, plan: BatchPlan, ds_config: dict, name: str, backend: str) -> str:
-    setting = setting_of(cfg, ds_config, plan)
+def _predicted(spec: RunSpec, device_name: str, backend: str) -> str:
+    cfg = spec.cfg
+    setting = setting_of(cfg, spec.ds_config, spec.plan)
     T, rows = cfg.training.max_seq_len, cfg.training.indexer_loss_rows
-    known = find(name)
+    known = find(device_name)
     bf16 = cfg.training.precision == "bf16"
-    counted = memory_bytes(cfg.model, T, setting, bf16=bf16, rows=rows, fused=name != "CPU")
+    counted = memory_bytes(cfg.model, T, setting, bf16=bf16, rows=rows, fused=device_name != "CPU")
     size = counted["allocated"] / GIB
     memory = f"{size:.2f} GiB per rank" if size >= 0.1 else f"{size * 1024:.1f} MiB per rank"
     if known is None:
-        return f"{memory}; no seconds for a device that is in no table"
+        return f"{memory}; no prediction of seconds: this device is in no table"
     if backend != "triton":
-        return f"{memory}; no seconds for kernels other than Triton's"
+        return f"{memory}; no prediction of seconds for kernels other than Triton's"
     time = step_time(cfg.model, T, setting, known, bf16=bf16, rows=rows)
     if time is None:
-        return f"{memory}; no seconds: the peak of {known.name} at {cfg.training.precision} is in no table"
-    return f"{memory}, {time.seconds:.2f} s per step: {format_seconds(time.seconds * cfg.training.max_steps)} for all"
+        return f"{memory}; no prediction of seconds: the peak of {known.name} at {cfg.training.precision} is unknown"
+    return f"{memory}, {time.seconds:.2f} s per step: {format_seconds(time.seconds * cfg.training.max_steps)} in all"
 
 
 def closing_summary(

@@ -1,4 +1,4 @@
-"""Rank 0's terminal: start banner, progress, one line per evaluation and save, closing summary."""
+"""The terminal of rank 0: start banner, progress, one line per evaluation and save, closing summary."""
 
 from __future__ import annotations
 
@@ -34,37 +34,34 @@ def text_chart(values: list[float], *, width: int = 72, height: int = 10, label:
 
 
 class Console:
-    """Lines on rank 0's terminal; nothing on the others. The bar appears only on a real terminal, and not under CI.
+    """Prints lines and progress. A progress bar replaces the lines of steps on a real terminal, but not under CI.
 
-    level: "warning" leaves warnings alone; "debug" is DeepSpeed's affair, and "info" here.
+    level: `"warning"` prints warnings only; `"info"` prints everything; `"debug"` also enables DeepSpeed's log.
     """
 
-    def __init__(self, enabled: bool, total: int, log_interval: int = 10, level: LogLevel = "info") -> None:
-        self._warns, self._enabled = enabled, enabled and level != "warning"
+    def __init__(self, total: int, log_interval: int = 10, level: LogLevel = "info") -> None:
+        self._enabled = level != "warning"
         self._interval = max(1, log_interval)
         self._bar: tqdm | None = None
         self._wants_bar = self._enabled and sys.stderr.isatty() and not os.environ.get("CI")
         self._total = total
 
     def line(self, text: str) -> None:
-        if not self._enabled:
-            return
+        if self._enabled:
+            self._print(text)
+
+    def warn(self, text: str) -> None:
+        """A line that every level prints."""
+        self._print(f"warning: {text}")
+
+    def _print(self, text: str) -> None:
         if self._bar is not None:
             self._bar.write(text)
         else:
             print(text, flush=True)
 
-    def warn(self, text: str) -> None:
-        """A line that every level shows."""
-        if not self._warns:
-            return
-        if self._bar is not None:
-            self._bar.write(f"warning: {text}")
-        else:
-            print(f"warning: {text}", flush=True)
-
     def table(self, title: str, entries: Sequence[tuple[str, str]]) -> None:
-        """A title and aligned entries, as of the start banner and the closing summary."""
+        """A title with aligned entries below it: the start banner and the closing summary."""
         wide = max(len(name) for name, _ in entries)
         self.line("\n".join([title, *(f"  {name:<{wide}}  {value}" for name, value in entries)]))
 

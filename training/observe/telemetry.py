@@ -1,20 +1,23 @@
-"""How well the devices are used: what a step row says beyond losses and phases. Costs no synchronisation of its own."""
+"""How well the devices are used: pace, MFU, phases and memory of a step. Costs no synchronisation of its own."""
 
 from __future__ import annotations
 
 import resource
+import time
 
 import psutil
 import torch
 
 from gsa.model import flops_per_token
-from training.config import BatchPlan, RunConfig
+from gsa.units import GIB
+from training.config.run_spec import RunSpec
 from training.engine.world import World
-from training.planning.cost_model import GIB, memory_bytes, setting_of, step_time
+from training.observe.step_clock import StepClock
+from training.planning.cost_model import memory_bytes, setting_of, step_time
 from training.planning.devices import Monitor, find, peak_tflops
 
 SETTLED = 3
-"""Steps of a process after which memory and pace are those of the run."""
+"""Steps after which a process has reached the memory and the pace of the run."""
 
 
 class Telemetry:
@@ -23,12 +26,13 @@ class Telemetry:
     Make it before the model: on a CPU the memory that the process holds by then is not the run's.
     """
 
-    def __init__(self, cfg: RunConfig, plan: BatchPlan, ds_config: dict, world: World) -> None:
-        self._cfg, self._plan, self._ds_config, self._world = cfg, plan, ds_config, world
+    def __init__(self, spec: RunSpec, world: World) -> None:
+        self._spec, self._world = spec, world
         self._on_gpu = world.device.type == "cuda"
-        dtype = torch.bfloat16 if cfg.training.precision == "bf16" else torch.float32
+        dtype = torch.bfloat16 if spec.cfg.training.precision == "bf16" else torch.float32
         self._peak_tflops, self._peak_source = peak_tflops(world.device, dtype)
         self._before = psutil.Process().memory_info().rss
+        self._clock = StepClock(world.device)
         self._own_seconds = 0.0
         self._retries = 0
         self._monitor = Monitor() if self._on_gpu and world.is_main else None
@@ -48,8 +52,15 @@ class Telemetry:
             "peak_source": self._peak_source,
         }
 
+    def enter_phase(self, name: str) -> None:
+        """A phase of the step begins, and the one before ends."""
+        self._clock.lap(name)
+
     def shares(self, like: torch.Tensor) -> torch.Tensor:
-        """(2, ranks) like `like`, to be summed over ranks: seconds of the step before, and allocator retries since."""
+        """This rank's part of (2, ranks), zeros elsewhere: seconds of the step before, and allocator retries since then.
+
+        The tensor has the dtype and the device of `like`; summed over ranks it is complete.
+        """
         found = like.new_zeros(2, self._world.size)
         retries = torch.cuda.memory_stats(self._world.device).get("num_alloc_retries", 0) if self._on_gpu else 0
         found[0, self._world.rank].fill_(self._own_seconds)
@@ -57,25 +68,28 @@ class Telemetry:
         self._retries = retries
         return found
 
-    def of_step(
-        self, seconds: float, phases: dict[str, float], shares: torch.Tensor, keys: float, visible: float
-    ) -> dict:
-        """The row's measures of use. phases: seconds by name; shares: summed over ranks; keys, visible: per query."""
-        cfg, plan = self._cfg, self._plan
+    def of_step(self, began: float, rank_shares: torch.Tensor, *, selected: float, visible: float) -> dict:
+        """The row's measures of time and use; it ends the step's last phase and waits for the device once.
+
+        began: time.perf_counter() when the step did. rank_shares: `shares`, summed over ranks. selected, visible: keys
+        per query.
+        """
+        phases = self._clock.read()
+        seconds = time.perf_counter() - began
+        cfg, plan = self._spec.cfg, self._spec.plan
+        del phases["other"]  # seconds_other holds what the host adds to it as well
         self._own_seconds = phases.get("data", 0.0) + phases.get("forward", 0.0)
         tokens = plan.global_batch_size * cfg.training.max_seq_len
-        useful = (
-            tokens
-            * flops_per_token(
-                cfg.model,
-                cfg.training.max_seq_len,
-                indexer_rows=cfg.training.indexer_loss_rows,
-                keys=keys,
-                visible=visible,
-            )["total"]
+        flops = flops_per_token(
+            cfg.model,
+            cfg.training.max_seq_len,
+            indexer_rows=cfg.training.indexer_loss_rows,
+            keys=selected,
+            visible=visible,
         )
-        rank_seconds, retries = shares.cpu()
-        row = {
+        useful = tokens * flops["total"]
+        rank_seconds, retries = rank_shares.cpu()
+        row = {f"seconds_{name}": spent for name, spent in phases.items()} | {
             "tokens_per_s": tokens / seconds,
             "tokens_per_s_per_device": tokens / seconds / plan.world_size,
             "mfu": useful / (seconds * plan.world_size * self._peak_tflops * 1e12),
@@ -90,7 +104,7 @@ class Telemetry:
         return row | ({} if self._monitor is None else self._monitor.read())
 
     def messages(self) -> list[str]:
-        """What has gone wrong with the sampling of GPUs since the last call."""
+        """Errors in sampling the GPUs since the last call."""
         return [] if self._monitor is None else self._monitor.new_messages()
 
     def peak_bytes(self) -> int:
@@ -100,19 +114,19 @@ class Telemetry:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     def run_bytes(self) -> int:
-        """Peak memory of this run: allocated on its GPU; on a CPU what the process has grown by since this was made.
+        """Peak memory of this run: allocated on its GPU; on a CPU, the growth of the process since this was made.
 
-        A process reuses freed pages and counts resident ones in batches: a model of a MiB or so may have 0.
+        A process reuses freed pages, and the kernel counts resident ones in batches: a model of about a MiB may show 0.
         """
         return max(0, self.peak_bytes() - (0 if self._on_gpu else self._before))
 
     def predicted(self, seconds: float, backend: str) -> dict:
-        """The "predicted" event: by count, beside what this process has measured. seconds: of a settled step.
+        """The "predicted" event: memory and seconds by count, beside what this process has measured.
 
-        Seconds are predicted of Triton's kernels on a device in the table.
+        seconds: of a step after SETTLED ones. Seconds are predicted for Triton's kernels on a device in the table.
         """
-        cfg = self._cfg
-        setting = setting_of(cfg, self._ds_config, self._plan)
+        cfg = self._spec.cfg
+        setting = setting_of(cfg, self._spec.ds_config, self._spec.plan)
         T, rows = cfg.training.max_seq_len, cfg.training.indexer_loss_rows
         bf16 = cfg.training.precision == "bf16"
         counted = memory_bytes(cfg.model, T, setting, bf16=bf16, rows=rows, fused=self._on_gpu)

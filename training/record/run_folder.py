@@ -1,4 +1,4 @@
-"""The folder of a run: what lies where, who may write into it, and what it says of itself."""
+"""The folder of a run: where each file lies, who may write into it, run.json, and the environment it ran in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
@@ -15,23 +16,27 @@ import torch
 from gsa.checkpoint import manifest
 from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import read_json_object
-from training.engine.world import environment_rank
+from training.config.exit_codes import Refusal
 
 PROJECT = "gsa-trainer"
 
 
-class FolderError(ValueError):
+class FolderError(Refusal):
     """The output folder cannot take this run; the message says why and what to do."""
 
 
 class RunFolder:
-    """config.yaml ds_config.json env.json run.json metrics.jsonl step_N/ latest, all relative: it can be moved."""
+    """config.yaml ds_config.json env.json run.json metrics.jsonl step_N/ latest; nothing in it names its own place, so
+    it can be moved or copied whole.
 
-    def __init__(self, path: Path) -> None:
+    warn: called with a line when run.json is damaged; by default the line is printed.
+    """
+
+    def __init__(self, path: Path, *, warn: Callable[[str], None] | None = None) -> None:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.run_json = path / "run.json"
-        self._told_damage = False
+        self._warn, self._warned = warn or _print_warning, False
 
     def holds_a_run(self) -> bool:
         return self.run_json.exists() or any(self.path.glob("step_*"))
@@ -55,15 +60,15 @@ class RunFolder:
         _write(self.path / "env.json", json.dumps(environment(), indent=2) + "\n")
 
     def read_run(self) -> dict:
-        """run.json; an empty dict for a new folder, or when it is damaged, which rank 0 says once."""
+        """run.json; an empty dict for a new folder, or when it is damaged, of which `warn` is called once."""
         if not self.run_json.exists():
             return {}
         try:
             return read_json_object(self.run_json)
         except CheckpointError as err:
-            if not self._told_damage and environment_rank() == 0:
-                print(f"warning: {err}; going on without what it said of the run", flush=True)
-            self._told_damage = True
+            if not self._warned:
+                self._warn(f"{err}; continuing without what it recorded of the run")
+            self._warned = True
             return {}
 
     def update_run(self, **fields: object) -> None:
@@ -73,30 +78,45 @@ class RunFolder:
         """
         _write(self.run_json, json.dumps({**self.read_run(), **fields, "updated": time.time()}, indent=2) + "\n")
 
-    def set_aside(self, after_step: int) -> list[str]:
-        """Moves checkpoints of steps after `after_step` to segments/, so that nothing resumes a dead branch.
+    def latest(self) -> str | None:
+        """The tag that `latest` names; None when the file cannot be read, which the next save mends."""
+        try:
+            return manifest.latest_tag(self.path)
+        except CheckpointError:
+            return None
 
-        What an interrupted save left there is removed. Returns a line for each folder.
+    def discard_after(self, step: int, *, resumed_from: str | None) -> list[str]:
+        """Moves checkpoints of steps after `step` to segments/, so that nothing resumes a discarded branch.
+
+        resumed_from: the tag in this folder that the run continues from, or None; `latest` is made to name it first,
+        since the tag that it names may be one of those that move. What an interrupted save left behind is removed.
+        Returns a line for each folder.
         """
-        moved = []
+        if resumed_from is not None and self.latest() != resumed_from:
+            manifest.publish(self.path, resumed_from)
+        lines = []
         for found in sorted(self.path.glob("step_*")):
             number = found.name.removeprefix("step_")
-            if not number.isdigit() or int(number) <= after_step:
+            if not number.isdigit() or int(number) <= step:
                 continue
             if found.is_dir() and manifest.is_torn(found):
                 manifest.clear_torn(found)
-                moved.append(f"{found.name} lies after the step resumed from, and its save was interrupted: removed")
+                lines.append(f"{found.name} lies after the step resumed from, and its save was interrupted: removed")
                 continue
             segments = self.path / "segments"
             segments.mkdir(exist_ok=True)
             copy = next(p for i in range(10**6) if not (p := segments / f"{found.name}.{i}").exists())
             os.replace(found, copy)
-            moved.append(f"{found.name} lies after the step resumed from: moved to {copy.relative_to(self.path)}")
-        return moved
+            lines.append(f"{found.name} lies after the step resumed from: moved to {copy.relative_to(self.path)}")
+        return lines
+
+
+def _print_warning(text: str) -> None:
+    print(f"warning: {text}", flush=True)
 
 
 def environment() -> dict:
-    """What a result depends on: versions and the machine, without its names and paths."""
+    """What a result depends on: versions and the kind of machine, without host names and paths."""
     return {
         "project": version(PROJECT),
         "python": platform.python_version(),
@@ -107,6 +127,11 @@ def environment() -> dict:
         "cpus": os.cpu_count(),
         "argv": sys.argv[1:],
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions that a checkpoint records."""
+    return {"torch": str(torch.__version__), "deepspeed": version("deepspeed"), "project": version(PROJECT)}
 
 
 def version(package: str) -> str:

@@ -29,6 +29,7 @@ from training.checkpointing.saver import Retention, Saver
 from training.engine.engine import _SafeFiles
 from training.engine.snapshot import HostBuffers, Snapshot, host_tree
 from training.engine.world import World
+from training.loop.run import _record_failure
 from training.record.metrics_log import read_rows
 from training.record.run_folder import RunFolder
 
@@ -271,7 +272,7 @@ def test_too_little_disk_is_refused_before_the_launch_and_before_each_save(tmp_p
     saver = Saver(
         None, alone, tmp_path, background=True, retention=Retention(None, None), bytes_needed=2**21, published=print
     )
-    assert "a checkpoint needs 0.00 GiB and 0.00 GiB are free" in saver._prepare(tmp_path / "step_1")
+    assert "a checkpoint needs 0.00 GiB and 0.00 GiB are free" in saver._refusal(tmp_path / "step_1")
 
 
 # -- the writer's own promises: ranks as threads, no engine -------------------------------------------------------
@@ -365,7 +366,7 @@ class Ranks:
     def one_step(self) -> list:
         """What the trainer's loop does: the flags of all ranks, summed, to each."""
         settled, failed = (sum(column) for column in zip(*self.each(Saver.flags), strict=True))
-        return self.each(lambda saver: saver.advance(settled, failed))
+        return self.each(lambda saver: saver.poll(settled, failed))
 
 
 SHARD = {"rank_{rank}_optim_states.pt": {"a": torch.ones(4)}}
@@ -382,7 +383,7 @@ def test_a_save_is_published_at_a_later_step_once_every_rank_has_written(tmp_pat
     written = threading.Event()
     ranks = Ranks(tmp_path, [SHARD, {"rank_{rank}_optim_states.pt": Slow(written)}])
     ranks.start(3)
-    until(lambda: ranks.savers[0].flags() == (1.0, 0.0))
+    until(lambda: ranks.savers[0].status() == (1.0, 0.0))
     for _ in range(3):  # rank 1 still writes: nobody waits for it
         assert ranks.one_step() == [None, None]
     assert manifest.latest_tag(tmp_path) is None and not (tmp_path / "step_3" / "manifest.json").exists()
@@ -397,7 +398,7 @@ def test_a_save_is_published_at_a_later_step_once_every_rank_has_written(tmp_pat
 def test_a_writer_that_fails_on_one_rank_is_an_error_on_all_at_the_next_step(tmp_path):
     ranks = Ranks(tmp_path, [SHARD, {"nowhere/rank_{rank}_optim_states.pt": {}}])
     ranks.start(3)
-    until(lambda: ranks.savers[1].flags() == (1.0, 1.0) and ranks.savers[0].flags()[0])
+    until(lambda: ranks.savers[1].status() == (1.0, 1.0) and ranks.savers[0].status()[0])
     errors = ranks.one_step()
     for err in errors:
         assert isinstance(err, CheckpointError) and str(err).startswith("step_3 was not saved:\n  rank 1: ")
@@ -542,7 +543,7 @@ def test_run_json_is_on_disk_before_it_has_its_name_and_a_damaged_one_is_said_on
 def test_a_disk_that_refuses_run_json_as_well_does_not_change_the_exit_code(tmp_path, capsys):
     folder = RunFolder(tmp_path)
     (folder.run_json / "in_the_way").mkdir(parents=True)
-    train._record_failure(folder, "step_4 was not saved")
+    _record_failure(folder, "step_4 was not saved")
     assert "run.json could not be written" in capsys.readouterr().err
 
 
@@ -552,7 +553,7 @@ def test_what_lies_after_the_step_resumed_from_is_set_aside_whatever_it_is(tmp_p
     (tmp_path / "step_8" / "manifest.json").touch()
     (tmp_path / "step_7").mkdir()
     (tmp_path / "step_7" / "config.json.tmp").touch()
-    said = RunFolder(tmp_path).set_aside(6)
+    said = RunFolder(tmp_path).discard_after(6, resumed_from=None)
     assert [line.split(":")[1].strip() for line in said] == [
         "removed",
         "moved to segments/step_8.0",

@@ -15,8 +15,8 @@ from support.launching import ROOT, rank_environment
 
 from training.config import BatchPlan, TrainingConfig
 from training.loop import step as step_module
-from training.loop.step import indexer_rows, forward_backward
-from training.loop.step_clock import StepClock
+from training.loop.step import forward_backward, indexer_rows
+from training.observe.step_clock import StepClock
 
 
 def waits(config, *argv: str) -> dict[str, dict[str, int]]:
@@ -74,7 +74,7 @@ def test_what_comes_after_the_last_micro_batch_is_not_the_update_s():
     cfg = TrainingConfig(max_seq_len=8)
     plan = BatchPlan(1, 2, 2, 1)
     forward_backward(
-        FakeEngine(), iter([batch, batch]), cfg, plan, step=0, n_targets=1, probing=False, examining=False, phase=phase
+        FakeEngine(), iter([batch, batch]), cfg, plan, step=0, n_targets=1, probing=False, measuring=False, phase=phase
     )
     time.sleep(2)  # what the trainer does with what came out
     seconds = clock.read()
@@ -93,7 +93,7 @@ def test_drawn_rows_are_sorted_unlike_from_step_to_step_and_alike_when_drawn_aga
 def test_sums_come_back_in_their_shapes(monkeypatch):
     monkeypatch.setattr(step_module.dist, "all_reduce", lambda flat: flat.mul_(2))
     parts = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(True), "c": torch.tensor([5], dtype=torch.int32)}
-    found = step_module.summed(parts)
+    found = step_module.sum_over_ranks(parts)
     assert all(torch.equal(found[name], part.double() * 2) for name, part in parts.items())
     assert found["a"].shape == (2, 3) and found["b"].shape == () and found["c"].shape == (1,)
 

@@ -20,7 +20,7 @@ from support.launching import ROOT, Case, run_cases
 from support.tiny_dataset import write_dataset
 
 from gsa.weights import load_weights, save_weights
-from training.config import load_config, plan_batch
+from training.config import RunSpec, load_config, plan_batch
 from training.data import PackedTokens
 from training.engine.world import World
 from training.generate import load_model
@@ -242,7 +242,7 @@ def test_every_run_says_what_it_runs_on_and_how_its_prediction_did(runs):
 
 def test_measured_memory_is_what_the_run_grew_by(tiny_yaml):
     cfg = load_config(tiny_yaml, [])
-    telemetry = Telemetry(cfg, plan_batch(cfg.training, 1), {}, World(0, 1, 0, 1, torch.device("cpu")))
+    telemetry = Telemetry(RunSpec(cfg, plan_batch(cfg.training, 1), {}), World(0, 1, 0, 1, torch.device("cpu")))
     assert telemetry.run_bytes() >= 0
     free = telemetry.peak_bytes() - psutil.Process().memory_info().rss  # a peak of this worker's earlier tests
     held = torch.ones(max(0, free) + 512 * 2**20, dtype=torch.uint8)

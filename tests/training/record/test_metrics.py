@@ -87,7 +87,7 @@ def test_the_bar_shows_steps_loss_and_eta_on_a_terminal_and_lines_elsewhere(monk
         "grad_norm": 1.0,
         "epoch": 0.5,
     }
-    quiet = Console(True, 80, log_interval=20)
+    quiet = Console(80, log_interval=20)
     for step in range(38, 62):
         quiet.step({**row, "step": step}, eta_s=3725)
     out = capsys.readouterr()
@@ -95,7 +95,7 @@ def test_the_bar_shows_steps_loss_and_eta_on_a_terminal_and_lines_elsewhere(monk
     assert "ETA 1:02:05" in out.out
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "120")
-    bar = Console(True, 80)
+    bar = Console(80)
     bar.step(row, eta_s=1)
     bar.line("step 41: saved step_41")
     bar.close()
@@ -103,9 +103,7 @@ def test_the_bar_shows_steps_loss_and_eta_on_a_terminal_and_lines_elsewhere(monk
     assert "41/80" in out.err and "loss 2.5000" in out.err and "1,234 tok/s" in out.err
     assert "saved step_41" in out.out + out.err
     monkeypatch.setenv("CI", "true")  # a log of CI is no terminal, even where it claims to be one
-    under_ci = Console(True, 80, log_interval=1)
+    under_ci = Console(80, log_interval=1)
     under_ci.step(row, eta_s=1)
     out = capsys.readouterr()
     assert out.out.startswith("step 41/80") and not out.err
-    Console(False, 80).step(row, eta_s=1)
-    assert capsys.readouterr() == ("", "")

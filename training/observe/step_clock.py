@@ -1,4 +1,4 @@
-"""Seconds of a step by phase, without making the device wait."""
+"""Seconds of a step by phase, measured without making the device wait."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 class StepClock:
     """`lap(name)` starts a phase and ends the one before; `read()` ends the step.
 
-    On a GPU the marks are events in the stream, so a phase is the time the device spent on it, and its
-    idle time while the host fetched data counts as data. On the CPU they are wall times.
+    On a GPU the marks are events in the stream: a phase is the time that the device spent on it, and time in which the
+    device was idle while the host fetched data counts as data. On the CPU the marks are wall times.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,7 +29,7 @@ class StepClock:
         return event
 
     def read(self) -> dict[str, float]:
-        """Seconds per phase name since the first lap, summed over repeats. Waits for the device once."""
+        """Seconds per phase since the first lap, repeats summed. Waits for the device once."""
         end = self._now()
         if self._cuda:
             end.synchronize()

@@ -1,0 +1,21 @@
+"""The training text and the held-out text of a run."""
+
+from __future__ import annotations
+
+from training.config import RunConfig
+from training.data.dataset import DataError, PackedTokens
+
+
+def open_data(cfg: RunConfig) -> tuple[PackedTokens, PackedTokens]:
+    """The training text and the held-out text of a run. Raises DataError when they cannot serve its model."""
+    sources = cfg.data.mixture or {cfg.data.data_dir: 1.0}
+    length = cfg.training.max_seq_len
+    data = PackedTokens(sources, split="train", max_seq_len=length, seed=cfg.training.seed)
+    # the held-out order has a seed of its own: runs with other seeds are scored on the same windows
+    held_out = PackedTokens(sources, split="held_out", max_seq_len=length, seed=0)
+    if data.vocab_size > cfg.model.vocab_size:
+        raise DataError(
+            f"the tokenizer of {', '.join(sources)} has {data.vocab_size} entries, more than "
+            f"model.vocab_size={cfg.model.vocab_size}; set model.vocab_size={data.vocab_size} or larger"
+        )
+    return data, held_out

@@ -1,0 +1,137 @@
+"""Everything that can be wrong with the input of a run, checked before any process group exists."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gsa.checkpoint.manifest import require_space
+from gsa.checkpoint.state import require_plain
+from gsa.weights import load_weights
+from training.checkpointing.resume import Start, decided_by, find_checkpoint, start_from
+from training.config import ConfigError, RunConfig, RunSpec, config_changes, load_config, plan_batch, to_plain
+from training.config.deepspeed import resolve_ds_config
+from training.data import DataError, PackedTokens
+from training.data.open import open_data
+from training.engine.world import environment_rank, environment_world_size
+from training.observe.console import LogLevel
+from training.planning.space import checkpoint_bytes
+from training.record.metrics_log import require_rows
+from training.record.run_folder import RunFolder
+
+SOFT_EPOCH_LIMIT = 4.0
+"""Passes over the same text after which repetition is known to stop paying."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose input has been read and found good, before any process group exists.
+
+    start, bytes_needed: known on rank 0 alone, which has read the run folder and the checkpoint.
+    """
+
+    spec: RunSpec
+    folder: RunFolder
+    start: Start | None
+    bytes_needed: int
+    log_level: LogLevel
+
+
+def prepare(args: argparse.Namespace) -> Prepared:
+    """Reads and checks everything that training/train.py was given; rank 0 also the folder, checkpoint and data.
+
+    Raises ConfigError, FolderError, CheckpointError or DataError, each with what to do.
+    """
+    is_main, quiet = environment_rank() == 0, args.log_level == "warning"
+    cfg = load_config(args.config, args.overrides)
+    _require_plain(cfg)
+    plan = plan_batch(cfg.training, environment_world_size())
+    ds_config = resolve_ds_config(args.deepspeed_config, cfg, plan, args.config)
+    require_backend(cfg)
+    if cfg.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("logging.tensorboard=true needs a package that is not installed: pip install tensorboard")
+    folder = RunFolder(args.output_dir, warn=_print_warning if is_main else lambda text: None)
+    if not is_main:
+        return Prepared(RunSpec(cfg, plan, ds_config), folder, None, 0, args.log_level)
+
+    folder.claim(args.resume_from)
+    require_rows(folder.metrics)
+    found = find_checkpoint(args.resume_from, folder) if args.resume_from else None
+    if found is not None:
+        cfg = decided_by(found, cfg)
+    spec = RunSpec(cfg, plan, ds_config)
+    data, _ = open_data(cfg)  # makes the window tables, which the other ranks then find
+    _require_tokenizer(cfg, data)
+    start = None
+    if found is not None:
+        start = start_from(found, spec, data, args.allow_config_change, quiet=quiet)
+        _require_work(start, spec, folder)
+    elif cfg.training.init_from:
+        _require_same_shapes(Path(cfg.training.init_from), cfg)
+    bytes_needed = checkpoint_bytes(cfg, found)
+    require_space(args.output_dir, bytes_needed)
+    _announce_epochs(spec, data)
+    if plan.note and not quiet:
+        print(plan.note, flush=True)
+    return Prepared(spec, folder, start, bytes_needed, args.log_level)
+
+
+def _print_warning(text: str) -> None:
+    print(f"warning: {text}", flush=True)
+
+
+def _require_plain(cfg: RunConfig) -> None:
+    """Refuses values that no checkpoint may hold, such as infinity."""
+    try:
+        require_plain(to_plain(cfg), "configuration")
+    except TypeError as err:
+        raise ConfigError(str(err)) from err
+
+
+def _require_tokenizer(cfg: RunConfig, data: PackedTokens) -> None:
+    """A dataset without its tokenizer can be trained on, but there is no text to show."""
+    path = data.tokenizer_file
+    if cfg.training.sample_interval and not path.is_file():
+        raise DataError(f"training.sample_interval needs {path}, which is missing: restore the dataset, or set it to 0")
+
+
+def _require_work(start: Start, spec: RunSpec, folder: RunFolder) -> None:
+    """Refuses to resume a finished legacy checkpoint into its own folder: there is nothing to train, and no free
+    folder to save into."""
+    in_place = start.checkpoint.parent.resolve() == folder.path.resolve()
+    if start.legacy and start.state.step >= spec.last_step and in_place:
+        raise ConfigError(
+            f"nothing to train: {start.checkpoint} is at step {start.state.step}, and this run ends at "
+            f"{spec.last_step}; raise training.max_steps or training.stop_at_step, or give a new --output_dir for a "
+            f"copy in the present layout"
+        )
+
+
+def require_backend(cfg: RunConfig) -> None:
+    """Raises ConfigError when the kernels that were asked for need a device that is not here."""
+    if cfg.training.backend == "triton" and not torch.cuda.is_available():
+        raise ConfigError("training.backend=triton needs a GPU, and torch sees none here; use auto or chunked")
+
+
+def _require_same_shapes(checkpoint: Path, cfg: RunConfig) -> None:
+    """The weights to start from must be there and fit the model."""
+    saved = load_weights(checkpoint)[0]
+    changes = config_changes({**to_plain(cfg), "model": saved}, to_plain(cfg))
+    wrong = [f"{c.key} ({c.old!r} there, {c.new!r} here)" for c in changes if c.effect == "impossible"]
+    if wrong:
+        raise ConfigError(f"training.init_from={checkpoint}: its weights do not fit: {', '.join(wrong)}")
+
+
+def _announce_epochs(spec: RunSpec, data: PackedTokens) -> None:
+    planned = data.epochs_by_source(spec.cfg.training.max_steps * spec.plan.global_batch_size)
+    for source, passes in planned.items():
+        if passes > SOFT_EPOCH_LIMIT:
+            print(
+                f"warning: this run is planned for {passes:.1f} passes over {source}; beyond {SOFT_EPOCH_LIMIT:.0f}, "
+                f"repeated text teaches little. Prepare more text, or lower training.max_steps",
+                flush=True,
+            )

@@ -1,0 +1,112 @@
+"""What a loss spike, or a loss that is not a number, does to a run: training.on_spike, as decisions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from training.config import BatchPlan, TrainingConfig
+from training.data import PackedTokens
+from training.loop.step import StepSums
+from training.record.spike_score import SpikeDetector
+
+if TYPE_CHECKING:
+    from training.engine.world import World
+
+MAX_ROLLBACKS = 10
+"""Maximum rollbacks per run. More than this means the data is not the problem; later spikes are only logged."""
+
+MAX_LOST_IN_A_ROW = 10
+"""With on_spike=skip, stop after this many consecutive non-finite steps: the weights themselves are broken."""
+
+Action = Literal["continue", "log", "skip", "rollback", "stop"]
+"""What to do with a step: nothing; log the spike; its update was dropped; restore the last good checkpoint; stop."""
+
+
+class Diverged(RuntimeError):
+    """The loss or the gradient is no longer a finite number."""
+
+
+def is_finite(row: dict) -> bool:
+    """Whether loss, indexer loss and gradient norm are finite.
+
+    Rows read back from metrics.jsonl hold non-finite numbers as strings.
+    """
+    return all(math.isfinite(float(row.get(name, 0.0))) for name in ("loss", "indexer_loss", "grad_norm"))
+
+
+class SpikePolicy:
+    """Scores each step's loss and decides what follows. The same on every rank, since its inputs are sums over ranks.
+
+    losses: those of the run so far, from metrics.jsonl. lost_in_a_row: how many of the last steps were not finite.
+    """
+
+    def __init__(self, cfg: TrainingConfig, losses: Iterable[float] = (), lost_in_a_row: int = 0) -> None:
+        self._on_spike, self._sigmas = cfg.on_spike, cfg.spike_sigmas
+        self._detector = SpikeDetector(losses)
+        self.lost_in_a_row = lost_in_a_row
+
+    def score(self, loss: float) -> float:
+        """Standard deviations of `loss` above the mean of the last steps."""
+        return self._detector.score(loss)
+
+    def is_spike(self, row: dict) -> bool:
+        return not is_finite(row) or row["spike_score"] > self._sigmas
+
+    @property
+    def drops_updates(self) -> bool:
+        """Whether the loss must be known before the update, which costs a wait for the device."""
+        return self._on_spike == "skip"
+
+    def drops(self, loss: float, indexer_loss: float) -> bool:
+        """Whether the update of a step with these losses is to be dropped; asked only where `drops_updates`."""
+        return not (math.isfinite(loss) and math.isfinite(indexer_loss)) or self.score(loss) > self._sigmas
+
+    def decide(self, row: dict, *, dropped: bool, rollbacks: int) -> Action:
+        """Counts the step and says what to do with it.
+
+        dropped: its update was dropped. rollbacks: how many spans of samples the run has ruled out already.
+        """
+        finite = is_finite(row)
+        self.lost_in_a_row = 0 if finite else self.lost_in_a_row + 1
+        if not self.is_spike(row):
+            return "continue"
+        if self._on_spike == "rollback" and rollbacks < MAX_ROLLBACKS:
+            return "rollback"
+        return self.without_rollback(row, dropped=dropped)
+
+    def without_rollback(self, row: dict, *, dropped: bool = False) -> Action:
+        """What to do with a spike when nothing can be restored."""
+        if is_finite(row) or (dropped and self.lost_in_a_row < MAX_LOST_IN_A_ROW):
+            return "skip" if self._on_spike == "skip" else "log"
+        return "stop"
+
+    def accept(self, loss: float) -> None:
+        """The step stays part of the run: its loss counts when the next ones are scored."""
+        if math.isfinite(loss):
+            self._detector.add(loss)
+
+
+def find_culprits(sums: StepSums, first: int, plan: BatchPlan, data: PackedTokens, world: World) -> str:
+    """Lines that name the ranks and samples whose micro-batches were not finite. A collective: every rank must call it.
+
+    first: the first sample of the step.
+    """
+    bad = [
+        micro
+        for micro, pair in enumerate(zip(sums.losses, sums.indexer_losses, strict=True))
+        if not all(math.isfinite(float(x)) for x in pair)
+    ]
+    found = []
+    for rank, micros in enumerate(world.gather(bad)):
+        for micro in micros:
+            start = first + (micro * plan.world_size + rank) * plan.micro_batch_size
+            samples = np.arange(start, start + plan.micro_batch_size)
+            where = "; ".join(str(place) for place in data.describe(samples))
+            found.append(f"rank {rank}, samples {start}..{start + plan.micro_batch_size - 1} ({where})")
+    return "\n  ".join(found) or (
+        f"no single micro-batch: the gradient of samples {first}..{first + plan.global_batch_size - 1} is not finite"
+    )
