@@ -90,10 +90,41 @@ class SpikePolicy:
             self._detector.add(loss)
 
 
-def find_culprits(sums: StepSums, first: int, plan: BatchPlan, data: PackedTokens, world: World) -> str:
-    """Lines that name the ranks and samples whose micro-batches were not finite. A collective: every rank must call it.
+def spike_event(row: dict, samples: list[int], action: Action) -> dict:
+    """The "spike" event of a step. samples: [first, count]."""
+    first, count = samples
+    return {
+        "event": "spike",
+        "step": row["step"],
+        "spike_loss": row["loss"],
+        "score": row["spike_score"],
+        "samples": [first, first + count - 1],
+        "action": action,
+    }
 
-    first: the first sample of the step.
+
+def describe(row: dict) -> str:
+    """Why the step is a spike, for the console."""
+    text = f"step {row['step']}: loss {row['loss']:.4f}"
+    if is_finite(row):
+        return f"{text} is a spike, {row['spike_score']:.1f} sigmas"
+    return f"{text}, indexer loss {row['indexer_loss']:.4f}, gradient norm {row['grad_norm']:.3g}: not finite"
+
+
+def diverged(
+    row: dict,
+    sums: StepSums,
+    samples: list[int],
+    *,
+    plan: BatchPlan,
+    data: PackedTokens,
+    world: World,
+    last_good: str | None,
+) -> Diverged:
+    """The error of a step that the run cannot go on from; it names the ranks and samples whose losses are not finite.
+
+    A collective: every rank must call it, and is there, since the step's sums are the same on all of them. sums: of
+    this rank. samples: [first, count] of the step. last_good: the tag of the last checkpoint.
     """
     bad = [
         micro
@@ -103,10 +134,15 @@ def find_culprits(sums: StepSums, first: int, plan: BatchPlan, data: PackedToken
     found = []
     for rank, micros in enumerate(world.gather(bad)):
         for micro in micros:
-            start = first + (micro * plan.world_size + rank) * plan.micro_batch_size
-            samples = np.arange(start, start + plan.micro_batch_size)
-            where = "; ".join(str(place) for place in data.describe(samples))
-            found.append(f"rank {rank}, samples {start}..{start + plan.micro_batch_size - 1} ({where})")
-    return "\n  ".join(found) or (
-        f"no single micro-batch: the gradient of samples {first}..{first + plan.global_batch_size - 1} is not finite"
+            start = samples[0] + (micro * plan.world_size + rank) * plan.micro_batch_size
+            end = start + plan.micro_batch_size
+            where = "; ".join(str(place) for place in data.describe(np.arange(start, end)))
+            found.append(f"rank {rank}, samples {start}..{end - 1} ({where})")
+    culprits = "\n  ".join(found) or (
+        f"no single micro-batch: the gradient of samples {samples[0]}..{sum(samples) - 1} is not finite"
+    )
+    return Diverged(
+        f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}. Found in:\n  {culprits}\n"
+        f"Nothing was saved after it; the last good checkpoint is {last_good or 'none yet'}. "
+        f"Lower training.learning_rate or look at these samples, then --resume_from latest."
     )

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import NoReturn
 
 from gsa import GSAForCausalLM
 from gsa.checkpoint.full_state import read_run_state
@@ -24,7 +23,7 @@ from training.engine.build import build_engine
 from training.engine.world import World
 from training.loop.evaluate import Evaluator
 from training.loop.progress import Progress
-from training.loop.spike_policy import Action, Diverged, SpikePolicy, find_culprits, is_finite
+from training.loop.spike_policy import Action, Diverged, SpikePolicy, describe, diverged, is_finite, spike_event
 from training.loop.step import StepSums, forward_backward, reduce_step, sum_over_ranks
 from training.loop.stopping import StopRequest
 from training.loop.watchdog import Watchdog
@@ -278,14 +277,17 @@ class Trainer:
             "visible_k": totals.visible,
         }
         action = self.spikes.decide(row, dropped=sums.dropped, rollbacks=len(progress.skipped))
+        samples = [first, plan.global_batch_size]
         if action == "stop":
-            self._diverge(row, sums, first)
+            self.recorder.last_row(row)
+            newest = self.folder.latest()
+            raise diverged(row, sums, samples, plan=plan, data=self.data, world=self.world, last_good=newest)
         row |= totals.measurements(probing=probing)
         row |= self.telemetry.of_step(began, totals.rank_shares, selected=totals.selected, visible=totals.visible)
         row |= self._stalls | {"time": time.time()}
         self._stalls = dict.fromkeys(self._stalls, 0.0)
         stop_signal = self.stop.agree(self.world.device) if signals else 0
-        return Step(row, action, [first, plan.global_batch_size], stop_signal)
+        return Step(row, action, samples, stop_signal)
 
     def _enter_phase(self, name: str) -> None:
         # the first step of a process compiles, allocates and opens connections
@@ -299,76 +301,47 @@ class Trainer:
         return self.spikes.drops(loss, indexer_loss)
 
     def _record(self, step: Step) -> None:
-        """A step that stays part of the run: its loss counts, its row is written."""
+        """The step stays part of the run: its loss counts, and its row is written."""
         row, spike, message = step.row, None, None
         self.spikes.accept(row["loss"])
         if self.spikes.is_spike(row):
-            spike = self._spike_event(step, "skip" if step.action == "skip" else "log")
-            message = f"step {row['step']}: loss {row['loss']:.4f}"
-            if is_finite(row):
-                message += f" is a spike, {row['spike_score']:.1f} sigmas"
-            else:
-                message += f", indexer loss {row['indexer_loss']:.4f}: update dropped"
+            skipped = step.action == "skip"
+            spike = spike_event(row, step.samples, "skip" if skipped else "log")
+            message = describe(row) + ("; its update was dropped" if skipped else "")
         self.recorder.step(row, spike, message)
-
-    # -- spikes ----------------------------------------------------------------------------------------
-
-    def _spike_event(self, step: Step, action: str) -> dict:
-        row, (first, count) = step.row, step.samples
-        return {
-            "event": "spike",
-            "step": row["step"],
-            "spike_loss": row["loss"],
-            "score": row["spike_score"],
-            "samples": [first, first + count - 1],
-            "action": action,
-        }
 
     def _roll_back(self, step: Step) -> bool:
         """Restores the last good checkpoint and rules the step's samples out; False when there is no checkpoint yet.
 
         Raises Diverged when there is none and the step's numbers are not finite.
         """
-        row, finite = step.row, is_finite(step.row)
+        row = step.row
         self._finish_save()
         found, passed_over = self.saver.newest_good()
         for line in passed_over:
             self.recorder.warn(line)
-        if found is None and not finite:
+        if found is None and not is_finite(row):
             self.recorder.last_row(row)
             raise Diverged(
                 f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}, and no checkpoint yet to "
                 f"roll back to; lower training.learning_rate or training.save_interval"
             )
         if found is None:
-            self.recorder.line(f"step {row['step']}: a spike, and no checkpoint yet to roll back to: going on")
+            self.recorder.line(f"step {row['step']}: no checkpoint yet to roll back to: going on")
             return False
         ruled_out = [*self.progress.skipped, step.samples]
         self.engine.load(found)
         self._apply_state(read_run_state(found))
         self.progress.rule_out(ruled_out)
-        event = self._spike_event(step, "rollback") | {"checkpoint": found.name}
+        event = spike_event(row, step.samples, "rollback") | {"checkpoint": found.name}
         self.recorder.roll_back(row, event, step=self.progress.step, checkpoint=found.name)
-        what = f"loss {row['loss']:.4f} is a spike ({row['spike_score']:.1f} sigmas)"
-        if not finite:
-            what = f"loss {row['loss']:.4f}, gradient norm {row['grad_norm']:.3g}: not finite"
         first, last = event["samples"]
-        self.recorder.line(f"step {row['step']}: {what}; back to {found.name}, past samples {first}..{last}")
+        self.recorder.line(f"{describe(row)}; back to {found.name}, past samples {first}..{last}")
         self._read_history()
         self.loader.close()
         self._open_loader()
         self._saved_at = self.progress.step
         return True
-
-    def _diverge(self, row: dict, sums: StepSums, first: int) -> NoReturn:
-        """Every rank is here, since the sums are the same on all of them."""
-        self.recorder.last_row(row)
-        culprits = find_culprits(sums, first, self.plan, self.data, self.world)
-        raise Diverged(
-            f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}. Found in:\n  {culprits}\n"
-            f"Nothing was saved after it; the last good checkpoint is {self.folder.latest() or 'none yet'}. "
-            f"Lower training.learning_rate or look at these samples, then --resume_from latest."
-        )
 
     # -- evaluation and checkpoints --------------------------------------------------------------------
 

@@ -1,10 +1,10 @@
-"""Notices a rank that hangs or dies, says which one and where, and ends the run within a minute.
+"""Notices a rank that hangs or dies, names it and its phase, and ends the run within a minute.
 
-Each rank keeps one small file, <output_dir>/.ranks/rank_<r>.json, with its last sign of life: a counter that grows
-with each phase of the loop (data, forward, backward, ...), the phase, its process id and host. A thread on
-every rank reads all of them. Ranks that wait in a collective all have the same, higher counter; the one
-they wait for is the one whose counter is behind. NCCL ranks whose peer died wait for ever instead of
-raising, so a peer that is gone from this host is reported by its process id.
+Each rank writes one small file, <output_dir>/.ranks/rank_<r>.json, with its last sign of life: a counter that grows
+with each phase of the loop (data, forward, backward, ...), the phase, its process id and host. A thread on every rank
+reads all of them. Ranks that wait in a collective all have the same, higher counter; they wait for the rank whose
+counter is behind. NCCL ranks whose peer died wait for ever instead of raising, so a peer whose process no longer
+exists on this host is reported as dead.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from pathlib import Path
 
 POLL_S = 1.0
 PATIENT_PHASES = {"start", "save", "load", "evaluate", "first step"}
-"""Phases whose length depends on the disk or on compilers: they get ten times the patience."""
+"""Phases whose length depends on the disk or on compilers: they may take ten times as long."""
 
 
 class Watchdog:
     """Context manager around a run. `beat(phase)` at the start of each phase of the loop costs one assignment.
 
-    timeout_s: a rank silent for longer than this in one phase is taken for hung. All ranks must share
-    output_dir and `launch`, a word that tells this launch's files from an earlier one's. On a finding, every
-    living rank prints the late or dead ranks and the stacks of all its threads (also to
-    .ranks/stacks_rank_<r>.txt), and exits with code 1.
+    timeout_s: a rank that stays in one phase for longer than this counts as hung. All ranks must share output_dir and
+    `launch`, a word that distinguishes this launch's files from those of an earlier one. When a rank is late or dead,
+    every living rank names it, prints the stacks of all its own threads (also to .ranks/stacks_rank_<r>.txt), and exits
+    with code 1.
     """
 
     def __init__(self, output_dir: Path, *, rank: int, size: int, timeout_s: float, launch: str) -> None:
@@ -38,7 +38,7 @@ class Watchdog:
         self._host = socket.gethostname()
         self._count, self._phase, self._since = 0, "start", time.monotonic()
         self._stop = threading.Event()
-        self._told_disk = False
+        self._warned_of_disk = False
 
     def __enter__(self) -> Watchdog:
         self._dir.mkdir(parents=True, exist_ok=True)
@@ -53,10 +53,10 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
         self._try_publish("finished" if exc[0] is None else "failed")
         if exc[0] is not None and exc[0] is not SystemExit:
-            # a peer's death reaches this rank as a broken connection: say whose it was
+            # a peer's death reaches this rank as a broken connection: name the peer
             time.sleep(POLL_S)
             if dead := self._dead(self._peers()):
-                print(f"watchdog: {self._words('died', dead)}", file=sys.stderr, flush=True)
+                print(f"watchdog: {self._describe('died', dead)}", file=sys.stderr, flush=True)
 
     def beat(self, phase: str) -> None:
         self._phase, self._since = phase, time.monotonic()
@@ -83,18 +83,18 @@ class Watchdog:
         os.replace(temporary, self._file(self._rank))
 
     def _try_publish(self, state: str) -> bool:
-        """Whether the disk took it. A full one must not end the watch, nor hide the error that the run ends with."""
+        """Publishes; False when the disk refuses. A full disk must not end the watch, nor hide the run's own error."""
         try:
             self._publish(state)
         except OSError as err:
-            if not self._told_disk:
+            if not self._warned_of_disk:
                 print(f"watchdog: rank {self._rank} cannot write its sign of life: {err}", file=sys.stderr, flush=True)
-            self._told_disk = True
+            self._warned_of_disk = True
             return False
         return True
 
     def _peers(self) -> dict[int, dict]:
-        """Last words of the other ranks of this launch, as far as they can be read."""
+        """The last signs of life of the other ranks of this launch, as far as they can be read."""
         peers = {}
         for rank in range(self._size):
             try:
@@ -111,7 +111,7 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._stop.wait(POLL_S):
             disk_is_fine = self._try_publish("running")
-            # the backstop for a thread that holds the interpreter lock: this one cannot run then
+            # in case another thread holds the interpreter lock and this one cannot run
             faulthandler.dump_traceback_later(self._patience(self._phase) + 10, exit=True, file=sys.stderr)
             silent = time.monotonic() - self._since
             peers = self._peers()
@@ -122,19 +122,19 @@ class Watchdog:
                 if disk_is_fine and p["state"] == "running" and time.time() - p["time"] > self._timeout
             ]
             if dead:
-                time.sleep(POLL_S)  # its own last words may still be on their way
-                self._end(self._words("died", dead))
+                time.sleep(POLL_S)  # its own error message may still be on its way
+                self._end(self._describe("died", dead))
             if frozen:
                 self._end(
-                    self._words(f"gave no sign of life for {self._timeout:.0f} s (stopped or swapped out?)", frozen)
+                    self._describe(f"gave no sign of life for {self._timeout:.0f} s (stopped or swapped out?)", frozen)
                 )
             if silent > self._patience(self._phase):
                 counts = {r: p["count"] for r, p in peers.items()} | {self._rank: self._count}
                 late = [r for r, c in counts.items() if c == min(counts.values())]
-                # all ranks in the same phase: each hangs by itself, or the network does
-                self._end(self._words(f"silent for more than {self._patience(self._phase):.0f} s", late))
+                # where all ranks are in the same phase, each hangs by itself, or the network does
+                self._end(self._describe(f"silent for more than {self._patience(self._phase):.0f} s", late))
 
-    def _words(self, what: str, ranks: list[int]) -> str:
+    def _describe(self, what: str, ranks: list[int]) -> str:
         peers = self._peers() | {
             self._rank: {"count": self._count, "phase": self._phase, "pid": os.getpid(), "host": self._host}
         }
@@ -164,7 +164,7 @@ class Watchdog:
 
 
 def _alive(peer: dict, host: str) -> bool:
-    """False only when the process is known to be gone; another host's cannot be asked."""
+    """False only when the process is known to be gone; processes of other hosts cannot be seen."""
     if peer["host"] != host:
         return True
     try:

@@ -57,7 +57,7 @@ class Telemetry:
         self._clock.lap(name)
 
     def shares(self, like: torch.Tensor) -> torch.Tensor:
-        """This rank's part of (2, ranks), zeros elsewhere: seconds of the step before, and allocator retries since then.
+        """This rank's part of (2, ranks), zeros elsewhere: seconds of the step before, allocator retries since then.
 
         The tensor has the dtype and the device of `like`; summed over ranks it is complete.
         """
