@@ -20,7 +20,7 @@ import torch
 from benchmarks.measuring import commit
 from gsa import GSAForCausalLM, ModelConfig
 from gsa.checkpoint.state import read_config_json
-from training.generate import load_model
+from gsa.generation import load_model
 from training.record.metrics_log import read_rows
 from training.record.run_folder import environment
 from training.selected_sets import (

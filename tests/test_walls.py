@@ -36,7 +36,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
         {"torch", "yaml"},
     ),
     "gsa/generation.py": (
-        {"gsa.config", "gsa.model", "gsa.attention", "gsa.checkpoint", "gsa.weights"},
+        {"gsa.config", "gsa.model", "gsa.attention", "gsa.kernels", "gsa.weights"},
         {"torch", "tokenizers"},
     ),
     "gsa/weights.py": ({"gsa.config", "gsa.checkpoint", "gsa.files"}, {"torch", "safetensors"}),
@@ -130,17 +130,14 @@ def _wing(parts: list[str]) -> str | None:
 
 PENDING = {
     "training/checkpoints.py",
-    "training/loop/completions.py",
     "training/loop/trainer.py",
     "training/loop/trial.py",
     "training/observe/banner.py",
     "training/observe/tracking/run_identity.py",
     "training/planning/devices.py",
     "training/record/run_folder.py",
-    "training/replay.py",
     "training/reporting/analysis.py",
     "training/reporting/markdown.py",
-    "training/selected_sets.py",
     "training/tracking.py",
     "training/tune.py",
 }

@@ -4,128 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer
 
-from gsa import GSAForCausalLM, ModelConfig
-from gsa.attention.cache import Cache
 from gsa.checkpoint import manifest
 from gsa.checkpoint.manifest import CheckpointError
-from gsa.kernels.choice import Shape, resolve
-from gsa.weights import load_weights
-
-
-def load_model(step_dir: Path, device: str = "cpu") -> GSAForCausalLM:
-    """The model of a checkpoint folder, in evaluation mode, float32, on `device` with the fastest kernels there.
-
-    On a GPU where Triton's kernels do not pass their check, says so and takes the chunked ones.
-    """
-    config, weights = load_weights(step_dir)
-    c = ModelConfig(**config)
-    model = GSAForCausalLM(c)
-    model.load_state_dict(weights)
-    shape = Shape(c.n_heads, c.n_kv_heads, c.d_head, c.n_indexer_heads, c.d_indexer, torch.float32)
-    backend, fault = resolve("auto", shape, torch.device(device))
-    if fault is not None:
-        print(f"warning: attention runs on the chunked kernels, not on Triton's: {fault}", file=sys.stderr)
-    model.set_backend(backend)
-    return model.float().eval().to(device)
-
-
-def check_device(device: str) -> None:
-    """ValueError when torch does not see the device that --device names."""
-    if device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: torch sees no GPU here; leave it out")
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn. ValueError, naming the option, when a value cannot be."""
-
-    temperature: float = 0.7
-    top_k: int = 40
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"--temperature {self.temperature} must not be negative; 0 is greedy")
-        if self.top_k < 0:
-            raise ValueError(f"--top_k {self.top_k} must not be negative; 0 keeps all candidates")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p {self.top_p} must be above 0 and at most 1, which keeps all candidates")
-
-    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """(V,) float32 of what may be drawn: the top_k likeliest, of these the likeliest that hold top_p together."""
-        logits = logits.float()
-        if self.temperature == 0:
-            return F.one_hot(logits.argmax(), logits.numel()).float()
-        logits = logits / self.temperature
-        if 0 < self.top_k < logits.numel():
-            kept = logits.topk(self.top_k)  # by index: candidates that tie with the last must not add to them
-            logits = torch.full_like(logits, -torch.inf).scatter(0, kept.indices, kept.values)
-        p = logits.softmax(-1)
-        if self.top_p < 1:
-            ranked, order = p.sort(descending=True, stable=True)
-            # a candidate stays when those before it hold less than top_p: the likeliest always does
-            dropped = order[ranked.cumsum(0) - ranked >= self.top_p]
-            p[dropped] = 0
-            p /= p.sum()
-        return p
-
-
-@torch.no_grad()
-def generate(
-    model: GSAForCausalLM, tokens: list[int], *, max_new_tokens: int, eod_id: int, sampling: Sampling
-) -> Iterator[int]:
-    """Continues `tokens` (at least one), a token at a time, ending before eod_id. Same seed, same tokens.
-
-    The keys, values and indexer keys of what went before are cached. When the sequence reaches the model's
-    max_position_embeddings, its oldest quarter falls out of view and the rest is read again.
-    """
-    generator = torch.Generator().manual_seed(sampling.seed)
-    device = next(model.parameters()).device
-    window = model.config.max_position_embeddings
-    capacity = min(window, len(tokens) + max_new_tokens)
-    text = list(tokens)
-    new = text[-window:]
-    cache = _empty_cache(model, capacity)
-    for _ in range(max_new_tokens):
-        if cache.length + len(new) > capacity:
-            cache = _empty_cache(model, capacity)
-            new = text[-(window - window // 4) :]
-        logits = model(torch.tensor([new], device=device), cache=cache, last_only=True).logits[0, -1].cpu()
-        token = int(torch.multinomial(sampling.probabilities(logits), 1, generator=generator))
-        if token == eod_id:
-            return
-        yield token
-        text.append(token)
-        new = [token]
-
-
-def _empty_cache(model: GSAForCausalLM, capacity: int) -> Cache:
-    weight = model.embed.weight
-    return Cache(model.config, 1, capacity, weight.dtype, weight.device)
-
-
-def stream_text(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """The text of `tokens`, piece by piece: a character of several tokens comes when its last one has."""
-    ids: list[int] = []
-    told = ""
-    for token in tokens:
-        ids.append(token)
-        text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd") and text != told:
-            yield text[len(told) :]
-            told = text
-    rest = tokenizer.decode(ids)[len(told) :]
-    if rest:
-        yield rest
+from gsa.generation import Sampling, check_device, generate, load_model, stream_text
 
 
 def main(argv: list[str]) -> int:

@@ -23,9 +23,9 @@ from gsa import GSAForCausalLM
 from gsa.checkpoint import manifest
 from gsa.checkpoint.full_state import read_run_state
 from gsa.checkpoint.manifest import CheckpointError
+from gsa.generation import load_model
 from training.config import BatchPlan, ConfigError, RunConfig, from_plain, load_config, plan_batch
 from training.data import DataError, PackedTokens, step_samples
-from training.generate import load_model
 from training.record.metrics_log import iter_rows
 from training.record.run_folder import RunFolder
 

@@ -24,8 +24,8 @@ from gsa.attention.probe import PROBES, largest
 from gsa.checkpoint import manifest
 from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import read_config_json
+from gsa.generation import check_device, load_model
 from training.data import Batch, DataError, PackedTokens
-from training.generate import check_device, load_model
 
 NEIGHBOURS = (2, 4, 8, 16, 32, 64, 128)
 TILES = ((16, 64), (64, 64), (128, 128))

@@ -13,7 +13,7 @@ import yaml
 from support.launching import ROOT, Case, run_cases
 
 from gsa.attention.cache import Cache
-from training.generate import load_model
+from gsa.generation import load_model
 from training.record.metrics_log import read_rows
 from training.replay import main
 

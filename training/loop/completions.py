@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from tokenizers import Tokenizer
 
+from gsa.generation import Sampling, generate
 from training.data import PackedTokens
 from training.engine.engine import Engine
-from training.generate import Sampling, generate
 
 
 @torch.no_grad()

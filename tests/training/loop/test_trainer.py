@@ -19,11 +19,11 @@ import yaml
 from support.launching import ROOT, Case, run_cases
 from support.tiny_dataset import write_dataset
 
+from gsa.generation import load_model
 from gsa.weights import load_weights, save_weights
 from training.config import RunSpec, load_config, plan_batch
 from training.data import PackedTokens
 from training.engine.world import World
-from training.generate import load_model
 from training.observe.telemetry import Telemetry
 from training.record.metrics_log import EVENTS, PROBE_METRICS, STEP_METRICS, TIME_METRICS, read_rows
 
