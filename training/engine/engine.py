@@ -142,6 +142,8 @@ class Engine:
     ds_config: complete, nothing "auto". The model is built alike on every rank, on the CPU in float32.
     """
 
+    deepspeed_version = DEEPSPEED_VERSION
+
     def __init__(
         self,
         model: nn.Module,

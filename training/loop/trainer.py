@@ -373,7 +373,7 @@ class Trainer:
             data_fingerprint=self.data.fingerprint,
             tracking_id=self.tracking_id,
             stage=self.model.stage,
-            versions=versions(),
+            versions=versions(self.engine.deepspeed_version),
             world_size=self.world.size,
             zero_stage=self.engine.zero_stage,
             created=datetime.now(UTC).isoformat(timespec="seconds"),

@@ -129,9 +129,9 @@ def environment() -> dict:
     }
 
 
-def versions() -> dict[str, str]:
-    """The versions that a checkpoint records."""
-    return {"torch": str(torch.__version__), "deepspeed": version("deepspeed"), "project": version(PROJECT)}
+def versions(deepspeed: str) -> dict[str, str]:
+    """The versions that a checkpoint records. deepspeed: what DeepSpeed itself reports."""
+    return {"torch": str(torch.__version__), "deepspeed": deepspeed, "project": version(PROJECT)}
 
 
 def version(package: str) -> str:
