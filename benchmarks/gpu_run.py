@@ -38,8 +38,8 @@ from benchmarks.measuring import RESULTS, certificate, commit
 from benchmarks.synthetic import write_dataset
 from training.config import RunConfig, load_config, plan_batch
 from training.observe.telemetry import SETTLED
-from training.plan import Option, Request
 from training.planning.devices import DEVICES, Device, find
+from training.planning.options import Option, Request
 from training.record.metrics_log import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent

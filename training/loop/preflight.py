@@ -19,7 +19,7 @@ from training.data import DataError, PackedTokens
 from training.data.open import open_data
 from training.engine.world import environment_rank, environment_world_size
 from training.observe.console import LogLevel
-from training.planning.space import checkpoint_bytes
+from training.planning.cost_model import checkpoint_bytes
 from training.record.metrics_log import require_rows
 from training.record.run_folder import RunFolder
 

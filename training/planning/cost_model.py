@@ -1,71 +1,75 @@
-"""What a training step costs, by count: memory by part, arithmetic, seconds, communication. No GPU is asked.
+"""Counts what a training step costs, without a GPU: memory by part, arithmetic, communication, seconds.
 
-Memory held for the backward pass is counted from what the code saves; benchmarks/memory.py compares it with what
-autograd really saves (benchmarks/results/memory_cpu.md). Seconds rest on `Assumed`, shares of a device's peak that
-nobody has measured yet on the device in question: every report that shows seconds says so.
+Memory saved for the backward pass is counted from what the code saves; benchmarks/memory.py compares the count with
+what autograd really saves (benchmarks/results/memory_cpu.md). Seconds depend on `Assumed`: shares of a device's peaks
+that nobody has measured yet on that device. Every report that shows seconds prints these assumptions.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from gsa.checkpoint import manifest
 from gsa.config import ModelConfig
 from gsa.loss import BLOCK_BYTES, n_blocks
 from gsa.model import Recomputed, count_params, flops_per_token
+from gsa.units import GIB
 from training.config import BatchPlan, RunConfig
 from training.planning.devices import Device
 
-GIB = 2**30
 Kernels = Literal["triton", "chunked", "naive gather"]
 
 
 @dataclass(frozen=True)
 class Assumed:
-    """What seconds are predicted from, beside counts and the device's peaks: all of it printed with every prediction.
+    """What predicted seconds assume, besides counts and the device's peaks; every prediction is printed with it.
 
-    Shares of those peaks, unless said.
+    A field without a unit is a share of the device's peak, unless its docstring says otherwise.
     """
 
     matmul: float = 0.65
     half_matmul_tokens: int = 1024
-    """Tokens of a micro-batch at which matrix products reach half of it: small ones leave multiprocessors idle."""
+    """Tokens of a micro-batch at which matrix products reach half of `matmul`. Smaller micro-batches leave
+    multiprocessors idle."""
     dense_attention: float = 0.40
     masked_attention: float = 0.22
     index_scores: float = 0.20
     memory_bandwidth: float = 0.75
     elementwise_passes: float = 5.0
-    """Times that what a block holds for its backward pass crosses the memory's bus."""
+    """Passes over a block's saved activations by elementwise kernels."""
     head_bytes_per_logit: float = 20.0
-    """Memory traffic of the loss head per float32 logit, on Triton's kernels: twice written and twice read, once
-    written in bf16 and read by a matrix product."""
+    """Memory traffic of the loss head per logit with Triton's kernels: two float32 writes, two float32 reads, one bf16
+    write and one bf16 read."""
     adam_bytes: float = 60.0
-    """Memory traffic of AdamW per parameter, in separate passes; of the host's memory where it runs there."""
+    """Memory traffic of AdamW per parameter, in separate passes. It is host memory traffic with offloading."""
     launch_s: float = 10e-6
-    """Seconds the host needs for one operation, autograd and hooks included."""
+    """Seconds that the host needs to launch one operation, autograd and hooks included."""
     block_launches: float = 190.0
-    """Operations of one dense block, forward and backward, as torch's dispatcher saw them."""
+    """Operations of one dense block, forward and backward, as counted by torch's dispatcher."""
     sparse_launches: float = 110.0
-    """More of them with an indexer: its projections, selection in strips, the alignment loss."""
+    """Extra operations of a block with an indexer: its projections, selection in strips and the alignment loss."""
     zero3_launches: float = 200.0
-    """As many more operations' time per block for the hooks that gather and release weights."""
+    """Extra kernel-launch equivalents per block for ZeRO 3's gather and release hooks."""
     collectives: float = 0.80
+    """Share of the link's bandwidth."""
     host_link_gb_s: float = 20.0
-    """Of each GPU to host memory, each way."""
+    """Bandwidth between each GPU and host memory, in each direction."""
     host_memory_gb_s: float = 40.0
-    """What AdamW on the host reaches, for all ranks together."""
+    """Host memory bandwidth that AdamW reaches on the CPU, for all ranks together."""
     fragmentation: float = 0.04
-    """Of what is allocated, lost between blocks of the allocator."""
+    """Share of the allocated memory that is lost between the allocator's blocks."""
     context_gib: float = 1.0
-    """CUDA context, libraries' workspaces and NCCL's buffers."""
+    """CUDA context, workspaces of libraries and NCCL's buffers."""
 
 
 ASSUMED = Assumed()
 
 
 @dataclass(frozen=True)
-class Setting:
-    """One way to run a global batch of micro_batch_size x accumulation_steps x world_size windows."""
+class ParallelSetting:
+    """One way to run a global batch of world_size x micro_batch_size x accumulation_steps windows."""
 
     world_size: int
     zero_stage: int
@@ -82,11 +86,11 @@ class Setting:
         return self.world_size * self.micro_batch_size * self.accumulation_steps
 
 
-def setting_of(cfg: RunConfig, ds_config: dict, plan: BatchPlan) -> Setting:
-    """The Setting that a resolved configuration and DeepSpeed dict describe."""
+def setting_of(cfg: RunConfig, ds_config: dict, plan: BatchPlan) -> ParallelSetting:
+    """The setting that a configuration and its resolved DeepSpeed dict describe."""
     zero = ds_config["zero_optimization"]
     gather = "stage3_prefetch_bucket_size" if zero.get("stage") == 3 else "allgather_bucket_size"
-    return Setting(
+    return ParallelSetting(
         plan.world_size,
         zero.get("stage", 0),
         plan.micro_batch_size,
@@ -94,8 +98,8 @@ def setting_of(cfg: RunConfig, ds_config: dict, plan: BatchPlan) -> Setting:
         cfg.training.recomputed,
         offload="offload_optimizer" in zero,
         overlap=bool(zero.get("overlap_comm", False)),
-        reduce_bucket=int(zero.get("reduce_bucket_size", Setting.reduce_bucket)),
-        allgather_bucket=int(zero.get(gather, Setting.allgather_bucket)),
+        reduce_bucket=int(zero.get("reduce_bucket_size", ParallelSetting.reduce_bucket)),
+        allgather_bucket=int(zero.get(gather, ParallelSetting.allgather_bucket)),
     )
 
 
@@ -103,9 +107,10 @@ def setting_of(cfg: RunConfig, ds_config: dict, plan: BatchPlan) -> Setting:
 
 
 def norm_saved(c: ModelConfig, width: int, fused: bool) -> float:
-    """Bytes per token that a norm saves, its output included, which a matrix product saves.
+    """Bytes per token that a norm saves, including its output, which the next matrix product saves.
 
-    fused: torch's kernel for GPUs keeps the input and its root; in parts, the input and the scaled one in float32.
+    fused: torch's GPU kernel saves the input and its inverse root mean square. Otherwise torch computes the norm in
+    parts, and saves the input and the scaled input in float32.
     """
     return (width * c.d_model if fused else 8 * c.d_model) + 4 + width * c.d_model
 
@@ -113,13 +118,13 @@ def norm_saved(c: ModelConfig, width: int, fused: bool) -> float:
 def attention_saved(c: ModelConfig, T: int, width: int, rows: float, fused: bool) -> float:
     """Bytes per token that the attention half of a block saves for its backward pass.
 
-    width: bytes of an activation. rows: share of positions whose alignment loss is taken. fused: see `norm_saved`.
+    width: bytes per activation. rows: share of positions whose alignment loss is computed. fused: see `norm_saved`.
     """
     q, kv, E = c.n_heads * c.d_head, c.n_kv_heads * c.d_head, c.d_indexer
     saved = norm_saved(c, width, fused)
     saved += width * (2 * q + 2 * kv) + 4 * c.n_heads  # q, k, v, out, log-sum-exp
     saved += width * (2 * kv * c.value_gate + 2 * q * c.output_gate)
-    if width == 2:  # a float32 model's rotations are saved once for all blocks; others cast their own
+    if width == 2:  # float32 models save the rotation tables once for all blocks; bf16 models cast them in each
         saved += 4 * width * c.d_head / 2
         if c.sparse and c.indexer_rope:
             saved += 4 * width * E / 2
@@ -129,7 +134,7 @@ def attention_saved(c: ModelConfig, T: int, width: int, rows: float, fused: bool
 
 
 def ffn_saved(c: ModelConfig, width: int, fused: bool) -> float:
-    """Bytes per token that the feed-forward half of a block saves: the norm, gate, up, and their product."""
+    """Bytes per token that the feed-forward half of a block saves: its norm, gate, up, and their product."""
     return norm_saved(c, width, fused) + 3 * width * c.d_ffn
 
 
@@ -158,10 +163,10 @@ def _indexer_gradients(c: ModelConfig, width: int, rows: float) -> float:
 def saved_bytes(
     c: ModelConfig, B: int, T: int, width: int, *, recomputed: Recomputed, rows: float, fused: bool = True
 ) -> dict[str, float]:
-    """What a forward pass of B x T tokens holds for its backward pass ("activations"), and what computing one block
-    again brings back ("recomputed block")."""
+    """Bytes that a forward pass over B x T tokens saves for its backward pass ("activations"), and bytes that
+    recomputing one block adds during the backward pass ("recomputed block")."""
     N = B * T
-    ends = (norm_saved(c, width, fused) + 4) * N  # the final norm, and the head's log-sum-exp
+    ends = (norm_saved(c, width, fused) + 4) * N  # the final norm and the head's log-sum-exp
     back = {"none": 0.0, "ffn": ffn_saved(c, width, fused), "block": held_per_token(c, T, width, rows, "none", fused)}[
         recomputed
     ]
@@ -172,17 +177,25 @@ def saved_bytes(
 
 
 def naive_gather_bytes(c: ModelConfig, B: int, T: int, width: int) -> float:
-    """Keys and values that the predecessor's layer gathers for every query: (B, T, k_base, H, D) each."""
+    """Bytes of the keys and values that the legacy layer gathers for every query: (B, T, k_base, H, D) each."""
     return 2.0 * B * T * min(c.k_base, T) * c.n_heads * c.d_head * width
 
 
 def memory_bytes(
-    c: ModelConfig, T: int, s: Setting, *, bf16: bool, rows: float, kernels: Kernels = "triton", fused: bool = True
+    c: ModelConfig,
+    T: int,
+    s: ParallelSetting,
+    *,
+    bf16: bool,
+    rows: float,
+    kernels: Kernels = "triton",
+    fused: bool = True,
 ) -> dict[str, float]:
-    """Peak memory of one rank's device by part, in bytes, with "peak". fused: see `norm_saved`.
+    """Memory of one rank's device by part, in bytes, with the totals "allocated" and "peak". fused: see `norm_saved`.
 
-    Two moments compete: the backward pass, which holds activations, and the optimizer step, which holds float32
-    gradients and AdamW's temporaries. "peak" is that of the larger, fragmentation and the device's context added.
+    The peak is reached either in the backward pass, which holds activations, or in the optimizer step, which holds
+    float32 gradients and AdamW's temporaries. "allocated" is the larger of the two; "peak" adds fragmentation and the
+    device's context.
     """
     P, W = count_params(c)["total"], s.world_size if s.zero_stage else 1
     width = 2 if bf16 else 4
@@ -203,7 +216,7 @@ def memory_bytes(
         "optimizer step": (4.0 + 4.0 + width) * P / W * on_device if s.zero_stage else 4.0 * P,
     }
     always = parts["weights"] + parts["gradients"] + parts["masters and moments"] + parts["ZeRO buckets"]
-    # the gradient that a tied head leaves waits for that of the embedding, to the end of the backward pass
+    # a tied head's gradient stays in memory until the embedding's is added, at the end of the backward pass
     waiting = width * c.vocab_size * c.d_model if c.tie_embeddings else 0.0
     in_a_block = parts["recomputed block"] + parts["attention workspace"] + waiting
     backward = parts["activations"] + max(in_a_block, parts["loss head"])
@@ -212,7 +225,7 @@ def memory_bytes(
     return parts | {"allocated": allocated, "peak": allocated + parts["allocator and context"]}
 
 
-def _buckets(P: int, s: Setting, width: int) -> float:
+def _buckets(P: int, s: ParallelSetting, width: int) -> float:
     reduce = min(s.reduce_bucket, P) * width * (2 if s.overlap else 1)
     gather = min(s.allgather_bucket, P) * width if s.zero_stage == 3 else 0.0
     return float(reduce + gather)
@@ -231,7 +244,8 @@ def _attention_workspace(c: ModelConfig, B: int, T: int, rows: float, width: int
 
 
 def _head_workspace(c: ModelConfig, N: int, width: int) -> float:
-    """A block of logits, in float32 and in the model's width, hidden's gradient in float32, and the weight's own."""
+    """Bytes of a block of logits (in float32 and in the model's width), and of the gradients of hidden states (float32)
+    and weight."""
     block = min(BLOCK_BYTES, 4 * N * c.vocab_size)
     return block * (1 + width / 4 * (width == 2)) + 4.0 * N * c.d_model * 2 + width * c.vocab_size * c.d_model
 
@@ -241,7 +255,11 @@ def _head_workspace(c: ModelConfig, N: int, width: int) -> float:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one optimizer step on every rank. parts: of computing, by kind. useful_flops: of one rank's share."""
+    """Predicted time of one optimizer step.
+
+    parts: seconds of computation by kind. communication: seconds of all of it. exposed: the communication that no
+    computation hides. useful_flops: those of one rank.
+    """
 
     seconds: float
     parts: dict[str, float]
@@ -253,14 +271,16 @@ class StepTime:
 
 
 def visible_keys(T: int) -> float:
-    """Mean visible keys of a query in one document of T tokens."""
+    """Mean number of visible keys of a query, in one document of T tokens."""
     return (T + 1) / 2
 
 
-def step_time(c: ModelConfig, T: int, s: Setting, device: Device, *, bf16: bool, rows: float) -> StepTime | None:
-    """Predicted seconds of a step on Triton's kernels: counted work over assumed shares of the device's peaks.
+def step_time(
+    c: ModelConfig, T: int, s: ParallelSetting, device: Device, *, bf16: bool, rows: float
+) -> StepTime | None:
+    """Predicts a step with Triton's kernels: counted work divided by assumed shares of the device's peaks.
 
-    None where the device's peak at the precision is not known.
+    Returns None when the device's peak at this precision is unknown.
     """
     tflops = device.bf16_tflops if bf16 else device.fp32_tflops
     if tflops is None:
@@ -282,7 +302,7 @@ def step_time(c: ModelConfig, T: int, s: Setting, device: Device, *, bf16: bool,
     if bandwidth:
         block = held_per_token(c, T, width, rows, "none")
         passes = ASSUMED.elementwise_passes + {"none": 0, "ffn": 1, "block": 2}[s.recomputed]
-        # hidden's float32 gradient is read and written for every block of logits
+        # the float32 gradient of the hidden states is read and written for every block of logits
         head = N * c.vocab_size * ASSUMED.head_bytes_per_logit + 8.0 * N * c.d_model * n_blocks(N, c.vocab_size)
         micro["elementwise"] = (N * c.n_layers * block * passes + head) / bandwidth
     busy = sum(micro.values())
@@ -293,7 +313,7 @@ def step_time(c: ModelConfig, T: int, s: Setting, device: Device, *, bf16: bool,
     micro_s = max(busy, launches)
     adam = _adam_seconds(n["total"], s, width, bandwidth)
     hidden, at_step = communication_seconds(c, s, device, width)
-    # what overlaps hides behind the backward pass, two thirds of a micro-batch
+    # overlapped communication hides behind the backward pass, which is two thirds of a micro-batch
     exposed = at_step + s.accumulation_steps * max(0.0, hidden - (micro_s * 2 / 3 if s.overlap else 0.0))
     seconds = s.accumulation_steps * micro_s + adam + exposed
     useful = flops_per_token(c, T, indexer_rows=rows)["total"] * N * s.accumulation_steps
@@ -311,8 +331,9 @@ def step_time(c: ModelConfig, T: int, s: Setting, device: Device, *, bf16: bool,
     )
 
 
-def _adam_seconds(P: int, s: Setting, width: int, bandwidth: float) -> float:
-    """Of the update. Offloaded, gradients go to the host with every micro-batch and weights come back once."""
+def _adam_seconds(P: int, s: ParallelSetting, width: int, bandwidth: float) -> float:
+    """Seconds of the optimizer's update. With offloading, gradients are sent to the host in every micro-batch and the
+    weights come back once per step."""
     W = s.world_size if s.zero_stage else 1
     if s.offload:
         moved = (s.accumulation_steps + 1) * width * P / W / (ASSUMED.host_link_gb_s * 1e9)
@@ -321,26 +342,30 @@ def _adam_seconds(P: int, s: Setting, width: int, bandwidth: float) -> float:
 
 
 def attention_seconds(c: ModelConfig, T: int, peak: float, *, sparse: bool, recomputed: Recomputed = "none") -> float:
-    """Per token and layer, forward and backward. Today's masked kernels visit every visible key, selected or not."""
-    pair = 2.0 * c.n_heads * c.d_head * visible_keys(T)  # one product of queries with keys
+    """Seconds per token and layer, forward and backward.
+
+    Today's sparse kernels visit every visible key and mask those that are not selected.
+    """
+    pair = 2.0 * c.n_heads * c.d_head * visible_keys(T)  # one product of queries and keys
     forward = 2 * pair * (2 if recomputed == "block" else 1)
-    # the backward pass: five products, seven where queries and keys have a kernel each
+    # the backward pass has five products, or seven with separate kernels for the gradients of queries and keys
     backward, share = (7, ASSUMED.masked_attention) if sparse else (5, ASSUMED.dense_attention)
     return (forward + backward * pair) / (share * peak)
 
 
 def indexer_seconds(c: ModelConfig, T: int, peak: float, rows: float) -> float:
-    """Per token and layer: scores once for the selection, and the alignment loss on its rows."""
+    """Seconds per token and layer: index scores for the selection, and the alignment loss on its rows."""
     score = 2.0 * c.n_indexer_heads * c.d_indexer * visible_keys(T)
     align = rows * (6 * score + 2.0 * c.n_heads * c.d_head * visible_keys(T))
     return (score + align) / (ASSUMED.index_scores * peak)
 
 
-def communication_seconds(c: ModelConfig, s: Setting, device: Device, width: int = 2) -> tuple[float, float]:
-    """(per micro-batch, beside its backward pass; per step, in the open), over the slowest link of a ring.
+def communication_seconds(c: ModelConfig, s: ParallelSetting, device: Device, width: int = 2) -> tuple[float, float]:
+    """(seconds per micro-batch, which may overlap its backward pass; seconds per step, which nothing hides).
 
-    DeepSpeed 0.19.8 sums gradients by an all-reduce, two passes over the ring, at stages 1 and 2 as well: every rank
-    gets all of them and keeps its part. Stage 3 scatters them, in one.
+    Messages pass over the slowest link of a ring. DeepSpeed 0.19.8 sums gradients with an all-reduce, which takes two
+    passes over the ring, at stages 1 and 2 as well: every rank receives all gradients and uses its part. Stage 3 uses a
+    reduce-scatter, which takes one pass.
     """
     W, P = s.world_size, count_params(c)["total"]
     if W == 1:
@@ -352,3 +377,16 @@ def communication_seconds(c: ModelConfig, s: Setting, device: Device, width: int
     if s.zero_stage == 2:
         return 2 * one_pass, gathered
     return 0.0, 2 * one_pass + gathered
+
+
+# -- disk -----------------------------------------------------------------------------------------------
+
+
+def checkpoint_bytes(cfg: RunConfig, last: Path | None) -> int:
+    """Bytes that a checkpoint of this run takes on disk: the size of the `last` one, or a count when there is none."""
+    if last is not None and (last / manifest.MANIFEST).exists():
+        return sum(entry.bytes for entry in manifest.read(last).files.values())
+    parameters = count_params(cfg.model)["total"]
+    working = 2 if cfg.training.precision == "bf16" else 4
+    # masters and two moments, and the working weights twice: once for DeepSpeed, once as model.safetensors
+    return int(parameters * (12 + 2 * working) * 1.02) + 2**20

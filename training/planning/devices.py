@@ -16,18 +16,19 @@ from typing import Literal
 
 import torch
 
-GIB = 2**30
+from gsa.units import GIB
+from training.config import ConfigError
 
 
 @dataclass(frozen=True)
 class Device:
-    """What one accelerator can do.
+    """Capacity and peaks of one accelerator.
 
-    memory_gib: all that CUDA offers to processes (what torch calls the total capacity), 2**30 bytes.
-    bf16_tflops: dense tensor peak, 10**12 operations per second, one multiply-add being two.
-    fp32_tflops: peak without tensor cores, which is what torch uses for float32 unless told otherwise; None: unknown.
-    memory_gb_s: bandwidth of its memory, 10**9 bytes per second; None when nobody has said.
-    link_gb_s: to the other GPUs, per GPU and direction, as collectives reach it, 10**9 bytes per second.
+    memory_gib: memory that CUDA offers to processes (torch calls it the total capacity), in units of 2**30 bytes.
+    bf16_tflops: dense peak of the tensor cores, in 10**12 operations per second; a multiply-add is two operations.
+    fp32_tflops: peak without tensor cores, which torch uses for float32 by default; None when unknown.
+    memory_gb_s: bandwidth of the memory, in 10**9 bytes per second; None when unknown.
+    link_gb_s: bandwidth to the other GPUs that collectives reach, per GPU and direction, in 10**9 bytes per second.
     """
 
     name: str
@@ -38,11 +39,11 @@ class Device:
     link_gb_s: float
 
 
-# Peaks and bandwidths: the maker's data sheets, half of the figure where a sheet leads with the sparse one (H100).
-# Memory: the total capacity in torch's out-of-memory messages from such cards, 1-2 % below what the driver lists.
+# Peaks and bandwidths are from the maker's data sheets; where a sheet gives the peak with sparsity (H100), half of it.
+# Memory is the total capacity in torch's out-of-memory messages from such cards, 1-2 % below what the driver lists.
 # Links: a slot of PCIe 4 x16 has 32 GB/s each way, of PCIe 5 64; NVLink of A100, H100 and B200 has 300, 450 and 900.
-# Protocols take about a fifth of that (NCCL's maintainers give 370 of 450). Bridges, which join A40, A6000 and PCIe
-# cards in pairs only, do not count: a ring over four cards crosses a slot.
+# Protocols take about a fifth of that (NCCL's maintainers give 370 of 450). NVLink bridges connect A40, A6000 and PCIe
+# cards in pairs only and are left out: a ring over four cards crosses a slot.
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
@@ -63,7 +64,7 @@ _TORCH_NAMES: dict[str, Device | None] = {
     "rtx a6000": DEVICES["A6000"],
     "a100-sxm4-40gb": DEVICES["A100-40"],
     "a100-sxm4-80gb": DEVICES["A100-80"],
-    # the chip of the SXM modules, in a slot
+    # PCIe cards with the chip of the SXM modules
     "a100-pcie-40gb": replace(DEVICES["A100-40"], link_gb_s=25.0),
     "a100 80gb pcie": replace(DEVICES["A100-80"], memory_gb_s=1935.0, link_gb_s=25.0),
     "l40s": DEVICES["L40S"],
@@ -73,28 +74,27 @@ _TORCH_NAMES: dict[str, Device | None] = {
     "h200 nvl": None,  # lower clocks than the module of that name
     "b200": DEVICES["B200"],
 }
-"""Words in torch.cuda.get_device_name, in lower case; None: not the card that the shorter words mean."""
+"""Words of torch.cuda.get_device_name in lower case. None marks a card that a shorter entry would wrongly match."""
 
 
 def find(torch_name: str) -> Device | None:
-    """The Device that torch.cuda.get_device_name means, by the longest known words in it; None when unknown.
+    """The device with this torch.cuda.get_device_name, by the longest entry that it contains; None when unknown.
 
-    A MIG slice is unknown: it has a part of its card's peak.
+    A MIG slice is unknown, since it has only a part of its card's peak.
     """
     name = torch_name.lower()
     if re.search(r"\bmig\b", name):
         return None
-    # whole words: "a40" is no part of "RTX A4000", nor "b200" of "GB200"
+    # whole words only: "a40" must not match "RTX A4000", nor "b200" "GB200"
     fitting = [known for known in _TORCH_NAMES if re.search(rf"(?<![a-z0-9]){known}(?![a-z0-9])", name)]
     return _TORCH_NAMES[max(fitting, key=len)] if fitting else None
 
 
-def parse(text: str) -> Device:
-    """The Device that a person means: a name of DEVICES in any case, or numbers for one that is not there.
+def parse_device(text: str) -> Device:
+    """The device that a command line names: a key of DEVICES in any case, or the numbers of another device.
 
-    Numbers are "<GiB>,<TFLOPs>,<GB/s of the link>", with the GB/s of the memory as a fourth where it is known; the
-    TFLOPs are those of the precision that the run has.
-    ValueError, with the known names, for anything else.
+    Numbers are "<GiB>,<TFLOPs>,<GB/s of the link>", with the GB/s of the memory as an optional fourth. The TFLOPs are
+    the peak at the run's precision. Raises ConfigError, with the known names, for anything else.
     """
     for name, device in DEVICES.items():
         if text.strip().lower() == name.lower():
@@ -104,7 +104,7 @@ def parse(text: str) -> Device:
     except ValueError:
         numbers = []
     if len(numbers) not in (3, 4) or not all(math.isfinite(number) and number > 0 for number in numbers):
-        raise ValueError(
+        raise ConfigError(
             f"GPU {text!r} is not known; give one of {', '.join(DEVICES)}, or <GiB>,<TFLOPs>,<GB/s to other GPUs>"
             f"[,<GB/s of its memory>], e.g. 44.4,149.7,25"
         )
@@ -116,9 +116,9 @@ def parse(text: str) -> Device:
 
 
 def peak_tflops(device: torch.device, dtype: torch.dtype) -> tuple[float, Literal["table", "measured"]]:
-    """The device's dense peak in 10**12 operations per second, and where the number is from.
+    """The device's dense peak in 10**12 operations per second, and the origin of the number.
 
-    From the table for 16-bit floats on a known card; otherwise what a matrix product reaches, which is below a peak.
+    The table is used for 16-bit floats on a known card. Otherwise a matrix product is timed: it stays below the peak.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         found = find(torch.cuda.get_device_name(device))
@@ -129,9 +129,9 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> tuple[float, Litera
 
 @functools.cache
 def measured_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """10**12 operations per second of a square matrix product, best of a few; measured once in a process.
+    """Speed of a square matrix product in 10**12 operations per second, the best of three; measured once per process.
 
-    Its size grows until a product takes 10 ms or fills 8192 x 8192: well under a second, also where dtype is slow.
+    The size grows until a product takes 10 ms or is 8192 x 8192: well under a second, even for a slow dtype.
     """
     size = 256
     while (seconds := _matmul_seconds(device, dtype, size)) < 0.01 and size < 8192:
@@ -150,7 +150,7 @@ def _matmul_seconds(device: torch.device, dtype: torch.dtype, size: int) -> floa
         a @ b
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if trial:  # the first one loads kernels
+        if trial:  # the first product loads kernels
             best = min(best, time.perf_counter() - began)
     return best
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from training.planning import devices
-from training.planning.devices import DEVICES, GpuId, Monitor, find, measured_tflops, parse, peak_tflops
+from training.planning.devices import DEVICES, GpuId, Monitor, find, measured_tflops, parse_device, peak_tflops
 
 # -- the table ----------------------------------------------------------------------------------------
 
@@ -58,17 +58,17 @@ def test_a_card_in_a_slot_has_the_peak_of_the_module_and_the_link_of_the_slot():
 
 
 def test_a_device_is_named_in_any_case_or_given_by_numbers():
-    assert parse("h100-pcie") is DEVICES["H100-PCIe"] and parse(" L40s ") is DEVICES["L40S"]
-    custom = parse("44.4,149.7,25")
+    assert parse_device("h100-pcie") is DEVICES["H100-PCIe"] and parse_device(" L40s ") is DEVICES["L40S"]
+    custom = parse_device("44.4,149.7,25")
     assert (custom.memory_gib, custom.bf16_tflops, custom.link_gb_s) == (44.4, 149.7, 25)
     assert custom.memory_gb_s is None  # nobody said it, and nobody guesses
-    assert parse("44.4,149.7,25,696").memory_gb_s == 696
+    assert parse_device("44.4,149.7,25,696").memory_gb_s == 696
 
 
 @pytest.mark.parametrize("text", ["H900", "", "44,100", "44,100,25,1,1", "44,-1,25", "44,nan,25", "44;100;25"])
 def test_a_wrong_device_is_refused_with_the_known_names(text):
     with pytest.raises(ValueError, match=r"not known; give one of A40, A6000, .*<GiB>,<TFLOPs>,<GB/s"):
-        parse(text)
+        parse_device(text)
 
 
 # -- the peak -----------------------------------------------------------------------------------------
