@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import traceback
+from dataclasses import replace
 
 from gsa.checkpoint.manifest import CheckpointError
 from training.config import to_yaml
@@ -22,7 +23,8 @@ def run(prepared: Prepared, world: World) -> ExitCode:
     """Trains on every rank of `world` and returns the exit code. Errors are printed and recorded in run.json."""
     folder = prepared.folder
     # rank 0 alone has read the checkpoint, which may decide some keys
-    spec, start, launch = world.broadcast((prepared.spec, prepared.start, time.time_ns()))
+    cfg, start, launch = world.broadcast((prepared.spec.cfg, prepared.start, time.time_ns()))
+    spec = replace(prepared.spec, cfg=cfg)
     try:
         data, held_out = open_data(spec.cfg)
         if world.is_main:
