@@ -17,7 +17,7 @@ from training.config.command import run_command
 from training.doctor import main
 from training.record import reader
 from training.reporting import summary as summaries
-from training.reporting.diagnosis import CHECKS, diagnose, diagnose_record
+from training.reporting.diagnosis import CHECKS, diagnose
 
 STEPS = 60
 

@@ -1,4 +1,4 @@
-"""What follows from a run's folder: its launches, where the time went, its spikes, its checkpoints, its state."""
+"""What follows from a run's folder: its launches, how its time was spent, its spikes, its checkpoints, its state."""
 
 from __future__ import annotations
 
@@ -12,34 +12,33 @@ import numpy as np
 
 from gsa.checkpoint import legacy, manifest
 from gsa.checkpoint.manifest import CheckpointError
-from gsa.config import ModelConfig
-from gsa.model import count_params
-from training import doctor
 from training.record.reader import Record, Steps, finite, mapping
 from training.record.spike_score import KNOWN, WINDOW
+from training.reporting.diagnosis import GPU_AT_WORK, Diagnosis, diagnose_record
 from training.reporting.format import duration
 
 RECENT_STEPS = 200
-"""Pace, throughput and use of the devices are medians or means over so many last steps."""
+"""Pace, throughput and use of the devices are medians or means over this many of the last steps."""
 LOSS_STEPS = 100
-"""The loss that is called a run's: the mean of its last steps, so many."""
+"""The loss of a run is the mean over this many of its last steps."""
 SPIKE_SIGMA = 7.0
-"""A spike is a loss so many standard deviations above the mean before it, whatever the run was told to act on: so that
-runs compare."""
+"""A spike is a loss more than this many standard deviations above the mean before it, whatever training.spike_sigmas
+acted on: so runs can be compared."""
 SILENT_S, SILENT_STEPS = 600.0, 30
-"""A run that says it is running has gone silent after so many seconds, or as long as so many of its steps take."""
+"""A run whose run.json has status "running" counts as silent after this many seconds without a line, or after the time
+of this many of its steps if that is longer."""
 
 State = Literal["running", "finished", "stopped", "failed", "silent", "unknown"]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One life of a process group. Times are unix s, steps are numbers of steps; None where no row tells.
+    """One launch of the run. Times are unix s, steps are step numbers; None where no row has them.
 
-    kind: "start" or "resume", from `checkpoint` after step `at`. began, ended: its first and last line.
-    first, last: the steps it trained. lost: how many of them are no longer in the curve. replayed: how many had been
-    trained before. ending: why it ended; good: False when it ended out of order, None while it runs.
-    config_diff: key -> (old, new), None when nothing changed. receipt: the event that compares the replay, if any.
+    kind: "start", or "resume" from `checkpoint` after step `at`. began, ended: its first and last line.
+    first, last: the steps it trained. lost: how many of them were discarded later. replayed: how many had been
+    trained before. ending: why it ended; good: False if it did not end in order, None while it runs.
+    config_diff: key -> [old, new], None when nothing changed. receipt: the event that compares the replay, if any.
     """
 
     kind: str
@@ -66,11 +65,11 @@ class Launch:
 Part = Literal["productive", "replayed", "lost", "data", "save", "evaluation", "other"]
 PARTS: dict[Part, tuple[str, str]] = {
     "productive": ("productive", "forward, backward and update of steps that were trained for the first time"),
-    "replayed": ("replayed", "the same, of steps that had been trained before and lost"),
+    "replayed": ("replayed", "the same for steps that had been trained before and lost"),
     "lost": ("lost to crashes", "steps after the checkpoint that a resume or a rollback went back to"),
     "data": ("data wait", "waiting for the loader"),
-    "save": ("save", "the loop stood still for a checkpoint"),
-    "evaluation": ("evaluation", "the loop stood still for an evaluation"),
+    "save": ("save", "training stood still for a checkpoint"),
+    "evaluation": ("evaluation", "training stood still for an evaluation"),
     "other": ("waiting and other", "what no row accounts for: the start of a launch, bookkeeping, its last moments"),
 }
 
@@ -86,12 +85,19 @@ class Budget:
     def total(self) -> float:
         return sum(self.seconds.values())
 
+    def share(self, part: Part) -> float | None:
+        """The part's share of the total; None where the total is zero."""
+        return self.seconds[part] / self.total if self.total else None
+
 
 @dataclass(frozen=True)
 class Spikes:
-    """score: (n,) standard deviations above the rolling mean, 0 where unknown. share: of steps beyond SPIKE_SIGMA, or
+    """Loss spikes.
+
+    score: (n,) standard deviations above the rolling mean, 0 where unknown. share: of steps above SPIKE_SIGMA, or
     without a finite loss. at: indices of those steps. counted_here: the rows have no spike_score. undone: steps that
-    a rollback took back, counted in the share, whose rows are gone from the curve."""
+    a rollback discarded; they count in the share, but their rows are no longer in metrics.jsonl.
+    """
 
     score: np.ndarray
     share: float
@@ -102,51 +108,40 @@ class Spikes:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """good: None where nobody can tell: it is of the predecessor's format, or perhaps being written. bytes: None where
-    no manifest tells."""
+    """good: None where nobody can know: it is in the legacy format, or it may be being written. bytes: None where no
+    manifest has them."""
 
     tag: str
     step: int
     bytes: int | None
     created: str | None
-    verdict: str
+    state: str
     good: bool | None
     marks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """The doctor's verdicts, or in `missing` why there are none."""
+class Analysis:
+    """One run, analysed. Numbers are None where the run's files do not have them.
 
-    verdicts: tuple[doctor.Verdict, ...] = ()
-    notes: tuple[str, ...] = ()
-    missing: str | None = None
-
-
-@dataclass(frozen=True)
-class Story:
-    """Numbers are None where the run does not tell. loss: mean of the last LOSS_STEPS steps. left_s: seconds to
-    max_steps at the recent pace. unsaved: steps after the newest whole checkpoint. parameters: by part, with "total".
-    samples: prompt -> (step, continuation), the newest first."""
+    loss: mean of the last LOSS_STEPS steps. left_s: seconds to max_steps at the recent pace. unsaved: steps after the
+    newest good checkpoint. samples: prompt -> (step, continuation), the newest first.
+    """
 
     record: Record
     state: State
     state_words: str
     step: float | None
-    max_steps: float | None
     loss: float | None
     bpb: float | None
     best_bpb: float | None
     unigram_bpb: float | None
     tokens_per_s: float | None
     mfu: float | None
-    utilisation: float | None
     memory_gib: float | None
-    device_memory_gib: float | None
     elapsed_s: float | None
     left_s: float | None
     unsaved: int | None
-    parameters: dict[str, int]
     launches: tuple[Launch, ...]
     budget: Budget | None
     spikes: Spikes
@@ -159,60 +154,55 @@ class Story:
     def label(self) -> str:
         return self.record.label
 
+    @property
+    def done(self) -> float | None:
+        """The share of max_steps that is trained, at most 1."""
+        whole = self.record.settings.max_steps
+        return min(1.0, self.step / whole) if self.step is not None and whole else None
 
-def tell(record: Record, *, verify: bool) -> Story:
+
+def analyse(record: Record, *, verify: bool) -> Analysis:
     """verify: read every byte of every checkpoint instead of names and sizes."""
     steps = record.steps
     state, words = _state(record)
-    step, max_steps = steps.last("step"), finite(mapping(record.config.get("training")), "max_steps")
+    step = steps.last("step")
     launches = _launches(record, state, words)
     checkpoints, notes = _checkpoints(record, verify=verify, live=state == "running")
     whole = [c.step for c in checkpoints if c.good]
-    evals = [row for row in record.told("eval") if finite(row, "eval_bpb") is not None]
+    evals = [row for row in record.events_of("eval") if finite(row, "eval_bpb") is not None]
     scores = [row["eval_bpb"] for row in evals]
     unigrams = [v for row in evals if (v := finite(row, "unigram_bpb")) is not None]
-    devices = [v for row in record.told("device") if (v := finite(row, "memory_gib")) is not None]
     elapsed = [launch.seconds for launch in launches if launch.seconds is not None]
-    return Story(
+    return Analysis(
         record,
         state,
         words,
         step,
-        max_steps,
         loss=_over_last(steps.of("loss"), LOSS_STEPS, np.mean),
         bpb=scores[-1] if scores else None,
         best_bpb=min(scores, default=None),
         unigram_bpb=unigrams[-1] if unigrams else None,
-        tokens_per_s=_over_last(steps.of("tokens_per_s"), RECENT_STEPS, np.median),
-        mfu=_over_last(steps.of("mfu"), RECENT_STEPS, np.median),
-        utilisation=_over_last(utilisation(steps), RECENT_STEPS, np.median),
+        tokens_per_s=recent(steps, "tokens_per_s"),
+        mfu=recent(steps, "mfu"),
         memory_gib=_over_last(steps.of("memory_gib"), len(steps), np.max),
-        device_memory_gib=devices[-1] if devices else None,
         elapsed_s=sum(elapsed) if elapsed else None,
-        left_s=_left(steps, max_steps),
+        left_s=_left(steps, record.settings.max_steps),
         unsaved=None if step is None else max(0, int(step) - max((s for s in whole if s <= step), default=0)),
-        parameters=_parameters(record),
         launches=launches,
         budget=_budget(record, launches),
-        spikes=find_spikes(steps, sum(row.get("action") == "rollback" for row in record.told("spike"))),
+        spikes=find_spikes(steps, sum(row.get("action") == "rollback" for row in record.events_of("spike"))),
         checkpoints=checkpoints,
         checkpoint_notes=notes,
         samples=_samples(record),
-        diagnosis=_diagnosis(record),
+        diagnosis=diagnose_record(record),
     )
 
 
 def utilisation(steps: Steps) -> np.ndarray:
-    """(n,) mean share of time in which the GPUs of rank 0's node ran kernels, NaN where unknown; idle GPUs left out."""
-    found = [column for i in gpus(steps) if np.isfinite(column := steps.of(f"gpu/{i}/utilisation")).any()]
-    found = [column for column in found if np.nanmedian(column) > doctor.GPU_AT_WORK]
+    """(n,) mean share of time in which the GPUs of rank 0's node ran kernels, NaN where unknown; without idle GPUs."""
+    found = [column for i in steps.gpus() if np.isfinite(column := steps.of(f"gpu/{i}/utilisation")).any()]
+    found = [column for column in found if np.nanmedian(column) > GPU_AT_WORK]
     return np.mean(found, axis=0) if found else np.full(len(steps), np.nan)
-
-
-def gpus(steps: Steps) -> list[int]:
-    """Indices of the GPUs that rows tell of."""
-    parts = [name.split("/") for name in steps.columns if name.startswith("gpu/")]
-    return sorted({int(part[1]) for part in parts if len(part) == 3 and part[1].isdecimal()})
 
 
 def recent(steps: Steps, name: str) -> float | None:
@@ -221,21 +211,21 @@ def recent(steps: Steps, name: str) -> float | None:
 
 
 def find_spikes(steps: Steps, undone: int = 0) -> Spikes:
-    """By the rows' spike_score; counted here, from the loss, where they have none."""
-    told = steps.of("spike_score")
-    here = not np.isfinite(told).any()
-    score = _spike_scores(steps.of("loss")) if here else np.nan_to_num(told)
+    """By the rows' spike_score; where they have none, by a score that is computed here from the loss."""
+    recorded = steps.of("spike_score")
+    here = not np.isfinite(recorded).any()
+    score = _spike_scores(steps.of("loss")) if here else np.nan_to_num(recorded)
     at = np.flatnonzero((score > SPIKE_SIGMA) | ~np.isfinite(steps.of("loss")))
     total = len(score) + undone
     return Spikes(score, (len(at) + undone) / total if total else 0.0, at, here, undone)
 
 
 def _spike_scores(loss: np.ndarray) -> np.ndarray:
-    """(n,) each loss against the mean and standard deviation of those before it, as training.record.spike_score does."""
+    """(n,) each loss against the mean and standard deviation of those before it, as in training.record.spike_score."""
     known = np.isfinite(loss)
     if not known.any():
         return np.zeros(len(loss))
-    centred = np.where(known, loss - np.median(loss[known]), 0.0)  # sums of squares keep their digits near zero
+    centred = np.where(known, loss - np.median(loss[known]), 0.0)  # sums of squares near zero do not lose digits
     end = np.arange(len(loss))
     begin = np.maximum(0, end - WINDOW)
     n, total, squares = (
@@ -256,34 +246,27 @@ def _over_last(values: np.ndarray, steps: int, combine: np.ufunc) -> float | Non
     return float(combine(known)) if len(known) else None
 
 
-def _last_line(record: Record) -> float | None:
-    times = [v for row in record.events if (v := finite(row, "time")) is not None]
-    if (of_steps := record.steps.last("time")) is not None:
-        times.append(of_steps)
-    return max(times, default=None)
-
-
 def _state(record: Record) -> tuple[State, str]:
-    """What the run is doing, as a word and as words."""
-    run, stops = record.run, record.told("stop")
+    """What the run is doing: its state, and the same in words."""
+    run, stops = record.run, record.events_of("stop")
     status, reason = run.get("status"), run.get("reason")
     why = f": {reason}" if reason and reason != status else ""
     if status in ("finished", "stopped", "failed"):
         return status, f"{status}{why}"
     if status != "running":
         return ("unknown", f"its last stop was: {stops[-1].get('reason')}") if stops else ("unknown", "state unknown")
-    seen = [v for v in (_last_line(record), finite(run, "updated")) if v is not None]
-    if not seen:
-        return "unknown", "running, by run.json; no line tells when"
-    silence = max(0.0, record.read_at - max(seen))
+    signs = [v for v in (record.last_written, finite(run, "updated")) if v is not None]
+    if not signs:
+        return "unknown", "running, by run.json; no line says when"
+    silence = max(0.0, record.read_at - max(signs))
     pace = recent(record.steps, "seconds") or 0.0
     if silence <= max(SILENT_S, SILENT_STEPS * pace):
         return "running", f"running, last sign of life {duration(silence)} ago"
     return "silent", f"silent for {duration(silence)}: killed, crashed or hung"
 
 
-def _left(steps: Steps, max_steps: float | None) -> float | None:
-    """Seconds to the end at the recent pace, with as much of evaluations and saves per step as so far."""
+def _left(steps: Steps, max_steps: int | None) -> float | None:
+    """Seconds to the end at the recent pace, with as much time for evaluations and saves per step as so far."""
     pace, step = recent(steps, "seconds"), steps.last("step")
     if max_steps is None or pace is None or step is None:
         return None
@@ -291,45 +274,27 @@ def _left(steps: Steps, max_steps: float | None) -> float | None:
     return max(0.0, max_steps - step) * (pace + float(stalls) / len(steps))
 
 
-def _parameters(record: Record) -> dict[str, int]:
-    try:
-        return count_params(ModelConfig(**record.config["model"]))
-    except (KeyError, TypeError, ValueError):  # a configuration of another version
-        return {}
-
-
 def _samples(record: Record) -> dict[str, list[tuple[float, str]]]:
     found: dict[str, list[tuple[float, str]]] = {}
-    for row in record.told("sample"):
+    for row in record.events_of("sample"):
         prompt, text = row.get("prompt"), row.get("text")
         if isinstance(prompt, str) and isinstance(text, str):
             found.setdefault(prompt, []).insert(0, (row["step"], text))
     return found
 
 
-def _diagnosis(record: Record) -> Diagnosis:
-    try:
-        summary, notes = doctor.read(record.folder)
-        return Diagnosis(tuple(doctor.diagnose(summary)), (*notes, *doctor.unseen(summary)))
-    except ValueError as err:
-        return Diagnosis(missing=str(err))
-    except (ArithmeticError, AttributeError, LookupError, TypeError) as err:
-        # files of another version, or edited by hand; the other sections know how to leave out a field
-        return Diagnosis(missing=f"the doctor cannot read this folder ({type(err).__name__}: {err})")
-
-
 # -- launches and time --------------------------------------------------------------------------------
 
 
 def _launches(record: Record, state: State, words: str) -> tuple[Launch, ...]:
-    """Every launch there ever was, oldest first: those of dead branches too."""
-    events = [*record.dead_events, *record.events]
+    """Every launch there ever was, oldest first, those of discarded branches included."""
+    events = [*record.discarded_events, *record.events]
     opened = [row for row in events if row["event"] in ("start", "resume")]
     opened.sort(key=lambda row: finite(row, "time") or 0.0)
     found = []
     for row, following in zip(opened, [*opened, None][1:], strict=True):
         began, until = finite(row, "time"), math.inf if following is None else finite(following, "time")
-        if began is None or until is None:  # without a clock nobody knows which rows are its own
+        if began is None or until is None:  # without times, nobody knows which rows belong to the launch
             began, until = None, -math.inf
         within = [e for e in events if began is not None and began <= (finite(e, "time") or -math.inf) < until]
         ending = _ending(within, record.run, state, words, last=following is None)
@@ -346,10 +311,10 @@ def _launch(
     ending: tuple[str, bool | None],
 ) -> Launch:
     """within: events from `began` until the next launch."""
-    kept, lost = (_between(steps, began, until) for steps in (record.steps, record.dead_steps))
+    kept, lost = (_between(steps, began, until) for steps in (record.steps, record.discarded_steps))
     numbers = [step for step, _ in (*kept, *lost)]
     times = [*(at for _, at in (*kept, *lost)), *(e["time"] for e in within)]
-    before = set(record.dead_steps.of("step"))
+    before = set(record.discarded_steps.of("step"))
     return Launch(
         opening["event"],
         finite(opening, "step"),
@@ -370,7 +335,7 @@ def _launch(
 
 
 def _between(steps: Steps, began: float | None, until: float) -> list[tuple[float, float]]:
-    """(step, time) of the rows written in that time; none where nobody knows when it began."""
+    """(step, time) of the rows written in that time; none where `began` is unknown."""
     if began is None:
         return []
     times = steps.of("time")
@@ -391,20 +356,20 @@ def _ending(within: Sequence[dict], run: dict, state: State, words: str, *, last
 
 
 def _budget(record: Record, launches: Sequence[Launch]) -> Budget | None:
-    """None where no row tells its seconds."""
-    steps, dead = record.steps, record.dead_steps
-    if not np.isfinite(steps.of("seconds")).any() and not np.isfinite(dead.of("seconds")).any():
+    """None where no row has its seconds."""
+    steps, discarded = record.steps, record.discarded_steps
+    if not np.isfinite(steps.of("seconds")).any() and not np.isfinite(discarded.of("seconds")).any():
         return None
     data, other = (np.nan_to_num(steps.of(f"seconds_{part}")) for part in ("data", "other"))
     computing = np.maximum(0.0, np.nan_to_num(steps.of("seconds")) - data - other)
-    again = np.isin(steps.of("step"), dead.of("step"))
+    again = np.isin(steps.of("step"), discarded.of("step"))
     seconds: dict[Part, float] = {
         "productive": computing[~again].sum(),
         "replayed": computing[again].sum(),
-        "lost": sum(np.nansum(dead.of(f"seconds{part}")) for part in ("", "_save", "_eval")),
+        "lost": sum(np.nansum(discarded.of(f"seconds{part}")) for part in ("", "_save", "_eval")),
         "data": data.sum(),
-        "save": _stood_still(record, launches, "seconds_save", "save", "save_stall_seconds"),
-        "evaluation": _stood_still(record, launches, "seconds_eval", "eval", "eval_seconds"),
+        "save": _stood_still(record, launches, "save"),
+        "evaluation": _stood_still(record, launches, "eval"),
         "other": other.sum(),
     }
     seconds = {part: float(spent) for part, spent in seconds.items()}
@@ -415,20 +380,18 @@ def _budget(record: Record, launches: Sequence[Launch]) -> Budget | None:
     return Budget(seconds, sum(max(0.0, gap) for gap in gaps))
 
 
-def _stood_still(record: Record, launches: Sequence[Launch], field: str, event: str, event_field: str) -> float:
-    """From the rows, and from the events what came after the last row of a launch; without the field, all of them."""
-    told = [(row["step"], finite(row, event_field) or 0.0) for row in record.told(event)]
-    if not record.steps.has(field):
-        return sum(spent for _, spent in told)
+def _stood_still(record: Record, launches: Sequence[Launch], event: Literal["save", "eval"]) -> float:
+    """Seconds of all saves or evaluations. No row has those after the last step of a launch: their events count."""
+    before, rest = record.stalls(event)
     ends = {launch.last for launch in launches}
-    return float(np.nansum(record.steps.of(field))) + sum(spent for step, spent in told if step in ends)
+    return float(before.sum()) + sum(seconds for step, seconds in rest if step in ends)
 
 
 # -- checkpoints --------------------------------------------------------------------------------------
 
 
 def _checkpoints(record: Record, *, verify: bool, live: bool) -> tuple[tuple[Checkpoint, ...], tuple[str, ...]]:
-    """Those of the folder, and what else a reader should know."""
+    """The checkpoints of the folder, and notes on them for the reader."""
     notes, latest = [], None
     try:
         latest = manifest.latest_tag(record.folder)
@@ -442,7 +405,7 @@ def _checkpoints(record: Record, *, verify: bool, live: bool) -> tuple[tuple[Che
     if latest is not None and latest not in {f.tag for f in found}:
         notes.append(f"`latest` names {latest}, which is not there")
     if aside:
-        notes.append(f"in segments/, of branches that a resume set aside: {', '.join(aside)}")
+        notes.append(f"checkpoints of discarded branches, in segments/: {', '.join(aside)}")
     return tuple(_checkpoint(one, latest, verify=verify, live=live) for one in found), tuple(notes)
 
 
@@ -451,7 +414,7 @@ def _checkpoint(found: manifest.Found, latest: str | None, *, verify: bool, live
     named = tuple(word for word, so in marks if so)
     if not found.complete:
         if legacy.is_legacy(found.path):
-            return Checkpoint(found.tag, found.step, None, None, "of the predecessor: not verifiable", None, named)
+            return Checkpoint(found.tag, found.step, None, None, "legacy format: cannot be verified", None, named)
         if not manifest.is_torn(found.path):
             return Checkpoint(found.tag, found.step, None, None, f"damaged: {found.reason}", False, named)
         torn = "unsealed: being written, or its save was interrupted" if live else "torn: its save was interrupted"
@@ -461,16 +424,16 @@ def _checkpoint(found: manifest.Found, latest: str | None, *, verify: bool, live
     except CheckpointError:  # a live run may have removed it since it was listed
         gone = "removed meanwhile" if not found.path.exists() else "its manifest cannot be read"
         return Checkpoint(found.tag, found.step, None, None, gone, None if live else False, named)
-    size, verdict, good = sum(f.bytes for f in sealed.files.values()), "complete: names and sizes agree", True
+    size, state, good = sum(f.bytes for f in sealed.files.values()), "complete: names and sizes agree", True
     if verify:
         try:
             manifest.verify(found.path)
-            verdict = "verified: every byte as it was written"
+            state = "verified: every byte as it was written"
         except CheckpointError as err:
-            verdict, good = f"damaged: {'; '.join(line.strip() for line in str(err).splitlines()[1:-1])}", False
-    return Checkpoint(found.tag, found.step, size, sealed.created, verdict, good, named)
+            state, good = f"damaged: {'; '.join(line.strip() for line in str(err).splitlines()[1:-1])}", False
+    return Checkpoint(found.tag, found.step, size, sealed.created, state, good, named)
 
 
 def as_json(value: object) -> str:
-    """A settings file as people write it."""
+    """A value as an indented JSON text."""
     return json.dumps(value, indent=2, default=str)

@@ -1,7 +1,9 @@
-"""Charts as inline SVG. Curves are stretched to any width; their labels are HTML beside them, and keep their size.
+"""Charts as inline SVG. Curves stretch to any width; their labels are HTML beside them and do not stretch.
 
-A chart of many points is thinned to a few hundred stretches: the line is the mean of each, and a band behind it
-reaches from least to greatest, so that one odd step of a million is still seen.
+A chart of many points is thinned to a few hundred intervals: the line is the mean of each, and a band behind it
+reaches from the least to the greatest value, so that one odd step of a million is still visible.
+
+Every text is escaped here, so what comes back is Markup, which the templates of the report insert as it is.
 """
 
 from __future__ import annotations
@@ -17,16 +19,17 @@ from html import escape
 from typing import Literal
 
 import numpy as np
+from markupsafe import Markup
 
 from training.reporting.format import compact, number
 
-STRETCHES, STRETCHES_WIDE = 150, 300
-"""Of a chart of half the page's width, and of the whole: three pixels or so each, narrower than the eye tells apart."""
+INTERVALS, INTERVALS_WIDE = 150, 300
+"""For a chart of half the page's width, and of all of it: about three pixels each, too narrow to see."""
 HEAT_COLUMNS = 120
 _SIDE = 1000
-"""Units of a plot's drawing, each way."""
+"""The width and the height of a plot in units of its drawing."""
 
-# cividis, which reads alike with and without colour blindness; anchors of the ramp
+# anchors of cividis, a colour map that looks the same with and without colour blindness
 _RAMP = ("00224e", "223a70", "4a4f6c", "6a6a70", "848279", "a59c74", "cab669", "fee838")
 
 
@@ -42,7 +45,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Level:
-    """A dashed horizontal line, and what it stands for."""
+    """A dashed horizontal line and its name."""
 
     name: str
     y: float
@@ -50,7 +53,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Axis:
-    """low, high: of the data, in its unit. log: positions are those of logarithms."""
+    """low, high: the ends, in the unit of the data. log: the axis is logarithmic."""
 
     low: float
     high: float
@@ -84,21 +87,21 @@ class Axis:
 
 
 def _round_step(wanted: float) -> float:
-    """The nearest of 1, 2, 5 times a power of ten, by ratio."""
+    """The number among 1, 2 and 5 times powers of ten that is nearest by ratio."""
     power = 10.0 ** math.floor(math.log10(wanted))
     return min((1 * power, 2 * power, 5 * power, 10 * power), key=lambda step: abs(math.log(step / wanted)))
 
 
-def thin(x: np.ndarray, y: np.ndarray, stretches: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """x, least, mean and greatest y of at most so many stretches of equal length; what has no value is left out.
+def thin(x: np.ndarray, y: np.ndarray, intervals: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """x, and the least, mean and greatest y, of at most this many intervals of equal length, without empty ones.
 
-    x: in ascending order. Fewer points than stretches stay as they are.
+    x: in ascending order. Fewer points than intervals stay as they are.
     """
     known = np.isfinite(x) & np.isfinite(y)
     x, y = x[known], y[known]
-    if len(x) <= stretches or x[0] == x[-1]:
+    if len(x) <= intervals or x[0] == x[-1]:
         return x, y, y, y
-    place = np.minimum((x - x[0]) / (x[-1] - x[0]) * stretches, stretches - 1).astype(int)
+    place = np.minimum((x - x[0]) / (x[-1] - x[0]) * intervals, intervals - 1).astype(int)
     starts = np.flatnonzero(np.diff(place, prepend=-1))
     sizes = np.diff(starts, append=len(x))
     return (
@@ -124,18 +127,18 @@ def line_chart(
     verticals: Sequence[float] = (),
     marks: Sequence[tuple[float, float]] = (),
     wide: bool = False,
-) -> str:
-    """A figure, or "" when no series has a value.
+) -> Markup:
+    """A figure; empty when no series has a value.
 
-    about: what is measured. note: what its marks mean. cut: share of the stretches that may reach beyond the scale,
-    at either end. levels: shown when the data comes near. verticals: x of dotted lines. marks: (x, y) of dots.
+    about: what is measured. note: what its marks mean. cut: share of the intervals that may lie beyond the scale, at
+    either end. levels: drawn when the data comes near them. verticals: x of dotted lines. marks: (x, y) of dots.
     """
     if scale == "log":
         series = [Series(s.name, s.x, np.where(s.y > 0, s.y, np.nan), s.colour) for s in series]
-    thinned = [(s, *thin(s.x, s.y, STRETCHES_WIDE if wide else STRETCHES)) for s in series]
+    thinned = [(s, *thin(s.x, s.y, INTERVALS_WIDE if wide else INTERVALS)) for s in series]
     thinned = [one for one in thinned if len(one[1])]
     if not thinned:
-        return ""
+        return Markup()
     xs = np.concatenate([x for _, x, *_ in thinned])
     x_axis = Axis(float(xs.min()), float(xs.max()) if xs.max() > xs.min() else float(xs.min()) + 1.0)
     y_axis = _y_axis(thinned, scale, from_zero, cut, [level.y for level in levels])
@@ -152,16 +155,17 @@ def line_chart(
     dots = "".join(f"M{_at(x_axis, x)} {_down(y_axis, y)}h0" for x, y in marks if y > 0 or scale == "linear")
     drawn.append(f'<path class="dots" d="{dots}"/>' if dots else "")
     spoken = ". ".join(
-        [f"{title}, {unit}"] + [_spoken(s, x, least, mean, greatest, x_unit) for s, x, least, mean, greatest in thinned]
+        [f"{title}, {unit}"]
+        + [_read_out(s, x, least, mean, greatest, x_unit) for s, x, least, mean, greatest in thinned]
     )
     frame = _frame(y_axis.ticks(), y_axis, x_axis, x_unit, drawn, spoken, _named_levels(levels, y_axis))
     points = [[[float(f"{v:.7g}") for v in x], [float(f"{v:.4g}") for v in mean]] for _, x, _, mean, _ in thinned]
     shown = json.dumps({"x": [x_axis.low, x_axis.high], "unit": x_unit, "s": points}, separators=(",", ":"))
-    said = "".join(f"<p>{escape(text)}</p>" for text in (about, note) if text)
+    words = "".join(f"<p>{escape(text)}</p>" for text in (about, note) if text)
     unit = f" <span class=unit>{escape(unit)}</span>" if unit not in ("", "1") else ""
-    return (
+    return Markup(
         f'<figure class="chart{" wide" if wide else ""}" data-points="{escape(shown)}"><figcaption>'
-        f"<h3>{escape(title)}{unit}</h3>{said}{_legend(thinned)}</figcaption>{frame}</figure>\n"
+        f"<h3>{escape(title)}{unit}</h3>{words}{_legend(thinned)}</figcaption>{frame}</figure>\n"
     )
 
 
@@ -189,12 +193,12 @@ def _at(axis: Axis, x: float) -> str:
 
 
 def _down(axis: Axis, y: float) -> str:
-    """Down the drawing. Far outside it, only as far as it takes to be unseen."""
+    """The distance from the top of the drawing; far outside it, one height beyond its edge."""
     return _unit(min(max((1 - float(axis.place(y))) * _SIDE, -_SIDE), 2 * _SIDE))
 
 
 def _unit(place: float) -> str:
-    """A tenth of a unit is a tenth of a pixel or so."""
+    """To a tenth of a unit, which is about a tenth of a pixel."""
     return f"{place:.1f}".removesuffix(".0")
 
 
@@ -233,12 +237,12 @@ def _frame(
     spoken: str,
     over: str = "",
 ) -> str:
-    """The plot with its labels: those of y at the left, those of x below."""
+    """The plot, with the labels of y at its left and those of x below."""
     y = "".join(f'<span style="bottom:{100 * float(y_axis.place(v)):.2f}%">{escape(t)}</span>' for v, t in y_ticks)
     x = ""
     for value, text in x_axis.ticks():
         place = float(x_axis.place(value))
-        # at the very edge it would stand beyond the plot
+        # centred at the very edge, it would reach beyond the plot
         end = " class=end" if place > 0.97 else " class=begin" if place < 0.03 else ""
         x += f'<span{end} style="left:{100 * place:.2f}%">{escape(text)}</span>'
     return (
@@ -251,7 +255,7 @@ def _frame(
 
 
 def _legend(thinned: list) -> str:
-    """Names, and the newest values; the page's script writes those under the pointer in their place."""
+    """Names and newest values; the page's script replaces these by the values under the pointer."""
     alone = len(thinned) == 1
     items = [
         f"<li>{'last' if alone else f'<i class={chr(34)}key c{s.colour}{chr(34)}></i>{escape(s.name)}'} "
@@ -261,8 +265,8 @@ def _legend(thinned: list) -> str:
     return f"<ul class=legend>{''.join(items)}</ul>"
 
 
-def _spoken(s: Series, x: np.ndarray, least: np.ndarray, mean: np.ndarray, greatest: np.ndarray, x_unit: str) -> str:
-    """The curve in a sentence, for those who do not see it."""
+def _read_out(s: Series, x: np.ndarray, least: np.ndarray, mean: np.ndarray, greatest: np.ndarray, x_unit: str) -> str:
+    """The curve in a sentence, for a screen reader."""
     return (
         f"{s.name}: from {number(float(mean[0]))} at {x_unit} {compact(float(x[0]))} to {number(float(mean[-1]))} at "
         f"{compact(float(x[-1]))}, between {number(float(least.min()))} and {number(float(greatest.max()))}"
@@ -273,7 +277,7 @@ def _spoken(s: Series, x: np.ndarray, least: np.ndarray, mean: np.ndarray, great
 
 
 def heat_bins(steps: Sequence[float], values: Sequence[Sequence[float]]) -> tuple[np.ndarray, float, float]:
-    """(layers, columns) mean values, NaN where there is none, with the steps at which the first column begins and the
+    """(layers, columns) mean values, NaN where there is none; and the steps at which the first column begins and the
     last one ends. values: by step, one per layer."""
     at, layers = np.asarray(steps, np.float64), max(map(len, values))
     table = np.full((len(values), layers), np.nan)
@@ -291,7 +295,7 @@ def heat_bins(steps: Sequence[float], values: Sequence[Sequence[float]]) -> tupl
 
 def heat_map(
     title: str, unit: str, bins: tuple[np.ndarray, float, float], *, low: float, high: float, about: str
-) -> str:
+) -> Markup:
     """Layers from top to bottom, steps from left to right. low, high: values at the ends of the colour ramp."""
     values, first, last = bins
     layers = len(values)
@@ -309,21 +313,20 @@ def heat_map(
             f": in the newest steps from {number(float(newest[least]), 3)} in layer {least} to "
             f"{number(float(newest[most]), 3)} in layer {most}"
         )
-    ramp = f"<div class=ramp><span>{number(low, 3)}</span><i></i><span>{number(high, 3)}</span></div>"
-    return (
+    colours = f"linear-gradient(90deg,{','.join(f'#{anchor}' for anchor in _RAMP)})"
+    ramp = (
+        f'<div class=ramp><span>{number(low, 3)}</span><i style="background:{colours}"></i>'
+        f"<span>{number(high, 3)}</span></div>"
+    )
+    return Markup(
         f'<figure class="chart heat"><figcaption><h3>{escape(title)} <span class=unit>{escape(unit)}</span></h3>'
         f"<p>{escape(about)}</p>{ramp}</figcaption>"
         f"{_frame(ticks, y_axis, x_axis, 'step', [picture], spoken)}</figure>\n"
     )
 
 
-def ramp_css() -> str:
-    """The ramp as a CSS gradient."""
-    return f"linear-gradient(90deg,{','.join(f'#{anchor}' for anchor in _RAMP)})"
-
-
 def _png(values: np.ndarray, low: float, high: float) -> bytes:
-    """(rows, columns) as an indexed PNG of one pixel each; NaN is transparent."""
+    """(rows, columns) as an indexed PNG with a pixel for each value; NaN is transparent."""
     span = (high - low) or 1.0
     shade = np.where(np.isfinite(values), 1 + np.clip((np.nan_to_num(values) - low) / span, 0, 1) * 254, 0)
     pixels = shade.round().astype(np.uint8)

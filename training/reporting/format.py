@@ -1,12 +1,14 @@
-"""Numbers, durations and dates as people read them."""
+"""Formats numbers, durations, dates and sizes for people."""
 
 from __future__ import annotations
 
 import math
 from datetime import UTC, datetime
 
+from gsa.units import GIB, MIB
+
 NOTHING = "–"
-"""Stands where there is no value."""
+"""What stands in place of a missing value."""
 _SUFFIXES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
@@ -24,7 +26,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def _bare(text: str) -> str:
-    """Without zeros at the end of a fraction."""
+    """Removes zeros at the end of a fraction."""
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
@@ -39,12 +41,12 @@ def compact(value: float | None, digits: int = 3) -> str:
 
 
 def count(value: float | None) -> str:
-    """A whole number with its thousands apart."""
+    """1234567.8 -> "1,234,568"."""
     return NOTHING if value is None or not math.isfinite(value) else f"{round(value):,}"
 
 
 def percent(share: float | None) -> str:
-    """0.0213 -> "2.1 %". A share that is not nothing never reads as 0."""
+    """0.0213 -> "2.1 %". A share that is not zero never reads as 0."""
     if share is None or not math.isfinite(share):
         return NOTHING
     if share == 0:
@@ -71,17 +73,17 @@ def duration(seconds: float | None) -> str:
 
 
 def moment(unix_s: float | None) -> str:
-    """A point in time, to the minute, in UTC."""
+    """A Unix time to the minute, in UTC: "2026-11-27 08:49 UTC"."""
     if unix_s is None or not 0 <= unix_s < 1e11:
         return NOTHING
     return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def size(n_bytes: float | None) -> str:
+    """2147483648 -> "2 GiB"."""
     if n_bytes is None:
         return NOTHING
-    gib = n_bytes / 2**30
-    return f"{number(gib, 3)} GiB" if gib >= 1 else f"{number(n_bytes / 2**20, 3)} MiB"
+    return f"{number(n_bytes / GIB, 3)} GiB" if n_bytes >= GIB else f"{number(n_bytes / MIB, 3)} MiB"
 
 
 def plural(n: int, one: str, many: str | None = None) -> str:
@@ -90,7 +92,7 @@ def plural(n: int, one: str, many: str | None = None) -> str:
 
 
 def sentence(text: str) -> str:
-    """With a capital, unless it begins with the name of a file or key, and a full stop."""
+    """Adds a full stop and a capital letter, unless the text begins with the name of a file or key."""
     if not text:
         return text
     named = "." in text.split()[0].rstrip(".:")
@@ -98,7 +100,7 @@ def sentence(text: str) -> str:
 
 
 def brief(value: object, limit: int = 200) -> str:
-    """A value of a configuration on one line."""
+    """A value on one line, at most `limit` characters long."""
     text = NOTHING if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     text = " ".join(text.split())
     return text if len(text) <= limit else text[: limit - 1] + "…"

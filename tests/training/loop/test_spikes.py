@@ -17,7 +17,7 @@ from training.record.reader import read
 from training.record.replay_receipt import ReplayReceipt
 from training.record.spike_score import KNOWN, WINDOW, SpikeDetector
 from training.replay import trainings_of
-from training.reporting.analysis import tell
+from training.reporting.analysis import analyse
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 SIGMA = 1.0
@@ -175,7 +175,7 @@ def test_a_rollback_goes_back_and_past_the_samples(runs):
         back = [t for t in trainings_of(folder, event["step"]) if t.segment is not None]
         spans = [[t.row["samples"] - 4, t.row["samples"] - 1] for t in back if t.row["loss"] == event["spike_loss"]]
         assert spans == [event["samples"]]
-    story = tell(read(folder, "rollback"), verify=False)
+    story = analyse(read(folder, "rollback"), verify=False)
     assert story.spikes.undone == len(spikes) > 0
 
 
@@ -229,7 +229,7 @@ def test_lost_steps_count_as_spikes_in_the_report(runs, tmp_path):
     rows = [{"step": n, "loss": 1.0, "spike_score": 0.0} for n in range(1, 81)]
     rows[60] |= {"loss": "nan", "spike_score": "nan"}
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    spikes = tell(read(folder, "lost"), verify=False).spikes
+    spikes = analyse(read(folder, "lost"), verify=False).spikes
     assert spikes.at.tolist() == [60] and spikes.share == pytest.approx(1 / 80)
 
 

@@ -20,21 +20,21 @@ from support.launching import ROOT, Case, rank_environment, run_cases
 
 from gsa.checkpoint import manifest
 from training import config as run_config
+from training.config.command import run_command
 from training.record.reader import NoRunError, labels, read
 from training.record.spike_score import SpikeDetector
-from training.report import main, write
-from training.reporting import page
-from training.reporting.analysis import find_spikes, tell
-from training.reporting.charts import STRETCHES, Axis, heat_bins, thin
+from training.report import main
+from training.reporting.analysis import analyse, find_spikes
+from training.reporting.charts import INTERVALS, Axis, heat_bins, thin
 from training.reporting.format import compact, duration, number, percent
-from training.reporting.markdown import safe
+from training.reporting.pages import escape, html_page, write
 
 LAYERS = 6
 SECTIONS = ["learning", "time", "speed", "attention", "launches", "checkpoints", "samples", "configuration"]
 
 
-def story_of(folder: Path, *, verify: bool = False):
-    return tell(read(folder, folder.name), verify=verify)
+def analysis_of(folder: Path, *, verify: bool = False):
+    return analyse(read(folder), verify=verify)
 
 
 def rows_of(path: Path) -> list[dict]:
@@ -286,8 +286,8 @@ class Elements(HTMLParser):
         return sum(name == tag for name, _ in self.tags)
 
 
-def rendered(*stories) -> Elements:
-    return Elements(page.render(list(stories)))
+def rendered(*runs) -> Elements:
+    return Elements(html_page(list(runs)))
 
 
 # -- real runs ----------------------------------------------------------------------------------------
@@ -323,7 +323,7 @@ def test_the_report_of_a_real_run(a_run, tmp_path, capsys):
         path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.name.startswith("report")
     }
     assert after == before  # it reads only
-    story = story_of(a_run)
+    story = analysis_of(a_run)
     assert story.state == "finished" and story.unsaved == 0 and story.launches[0].last == 6
     spent = story.budget.seconds
     assert story.budget.total == pytest.approx(story.elapsed_s) and spent["lost"] == spent["replayed"] == 0
@@ -347,7 +347,7 @@ def test_a_killed_run_and_its_resumption(a_run, tiny_yaml, tmp_path):
     whole = "".join(json.dumps(row | {"time": 1.8e9 + i}) + "\n" for i, row in enumerate(rows[:cut]))
     (folder / "metrics.jsonl").write_text(whole + '{"step": 6, "epoch": 0.0')
     # the clock of this machine may stand before 1.8e9: then the row is from its future, and silence is nothing
-    dead = story_of(folder)
+    dead = analysis_of(folder)
     assert dead.step == 5 and dead.unsaved == 2 and any("1 line(s) are torn" in note for note in dead.record.notes)
     assert (dead.state == "silent") == (time.time() - 1.8e9 > 3600)
 
@@ -370,7 +370,7 @@ def test_a_killed_run_and_its_resumption(a_run, tiny_yaml, tmp_path):
         ],
         tmp_path,
     )
-    story = story_of(folder)
+    story = analysis_of(folder)
     assert story.state == "finished" and story.step == 6 and not story.record.notes
     first, second = sorted(story.launches, key=lambda launch: launch.kind == "resume")
     assert (first.first, first.last, first.lost, first.good) == (1, 5, 2, False)
@@ -396,7 +396,7 @@ def test_a_killed_run_and_its_resumption(a_run, tiny_yaml, tmp_path):
 
 
 def test_launches_tell_how_each_one_ended(days):
-    first, second = story_of(days).launches
+    first, second = analysis_of(days).launches
     assert (first.kind, first.first, first.last, first.lost, first.good) == ("start", 1, 430, 30, False)
     assert "no stop event" in first.ending
     assert (second.kind, second.first, second.last, second.replayed, second.good) == ("resume", 401, 700, 30, None)
@@ -404,7 +404,7 @@ def test_launches_tell_how_each_one_ended(days):
 
 
 def test_every_second_of_the_budget_counts_once(days):
-    story = story_of(days)
+    story = analysis_of(days)
     rows = [row for row in rows_of(days / "metrics.jsonl") if "loss" in row]
     lost = [row for row in rows_of(days / "segments/metrics_0.jsonl") if "loss" in row]
     computing = {row["step"]: row["seconds"] - row["seconds_data"] - row["seconds_other"] for row in rows}
@@ -436,7 +436,7 @@ def test_a_rollback_within_a_launch_loses_and_replays_steps(tmp_path):
     }
     write_rows(tmp_path / "metrics.jsonl", [start, *rows[:40], spike, *again])
     write_rows(tmp_path / "segments/metrics_0.jsonl", rows[40:])
-    story = story_of(tmp_path)
+    story = analysis_of(tmp_path)
     (launch,) = story.launches
     assert (launch.first, launch.last, launch.lost, launch.replayed) == (1, 80, 20, 20)
     spent = story.budget.seconds
@@ -445,7 +445,7 @@ def test_a_rollback_within_a_launch_loses_and_replays_steps(tmp_path):
 
 
 def test_time_left_includes_saves_and_evaluations(days):
-    story = story_of(days)
+    story = analysis_of(days)
     rows = [row for row in rows_of(days / "metrics.jsonl") if "loss" in row]
     pace = np.median([row["seconds"] for row in rows[-200:]])
     stalls = sum(row["seconds_save"] + row["seconds_eval"] for row in rows) / 700
@@ -488,7 +488,7 @@ def test_the_state_of_a_run(copy, status, silence, state):
     (copy / "run.json").write_text(
         json.dumps(run | {"status": status, "reason": "SIGTERM" if status == "stopped" else None})
     )
-    story = story_of(copy)
+    story = analysis_of(copy)
     assert story.state == state
     if state == "silent":
         assert "killed, crashed or hung" in story.state_words and story.launches[-1].good is False
@@ -502,16 +502,16 @@ def test_verdicts_on_checkpoints(copy):
     flipped = copy / "step_600" / "model.safetensors"
     flipped.write_bytes(b"\1" + flipped.read_bytes()[1:])
     (copy / "step_200" / manifest.PIN).touch()
-    quick = {c.tag: c for c in story_of(copy).checkpoints}
-    assert quick["step_700"].verdict.startswith("unsealed: being written") and quick["step_700"].good is None
-    assert not quick["step_400"].good and "999 bytes, 1000 in the manifest" in quick["step_400"].verdict
+    quick = {c.tag: c for c in analysis_of(copy).checkpoints}
+    assert quick["step_700"].state.startswith("unsealed: being written") and quick["step_700"].good is None
+    assert not quick["step_400"].good and "999 bytes, 1000 in the manifest" in quick["step_400"].state
     assert quick["step_600"].good and quick["step_600"].marks == ("latest",) and quick["step_600"].bytes == 1000
     assert quick["step_200"].marks == ("pinned",)
-    read_whole = {c.tag: c for c in story_of(copy, verify=True).checkpoints}
-    assert not read_whole["step_600"].good and "sha256" in read_whole["step_600"].verdict
-    assert read_whole["step_200"].verdict == "verified: every byte as it was written"
+    read_whole = {c.tag: c for c in analysis_of(copy, verify=True).checkpoints}
+    assert not read_whole["step_600"].good and "sha256" in read_whole["step_600"].state
+    assert read_whole["step_200"].state == "verified: every byte as it was written"
     (copy / "latest").write_text("step_999\n")
-    assert any("step_999, which is not there" in note for note in story_of(copy).checkpoint_notes)
+    assert any("step_999, which is not there" in note for note in analysis_of(copy).checkpoint_notes)
 
 
 # -- what is missing ----------------------------------------------------------------------------------
@@ -525,7 +525,7 @@ def test_a_missing_or_broken_file_is_named_where_it_is_missed(copy, name, conten
     shown = Elements((copy / "report.html").read_text())
     assert shown.ids("section") == SECTIONS
     if (name, content) != ("metrics.jsonl", ""):  # an empty one is that of a run that has just begun
-        assert name in " ".join(story_of(copy).record.notes)
+        assert name in " ".join(analysis_of(copy).record.notes)
 
 
 def test_fields_that_no_row_has_are_named(copy):
@@ -582,7 +582,7 @@ def test_a_run_that_has_just_begun(tmp_path):
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps({"status": "running", "updated": time.time()}))
     write_rows(folder / "metrics.jsonl", [{"event": "start", "step": 0, "world_size": 2, "time": time.time()}])
-    text = rendered(story_of(folder)).text
+    text = rendered(analysis_of(folder)).text
     assert "No optimizer step is recorded yet." in text and "There is no step_N folder yet." in text
 
 
@@ -590,7 +590,7 @@ def test_lines_torn_anywhere_cost_only_themselves(copy):
     lines = (copy / "metrics.jsonl").read_text().splitlines()
     lines[20] = lines[20][:30]
     (copy / "metrics.jsonl").write_text("\n".join([*lines, "\x00\x00\x00", '{"step": 701, "lo']))
-    story = story_of(copy)
+    story = analysis_of(copy)
     assert len(story.record.steps) == 699 and "2 line(s) are torn" in story.record.notes[0]
 
 
@@ -600,9 +600,9 @@ def test_losses_that_are_no_numbers_are_gaps(copy):
         if row.get("step") in (699, 700) and "loss" in row:
             row |= {"loss": "nan", "grad_norm": "inf"}
     write_rows(copy / "metrics.jsonl", rows)
-    story = story_of(copy)
+    story = analysis_of(copy)
     assert math.isfinite(story.loss) and math.isnan(story.record.steps.of("loss")[-1])
-    assert "nan" not in page.render([story]).replace("provenance", "").lower()
+    assert "nan" not in html_page([story]).replace("provenance", "").lower()
 
 
 # -- text of a run is text ----------------------------------------------------------------------------
@@ -624,7 +624,7 @@ def test_text_of_a_run_is_never_markup(copy, tmp_path):
     config["data"] = {"data_dir": ATTACK, ATTACK: ATTACK}
     (copy / "config.yaml").write_text(yaml.safe_dump(config))
     named = copy.rename(tmp_path / "<img src=x onerror=attack()>")
-    for stories in ([story_of(named)], [story_of(named), story_of(named)]):
+    for stories in ([analysis_of(named)], [analysis_of(named), analysis_of(named)]):
         shown = rendered(*stories)
         assert shown.count("script") == 1 and shown.count("img") == 0
         assert not any(key.startswith("on") for _, attrs in shown.tags for key in attrs)
@@ -635,9 +635,9 @@ def test_text_of_a_run_is_never_markup(copy, tmp_path):
 
 
 def test_markdown_keeps_text_in_its_cell_and_words_readable():
-    assert safe("a|b\n<b> *x* `c`") == r"a\|b &lt;b&gt; \*x\* \`c\`"
-    assert safe("training.max_steps") == "training.max_steps"
-    assert safe("# not a heading") == r"\# not a heading"
+    assert escape("a|b\n<b> *x* `c`") == r"a\|b &lt;b&gt; \*x\* \`c\`"
+    assert escape("training.max_steps") == "training.max_steps"
+    assert escape("# not a heading") == r"\# not a heading"
 
 
 # -- charts -------------------------------------------------------------------------------------------
@@ -646,17 +646,17 @@ def test_markdown_keeps_text_in_its_cell_and_words_readable():
 def test_one_odd_step_of_a_million_is_still_seen():
     x, y = np.arange(1.0, 1e6 + 1), np.ones(1_000_000)
     y[123_456] = 50.0
-    xs, least, mean, greatest = thin(x, y, STRETCHES)
-    assert len(xs) == len(mean) == STRETCHES and greatest.max() == 50.0 and least.min() == 1.0
+    xs, least, mean, greatest = thin(x, y, INTERVALS)
+    assert len(xs) == len(mean) == INTERVALS and greatest.max() == 50.0 and least.min() == 1.0
     assert (least <= mean).all() and (mean <= greatest).all() and (np.diff(xs) > 0).all()
     assert mean.mean() == pytest.approx(y.mean(), rel=1e-3)
     odd = int(np.argmax(greatest))
-    assert abs(xs[odd] - 123_457) < 1e6 / STRETCHES
+    assert abs(xs[odd] - 123_457) < 1e6 / INTERVALS
 
 
 def test_few_points_stay_as_they_are_and_gaps_are_left_out():
     y = np.array([3.0, np.nan, 1.0])
-    x, least, mean, greatest = thin(np.array([1.0, 2, 5]), y, STRETCHES)
+    x, least, mean, greatest = thin(np.array([1.0, 2, 5]), y, INTERVALS)
     assert x.tolist() == [1, 5] and least.tolist() == mean.tolist() == greatest.tolist() == [3, 1]
 
 
@@ -714,10 +714,10 @@ def test_several_runs_side_by_side(ablation, tmp_path):
     html = (tmp_path / "report.html").read_text()
     shown = Elements(html)
     assert shown.ids("section") == SECTIONS and "3 runs side by side" in shown.text
-    stories = [story_of(folder) for folder in ablation]
+    stories = [analysis_of(folder) for folder in ablation]
     for story in stories:
         assert number(story.loss) in shown.text and number(story.bpb) in shown.text
-    keys = html[html.index("told differently") : html.index("<nav")]
+    keys = html[html.index("Settings that differ") : html.index("<nav")]
     assert "model.k_base" in keys and "model.value_gate" in keys and "model.d_model" not in keys
     loss = next(figure for figure in html.split("<figure")[1:] if "<h3>Loss " in figure)
     assert loss.count('class="line') == 3 and all(name in loss for name in ("dense gates", "k256", "no gates"))
@@ -730,21 +730,21 @@ def test_a_run_without_a_finite_loss_is_named_beside_the_chart_of_the_others(abl
     dead = shutil.copytree(ablation[1], tmp_path / "dead")
     rows = rows_of(dead / "metrics.jsonl")
     write_rows(dead / "metrics.jsonl", [row | {"loss": "NaN", "lr": None} if "loss" in row else row for row in rows])
-    html = page.render([story_of(ablation[0]), story_of(dead)])
+    html = html_page([analysis_of(ablation[0]), analysis_of(dead)])
     for title in ("Loss", "Learning rate"):
         figure = next(figure for figure in html.split("<figure")[1:] if f"<h3>{title}" in figure)
         assert "Without a finite value: dead." in figure and figure.count('class="line') == 1, title
     assert html.count("Without a finite value") == 2  # every other chart has both
-    assert "Without a finite value" not in page.render([story_of(ablation[0])])
+    assert "Without a finite value" not in html_page([analysis_of(ablation[0])])
 
 
 def test_runs_with_other_batches_are_compared_over_tokens(ablation, tmp_path):
     other = shutil.copytree(ablation[0], tmp_path / "half")
     rows = rows_of(other / "metrics.jsonl")
     write_rows(other / "metrics.jsonl", [row | {"tokens": row["tokens"] / 2} if "loss" in row else row for row in rows])
-    html = page.render([story_of(ablation[0]), story_of(other)])
+    html = html_page([analysis_of(ablation[0]), analysis_of(other)])
     assert "Over tokens" in html and "&quot;unit&quot;:&quot;tokens&quot;" in html
-    assert "&quot;unit&quot;:&quot;tokens&quot;" not in page.render([story_of(folder) for folder in ablation])
+    assert "&quot;unit&quot;:&quot;tokens&quot;" not in html_page([analysis_of(folder) for folder in ablation])
 
 
 def test_names_tell_runs_apart():
@@ -756,14 +756,14 @@ def test_names_tell_runs_apart():
 
 
 def test_the_command_refuses_in_a_sentence(days, ablation, tmp_path, capsys):
-    assert main([str(tmp_path / "nothing")]) == 2
+    assert run_command(main, [str(tmp_path / "nothing")]) == 2
     assert "is no folder; give the --output_dir of one" in capsys.readouterr().err
-    assert main([str(days.parent)]) == 2
+    assert run_command(main, [str(days.parent)]) == 2
     assert f"holds no run; give the --output_dir of one; runs in it: {days}" in capsys.readouterr().err
-    assert main([str(days), str(ablation[0])]) == 2
+    assert run_command(main, [str(days), str(ablation[0])]) == 2
     assert "several runs need --out FOLDER" in capsys.readouterr().err
     (tmp_path / "file").touch()
-    assert main([str(days), "--out", str(tmp_path / "file")]) == 2
+    assert run_command(main, [str(days), "--out", str(tmp_path / "file")]) == 2
     assert "give another folder with --out" in capsys.readouterr().err
     with pytest.raises(NoRunError):
         read(tmp_path, "x")
