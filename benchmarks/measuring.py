@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from training.planning.memory_cap import status_bytes
 from training.record.run_folder import environment
 
 RESULTS = Path(__file__).parent / "results"
@@ -45,11 +46,6 @@ def peak_mib(run: Callable[[], object], device: str = "cpu") -> float:
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     Path("/proc/self/clear_refs").write_text("5")  # forget the high-water mark so far
-    before = _status_kib("VmRSS")
+    before = status_bytes("VmRSS")
     run()
-    return (_status_kib("VmHWM") - before) / 2**10
-
-
-def _status_kib(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+    return (status_bytes("VmHWM") - before) / 2**20

@@ -9,7 +9,7 @@ import threading
 import torch
 import torch.distributed as dist
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+from training.config.signals import STOP_SIGNALS
 
 DEBOUNCE_S = 0.8
 """Signals within this time count as one: on Ctrl-C the terminal signals the ranks, and DeepSpeed's launcher does it
