@@ -1,1 +1,4 @@
-"""What a step costs, by count and by search. Nothing here knows the process of a run."""
+"""What a training step costs: predicted by a cost model (plan), or measured by trials (tune).
+
+Nothing here knows the processes of a training run: no engine, no data, no process group.
+"""

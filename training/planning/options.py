@@ -25,7 +25,7 @@ DS_CONFIGS = DEFAULT.parent
 SLOW_LINK_GB_S = 100.0
 """GPUs whose link is slower than this are connected by PCIe, faster ones by NVLink."""
 
-Kind = tuple[int, bool]
+ZeroKind = tuple[int, bool]
 """A ZeRO stage, and whether the optimizer is offloaded."""
 
 
@@ -72,7 +72,7 @@ class Request:
             )
         return Option(s, cost.memory_bytes(cfg.model, T, s, bf16=bf16, rows=rows), time)
 
-    def files(self) -> dict[Kind, Path]:
+    def files(self) -> dict[ZeroKind, Path]:
         """DeepSpeed files by kind: those of ds_configs/ that the configuration can use, and `file` for its own kind."""
         kinds = [(0, False), (1, False), (2, False), (3, False), (2, True), (3, True)]
         if self.batch.world_size == 1 and self.cfg.training.precision == "fp32":  # there is nothing to shard
@@ -83,10 +83,10 @@ class Request:
             with suppress(ConfigError):
                 self.setting(file)
                 found[kind] = file
-        return found | {kind_of(self.setting(self.file)): self.file}
+        return found | {zero_kind(self.setting(self.file)): self.file}
 
 
-def kind_of(s: ParallelSetting) -> Kind:
+def zero_kind(s: ParallelSetting) -> ZeroKind:
     return s.zero_stage, s.offload
 
 

@@ -11,7 +11,7 @@ from gsa.units import GIB
 from training.config import ConfigError, to_yaml
 from training.planning.cost_model import ASSUMED, checkpoint_bytes
 from training.planning.devices import Device
-from training.planning.options import Option, Request, attention_comparison, kind_of, why_not
+from training.planning.options import Option, Request, attention_comparison, why_not, zero_kind
 
 SHOWN = 8
 """Options that the page lists from the top of the ranking; the JSON has all of them."""
@@ -144,7 +144,7 @@ def write_run(request: Request, best: Option, folder: Path) -> tuple[Path, Path]
         gradient_checkpointing=s.recomputed != "none",
         checkpointing_scope="block" if s.recomputed == "none" else s.recomputed,
     )
-    ds_config = request.files()[kind_of(s)].read_text()
+    ds_config = request.files()[zero_kind(s)].read_text()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         json_path.write_text(ds_config)

@@ -48,25 +48,25 @@ def test_a_card_is_known_by_the_name_torch_gives_it(torch_name, name):
         "x86_64",
     ],
 )
-def test_a_card_that_only_sounds_alike_is_unknown(torch_name):
+def test_a_card_with_a_similar_name_is_unknown(torch_name):
     assert find(torch_name) is None
 
 
-def test_a_card_in_a_slot_has_the_peak_of_the_module_and_the_link_of_the_slot():
+def test_a_pcie_card_has_the_peak_of_the_sxm_module_and_the_link_of_a_slot():
     module, card = find("NVIDIA A100-SXM4-80GB"), find("NVIDIA A100 80GB PCIe")
     assert card.bf16_tflops == module.bf16_tflops and card.link_gb_s == DEVICES["L40S"].link_gb_s < module.link_gb_s
 
 
-def test_a_device_is_named_in_any_case_or_given_by_numbers():
+def test_a_device_is_given_by_its_name_in_any_case_or_by_numbers():
     assert parse_device("h100-pcie") is DEVICES["H100-PCIe"] and parse_device(" L40s ") is DEVICES["L40S"]
     custom = parse_device("44.4,149.7,25")
     assert (custom.memory_gib, custom.bf16_tflops, custom.link_gb_s) == (44.4, 149.7, 25)
-    assert custom.memory_gb_s is None  # nobody said it, and nobody guesses
+    assert custom.memory_gb_s is None  # unknown unless it is given
     assert parse_device("44.4,149.7,25,696").memory_gb_s == 696
 
 
 @pytest.mark.parametrize("text", ["H900", "", "44,100", "44,100,25,1,1", "44,-1,25", "44,nan,25", "44;100;25"])
-def test_a_wrong_device_is_refused_with_the_known_names(text):
+def test_an_unknown_device_is_refused_with_the_known_names(text):
     with pytest.raises(ValueError, match=r"not known; give one of A40, A6000, .*<GiB>,<TFLOPs>,<GB/s"):
         parse_device(text)
 
@@ -79,12 +79,12 @@ def test_the_peak_of_an_unknown_device_is_measured_once():
     cpu = torch.device("cpu")
     tflops, source = peak_tflops(cpu, torch.float32)
     assert source == "measured"
-    # 2 cores of any kind lie between these, however busy
+    # a CPU lies between these, however busy
     assert 1e-5 < tflops < 10
     assert peak_tflops(cpu, torch.float32) == (tflops, "measured")  # not timed again: no two timings are equal
 
 
-def test_the_peak_of_a_known_card_is_the_tables_for_16_bit_floats_alone(monkeypatch):
+def test_the_table_gives_a_known_cards_peak_for_16_bit_floats_only(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A40")
     monkeypatch.setattr(devices, "measured_tflops", lambda device, dtype: 30.0)
     card = torch.device("cuda", 0)
