@@ -90,9 +90,8 @@ def test_when_nothing_fits_or_runs_the_message_says_why_and_what_to_change(tiny_
     monkeypatch.setattr(tune, "try_setting", lambda *args: NO_MEMORY)
     assert tune.main(["--config", str(tiny_yaml)]) == 1
     captured = capsys.readouterr()
-    assert (
-        captured.out.count("out of memory") == 3
-    )  # once per ds_config, under the kind of checkpointing that takes least memory
+    # once per ds_config, under the kind of checkpointing that takes least memory
+    assert captured.out.count("out of memory") == 3
     assert captured.err.startswith("error: no setting fits: micro-batch 1 already ran out of memory under zero1")
     assert "ds_configs/zero3_offload.json" in captured.err
     monkeypatch.setattr(tune, "try_setting", lambda *args: FAILED)

@@ -27,7 +27,7 @@ def end_of_ranks(tmp_path: Path, programs: list[str], *, patience_s: float = 60.
     return combined_outcome(read_ends(tmp_path, codes, capped=capped))
 
 
-def leaves(outcome: str) -> str:
+def writes(outcome: str) -> str:
     return f"open(f'{{folder}}/rank_{{rank}}.json', 'w').write(json.dumps({outcome}))"
 
 
@@ -36,7 +36,7 @@ WAIT = "time.sleep(1000)"
 
 
 def test_each_step_is_as_slow_as_its_slowest_rank_and_the_peak_is_the_highest_of_a_rank(tmp_path):
-    outcome = end_of_ranks(tmp_path, [leaves(OK), leaves(OK)])
+    outcome = end_of_ranks(tmp_path, [writes(OK), writes(OK)])
     assert outcome == Outcome("ok", None, (2.0, 3.0), 1.5, None, "chunked")
 
 
@@ -44,7 +44,7 @@ def test_each_step_is_as_slow_as_its_slowest_rank_and_the_peak_is_the_highest_of
     "programs, verdict, words",
     [
         (
-            [leaves("dict(verdict='out_of_memory', reason='no room', step_seconds=[])") + "; sys.exit(1)", WAIT],
+            [writes("dict(verdict='out_of_memory', reason='no room', step_seconds=[])") + "; sys.exit(1)", WAIT],
             "out_of_memory",
             "no room",
         ),
@@ -58,12 +58,12 @@ def test_each_step_is_as_slow_as_its_slowest_rank_and_the_peak_is_the_highest_of
         ([WAIT, "print('MemoryError: while printing a traceback'); sys.exit(1)"], "out_of_memory", "MemoryError"),
         ([WAIT, "os.abort()"], "failed", "rank 1 ended with code -6: it printed nothing"),
         (
-            [WAIT, leaves("dict(verdict='failed', reason='ValueError: k', step_seconds=[])") + "; sys.exit(1)"],
+            [WAIT, writes("dict(verdict='failed', reason='ValueError: k', step_seconds=[])") + "; sys.exit(1)"],
             "failed",
             "ValueError: k",
         ),
         (
-            [leaves(OK), "print('Traceback'); print('ImportError: x'); sys.exit(1)"],
+            [writes(OK), "print('Traceback'); print('ImportError: x'); sys.exit(1)"],
             "failed",
             "rank 1 ended with code 1: ImportError: x",
         ),
