@@ -29,7 +29,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.measuring import commit, peak_mib
 from gsa import kernels
-from gsa.kernels.choice import TRIALS, Shape, deviations, fault_of
+from gsa.kernels.choice import CHECK_CASES, Shape, deviations, fault_of
 from training.record.run_folder import environment
 
 H, G, D, J, E, K = 8, 2, 64, 4, 64, 512
@@ -47,10 +47,10 @@ def way(name: str, T: int, device: str, dtype: torch.dtype, backend: str) -> Cal
     q, k, v, d_out = leaf(1, T, H, D), leaf(1, T, G, D), leaf(1, T, G, D), leaf(1, T, H, D).detach()
     index = kernels.Index(leaf(1, T, J, E), leaf(1, T, E), leaf(1, T, J), leaf(J))
     alpha = torch.tensor(4.0, device=device, requires_grad=True)
-    rule = {"mode": "variance", "temperature": 1.0, "k_base": K, "k_min": K // 4, "k_max": 2 * K}
+    rule = kernels.SelectionRule("variance", temperature=1.0, k_base=K, k_min=K // 4, k_max=2 * K)
     # the usual variance is this one, so that k is 512 on average
     unset = torch.zeros((), device=device)
-    v_ref = kernels.select(backend, index, alpha, unset, None, **rule).statistic[:, T // 2 :].mean()
+    v_ref = kernels.select(backend, index, alpha, unset, None, rule).statistic[:, T // 2 :].mean()
     rows = torch.randperm(T, generator=random)[: T // 4].sort().values.to(device)
     leaves = (q, k, v, *index, alpha)
 
@@ -62,7 +62,7 @@ def way(name: str, T: int, device: str, dtype: torch.dtype, backend: str) -> Cal
             return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
 
     def gsa(with_loss: bool) -> list[torch.Tensor]:
-        chosen = kernels.select(backend, index, alpha, v_ref, None, **rule)
+        chosen = kernels.select(backend, index, alpha, v_ref, None, rule)
         out, lse = kernels.attend(backend, q, k, v, chosen.bits, None)
         if not with_loss:
             return [out]
@@ -132,7 +132,7 @@ def check(device: str, dtype: torch.dtype, backend: str) -> float:
         raise SystemExit(f"refusing to time {backend}: {fault}")
     if gather := check_gather(device, dtype):
         raise SystemExit(f"refusing to time the naive gather: {gather}")
-    return max(error for trial in TRIALS for error in deviations(backend, shape, on, trial).values())
+    return max(error for case in CHECK_CASES for error in deviations(backend, shape, on, case).values())
 
 
 def check_gather(device: str, dtype: torch.dtype) -> str | None:
@@ -141,9 +141,9 @@ def check_gather(device: str, dtype: torch.dtype) -> str | None:
     shapes = [(1, 700, H, D), (1, 700, G, D), (1, 700, G, D), (1, 700, J, E), (1, 700, E), (1, 700, J), (J,)]
     q, k, v, *index = (torch.randn(*shape, generator=random).to(device, dtype) for shape in shapes)
     exact = kernels.Index(*(x.double() for x in index))
-    rule = {"mode": "off", "temperature": 1.0, "k_base": K, "k_min": K, "k_max": K}
+    rule = kernels.SelectionRule("off", temperature=1.0, k_base=K, k_min=K, k_max=K)
     alpha, v_ref = torch.tensor(4.0, device=device), torch.zeros((), device=device)
-    bits = kernels.select("reference", exact, alpha, v_ref, None, **rule).bits
+    bits = kernels.select("reference", exact, alpha, v_ref, None, rule).bits
     wanted = kernels.attend("reference", q.double(), k.double(), v.double(), bits, None)[0]
     off = (naive_gather(q, k, v, kernels.Index(*index)).double() - wanted).abs().amax((0, 2, 3)) / wanted.abs().max()
     # it ranks float scores, not levels: a key or two of a row may differ

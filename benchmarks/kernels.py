@@ -37,8 +37,9 @@ def operations(T: int, device: str, dtype: torch.dtype, backend: str) -> dict[st
     index = kernels.Index(leaf(1, T, J, E), leaf(1, T, E), leaf(1, T, J), leaf(J))
     alpha, v_ref = torch.tensor(4.0, device=device), torch.zeros((), device=device)
     rows = torch.randperm(T, generator=random)[: T // 4].sort().values.to(device)
-    rule = {"temperature": 1.0, "k_base": K, "k_min": K // 4, "k_max": 2 * K}
-    bits = kernels.select(backend, index, alpha, v_ref, None, mode="variance", **rule).bits
+    rule = kernels.SelectionRule("variance", temperature=1.0, k_base=K, k_min=K // 4, k_max=2 * K)
+    fixed = rule._replace(mode="off")
+    bits = kernels.select(backend, index, alpha, v_ref, None, rule).bits
     out, lse = kernels.attend(backend, q, k, v, bits, None)
 
     def dense() -> None:
@@ -47,10 +48,8 @@ def operations(T: int, device: str, dtype: torch.dtype, backend: str) -> dict[st
 
     return {
         "dense, forward and backward": dense,
-        "select, adaptive_k off": lambda: kernels.select(backend, index, alpha, v_ref, None, mode="off", **rule),
-        "select, adaptive_k variance": lambda: kernels.select(
-            backend, index, alpha, v_ref, None, mode="variance", **rule
-        ),
+        "select, adaptive_k off": lambda: kernels.select(backend, index, alpha, v_ref, None, fixed),
+        "select, adaptive_k variance": lambda: kernels.select(backend, index, alpha, v_ref, None, rule),
         "attend, forward": lambda: kernels.attend(backend, q.detach(), k.detach(), v.detach(), bits, None),
         "attend, backward": lambda: torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True),
         "alignment loss and gradients, a quarter of the rows": lambda: kernels.alignment_kl(

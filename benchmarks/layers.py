@@ -53,19 +53,14 @@ class _NaiveGather:
         alpha: Tensor,
         v_ref: Tensor,
         doc_start: Tensor | None,
-        *,
-        mode: str,
-        temperature: float,
-        k_base: int,
-        k_min: int,
-        k_max: int,
+        rule: kernels.SelectionRule,
     ) -> kernels.Selection:
-        if mode != "off":
-            raise ValueError(f"the naive gather takes k_base keys per query; set model.adaptive_k=off, not {mode}")
-        seen = kernels.visible(doc_start)
-        scores = kernels.index_scores(*index).masked_fill(~seen, -torch.inf)
-        self._best = scores.topk(min(k_base, scores.shape[-1]), -1)
-        chosen = torch.zeros_like(seen).scatter_(-1, self._best.indices, True) & seen
+        if rule.mode != "off":
+            raise ValueError(f"the naive gather takes k_base keys per query; set model.adaptive_k=off, not {rule.mode}")
+        visible = kernels.visible_keys(doc_start)
+        scores = kernels.index_scores(*index).masked_fill(~visible, -torch.inf)
+        self._best = scores.topk(min(rule.k_base, scores.shape[-1]), -1)
+        chosen = torch.zeros_like(visible).scatter_(-1, self._best.indices, True) & visible
         # packed only for the alignment loss
         return kernels.Selection(kernels.pack(chosen), chosen.sum(-1), None)
 

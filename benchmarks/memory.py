@@ -1,9 +1,9 @@
-"""Memory that a forward pass leaves for its backward: predicted by training/planning/cost_model.py against counted, on a CPU.
+"""Memory that a forward pass leaves for its backward, on a CPU: counted, beside what training/planning predicts.
 
     python -m benchmarks.memory
 
 Counted: the bytes of every tensor that autograd saves (a hook sees each), that a checkpointed part holds, and that
-gsa/kernels/recompute_cache.py keeps; each storage once, parameters and inputs left out. Then the curve of activation
+gsa/kernels/recompute_cache.py saves; each storage once, parameters and inputs left out. Then the curve of activation
 checkpointing: memory beside time, taking turns. Writes benchmarks/results/memory_cpu.md; exit code 1 when a
 prediction is off by 10 % or more.
 """
@@ -73,7 +73,7 @@ class Counter:
 def counted(known: list[torch.Tensor], recomputed: Recomputed) -> Iterator[Counter]:
     """Counts what is held for the backward pass of what runs inside."""
     counter = Counter(known)
-    checkpoint, kept = gsa.model.checkpoint, gsa.kernels.kept
+    checkpoint, reuse = gsa.model.checkpoint, gsa.kernels.reuse_when_recomputing
 
     def seen_checkpoint(function, *args, **options):
         # what a checkpointed part holds: what it was given; positions are shared and seen elsewhere
@@ -81,8 +81,8 @@ def counted(known: list[torch.Tensor], recomputed: Recomputed) -> Iterator[Count
             counter.see(x)
         return checkpoint(function, *args, **options)
 
-    def seen_kept(compute):
-        results = kept(compute)
+    def seen_reuse(compute):
+        results = reuse(compute)
         for x in results:
             counter.see(x)
         return results
@@ -93,7 +93,7 @@ def counted(known: list[torch.Tensor], recomputed: Recomputed) -> Iterator[Count
 
     with saved_tensors_hooks(pack, lambda x: x), patch.object(gsa.model, "checkpoint", seen_checkpoint):
         if recomputed == "block":
-            with patch.object(gsa.kernels, "kept", seen_kept):
+            with patch.object(gsa.kernels, "reuse_when_recomputing", seen_reuse):
                 yield counter
         else:
             yield counter

@@ -1,8 +1,8 @@
 """Next-token cross-entropy from hidden states, without the (N, V) logits.
 
-The logits of 16K tokens and a vocabulary of 152K take 10 GB in float32. Here they exist for a block of the vocabulary
-at a time, and again in the backward pass: a third more arithmetic in the head, but the gradient by the weight is
-formed once, block by block, instead of being read and written for every chunk of rows
+The logits of 16K tokens with a vocabulary of 152K would take 10 GB in float32. Here they exist for one block of the
+vocabulary at a time and are computed again in the backward pass. That is a third more arithmetic in the head, but each
+block of the weight's gradient is written once, while chunks of rows would read and write all of it for every chunk
 (benchmarks/results/head_cpu_*.md).
 """
 
@@ -16,8 +16,9 @@ from torch.autograd.function import FunctionCtx
 from gsa import kernels
 
 IGNORE = -100
+"""Target of a position without anything to predict."""
 BLOCK_BYTES = 64 * 2**20
-"""Size of one block of logits, in the dtype of the statistics."""
+"""Size of one block of logits in float32 or float64."""
 
 
 def linear_cross_entropy(
@@ -30,9 +31,10 @@ def linear_cross_entropy(
     """Sum over valid rows of -log softmax(hidden @ weight.T)[target], divided by n_targets.
 
     hidden: (N, d); weight: (V, d), same dtype; targets: (N,) int64, -100 where there is nothing to predict.
-    n_targets: what to divide by, so that parts of a batch add up to the whole; 0 counts as 1.
-    Returns a 0-dim tensor, float32 (float64 for float64 input), exact in float32 also from bfloat16 input.
-    Beyond its gradients it holds a block of logits and, in the backward pass, hidden's gradient in float32.
+    n_targets: the divisor, so that the losses of parts of a batch add up to that of the whole; 0 counts as 1.
+    Returns nats, 0-dim, float32 (float64 for float64 input); logits are float32 also for bfloat16 input.
+    Besides its gradients it needs memory for one block of logits and, in the backward pass, for the gradient of
+    hidden in float32.
     """
     return _LinearCrossEntropy.apply(hidden, weight, targets, n_targets, backend)
 
@@ -54,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = kernels.product(hidden, weight[block].t(), exact)
             kernels.fold_logits(backend, logits, targets, block.start, top, mass, label)
         log_z = top + mass.log()
-        # filled on the device: a tensor made of a Python number would be copied there, and wait for it
+        # filled on the device: torch.tensor(number, device=...) would copy from the host and wait
         given = isinstance(n_targets, torch.Tensor)
         divisor = n_targets.to(exact) if given else hidden.new_full((), float(n_targets), dtype=exact)
         divisor = torch.where(divisor == 0, 1, divisor)
@@ -69,15 +71,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         exact = log_z.dtype
         d_hidden = torch.zeros_like(hidden, dtype=exact) if need_hidden else None
         d_weight = torch.empty_like(weight) if need_weight else None
-        # rows without a target have no gradient
         scale = torch.where(targets != IGNORE, grad / divisor, 0.0)
         for block in _blocks(weight, len(targets), exact):
             logits = kernels.product(hidden, weight[block].t(), exact)
-            by_logit = kernels.logits_gradient(ctx.backend, logits, targets, block.start, log_z, scale, hidden.dtype)
+            d_logits = kernels.logits_gradient(ctx.backend, logits, targets, block.start, log_z, scale, hidden.dtype)
             if need_hidden:
-                kernels.add_product(ctx.backend, d_hidden, by_logit, weight[block])
+                kernels.add_product(ctx.backend, d_hidden, d_logits, weight[block])
             if need_weight:
-                torch.mm(by_logit.t(), hidden, out=d_weight[block])
+                torch.mm(d_logits.t(), hidden, out=d_weight[block])
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, None, None, None
 
 
@@ -86,17 +87,17 @@ def _exact(x: torch.Tensor) -> torch.dtype:
 
 
 def n_blocks(n_rows: int, vocab_size: int) -> int:
-    """How many blocks of logits the head forms in a pass, for statistics in float32."""
+    """How many blocks of logits the head computes in one pass, in float32."""
     return -(-vocab_size // _block_width(n_rows, torch.float32))
 
 
 def _block_width(n_rows: int, exact: torch.dtype) -> int:
     width = max(1, BLOCK_BYTES // (max(1, n_rows) * exact.itemsize))
-    return width - width % 128 if width > 128 else width  # whole tiles of a matrix product
+    return width - width % 128 if width > 128 else width  # whole tiles of the matrix product
 
 
 def _blocks(weight: torch.Tensor, n_rows: int, exact: torch.dtype) -> Iterator[slice]:
-    """Ranges of the vocabulary whose logits for n_rows rows take BLOCK_BYTES."""
+    """Ranges of the vocabulary whose logits for n_rows rows take at most BLOCK_BYTES."""
     width = _block_width(n_rows, exact)
     for start in range(0, weight.shape[0], width):
         yield slice(start, min(start + width, weight.shape[0]))

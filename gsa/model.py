@@ -1,4 +1,4 @@
-"""The language model: embedding, blocks, norm, head, and what it costs. Source: docs/gsa.md."""
+"""The language model: embedding, blocks, norm and head; its parameter count and FLOPs. Source: docs/gsa.md."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ from torch.utils.checkpoint import checkpoint
 
 from gsa import kernels
 from gsa.attention.cache import Cache, LayerCache
-from gsa.attention.gated_sparse import AttentionOutput, Backend, GatedSparseAttention, Stage, saved_by_checkpointing
+from gsa.attention.gated_sparse import AttentionOutput, AttentionStage, GatedSparseAttention
 from gsa.attention.gates import GATE_BIAS, Gate
-from gsa.attention.positions import Positions, positions
+from gsa.attention.positions import Positions, make_positions
 from gsa.config import ModelConfig
+from gsa.kernels import Backend
 from gsa.loss import IGNORE, linear_cross_entropy
 
 Recomputed = Literal["none", "ffn", "block"]
+"""Which part of a block the backward pass computes again: see GSAForCausalLM.set_activation_checkpointing."""
 
 
 class GSAOutput(NamedTuple):
     """What a forward pass returns.
 
-    logits: (B, T, V) float32, without targets only. loss: 0-dim, with targets only. indexer_loss: 0-dim,
-    mean over layers and rows. selection_stats: (n_layers, 2) float64, the sum of the score variance and its
-    count, for `update_v_ref`. n_selected: (n_layers,) float32, mean keys attended per query. probe: (n_layers,
-    len(PROBES)) float32, with probe_rows only.
+    logits: (B, T, V) float32 (float64 for float64 weights); None with targets.
+    loss: 0-dim, nats per target; None without targets.
+    indexer_loss: 0-dim, nats, mean over layers and rows; None without targets.
+    selection_stats: (n_layers, 2) float64, sum and count of the score variance, for `update_v_ref`.
+    n_selected: (n_layers,) float32, mean number of attended keys per query.
+    probe: (n_layers, len(PROBES)) float32; None without probe_rows.
     """
 
     logits: torch.Tensor | None
@@ -39,7 +43,7 @@ class GSAOutput(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last axis; in float32 whatever the dtype. On a GPU torch has one kernel for it."""
+    """x / rms(x) * weight over the last axis, computed in float32 whatever the dtype; on a GPU in one kernel."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -62,7 +66,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
-        if torch.compiler.is_compiling():  # whose compiler fuses it, and computes again what is cheap
+        if torch.compiler.is_compiling():  # the compiler fuses the product and saves as little
             return self.down_proj(F.silu(gate) * up)
         return self.down_proj(kernels.silu_product(self.backend, gate, up))
 
@@ -70,7 +74,7 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream.
 
-    recompute_ffn: the backward pass computes the feed-forward's insides again instead of keeping them.
+    recompute_ffn: the backward pass recomputes the feed-forward's activations instead of saving them.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -84,25 +88,25 @@ class Block(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        at: Positions,
+        pos: Positions,
         rows: torch.Tensor | None,
         probe_rows: torch.Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> AttentionOutput:
-        attended = self.attention(self.attention_norm(x), at, rows, probe_rows, cache)
+        attended = self.attention(self.attention_norm(x), pos, rows, probe_rows, cache)
         x = x + attended.out
         if self.recompute_ffn and torch.is_grad_enabled():
-            fed = checkpoint(self._feed_forward, x, use_reentrant=False, preserve_rng_state=False)
+            out = checkpoint(self._feed_forward, x, use_reentrant=False, preserve_rng_state=False)
         else:
-            fed = self._feed_forward(x)
-        return attended._replace(out=x + fed)
+            out = self._feed_forward(x)
+        return attended._replace(out=x + out)
 
     def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.ffn(self.ffn_norm(x))
 
 
 class GSAForCausalLM(nn.Module):
-    """A decoder of GSA blocks. A new model is in the sparse stage."""
+    """A decoder of GSA blocks. A new model is in the sparse stage, on the chunked kernels, without checkpointing."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -111,13 +115,13 @@ class GSAForCausalLM(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else nn.Linear(config.d_model, config.vocab_size, bias=False)
-        self.stage: Stage = "sparse"
+        self.stage: AttentionStage = "sparse"
         self._checkpointing = False
         self._backend: Backend = "chunked"
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Normal with init_std, smaller by sqrt(2 n_layers) into the residual stream; gates half open."""
+        """Normal with init_std, divided by sqrt(2 n_layers) for outputs into the residual stream: docs/gsa.md, 1."""
         if not isinstance(module, (nn.Linear, nn.Embedding)):
             if isinstance(module, (GatedSparseAttention, SwiGLU)):
                 into_residual = module.o_proj if isinstance(module, GatedSparseAttention) else module.down_proj
@@ -127,8 +131,8 @@ class GSAForCausalLM(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.constant_(module.bias, GATE_BIAS if isinstance(module, Gate) else 0.0)
 
-    def set_stage(self, stage: Stage) -> None:
-        """ "dense": attend to all visible keys while the indexer learns; "sparse": to the selected ones."""
+    def set_stage(self, stage: AttentionStage) -> None:
+        """Sets the stage of every layer. "dense": attend to all visible keys; "sparse": to the selected ones."""
         if stage not in ("dense", "sparse"):
             raise ValueError(f'stage={stage!r} is not "dense" or "sparse"')
         self.stage = stage
@@ -136,16 +140,16 @@ class GSAForCausalLM(nn.Module):
             layer.attention.stage = stage
 
     def set_backend(self, backend: Backend) -> None:
-        """Which implementation of the kernels runs: see gsa/kernels/__init__.py. A new model has "chunked"."""
+        """Sets the implementation of the kernels in every layer and in the loss: see gsa/kernels/__init__.py."""
         self._backend = backend
         for layer in self.layers:
             layer.attention.backend = layer.ffn.backend = backend
 
     def set_activation_checkpointing(self, scope: Recomputed) -> None:
-        """What the backward pass computes again instead of keeping it.
+        """Sets which activations the backward pass recomputes instead of saving them.
 
-        "none": nothing. "ffn": what the feed-forwards keep, about half of a block, for two of their three products.
-        "block": everything but each block's input, its selected sets and its indexer's gradients.
+        "none": no activations. "ffn": those of the feed-forwards, about half of a block's; this repeats two of their
+        three products. "block": all but each block's input, its selected sets and its indexer's gradients.
         """
         if scope not in get_args(Recomputed):
             raise ValueError(f"activation checkpointing {scope!r} is not one of {', '.join(get_args(Recomputed))}")
@@ -154,15 +158,15 @@ class GSAForCausalLM(nn.Module):
             layer.recompute_ffn = scope == "ffn"
 
     def compile_parts(self) -> None:
-        """Fuses norms, gates and feed-forwards by torch.compile, each when it first runs; attention has own kernels."""
+        """Has torch.compile fuse norms, gates and feed-forwards when they first run. Attention has its own kernels."""
         for module in self.modules():
             if isinstance(module, (RMSNorm, SwiGLU, Gate)):
                 module.compile(dynamic=False)
 
     def update_v_ref(self, selection_stats: torch.Tensor) -> None:
-        """Folds the variance of one global batch into every layer's running mean: docs/gsa.md, 4.
+        """Updates every layer's running mean v_ref with the variance of one global batch: docs/gsa.md, 4.
 
-        selection_stats: (n_layers, 2), summed over micro-batches and ranks. Call once per optimizer step.
+        selection_stats: (n_layers, 2), summed over micro-batches and ranks. Call it once per optimizer step.
         """
         for layer, (total, count) in zip(self.layers, selection_stats, strict=True):
             if layer.attention.selector is not None and self.config.adaptive_k == "variance":
@@ -180,26 +184,31 @@ class GSAForCausalLM(nn.Module):
         cache: Cache | None = None,
         last_only: bool = False,
     ) -> GSAOutput:
-        """Logits, or with targets the losses.
+        """Returns logits, or with targets the losses.
 
         tokens: (B, T) int64. targets: (B, T) int64, already shifted by the data, -100 where there is none.
-        doc_start: (B, T) int64, where the document of each position begins; None: at 0.
-        indexer_rows: (R,) int64 row positions for the alignment loss; None: all, while training.
-        probe_rows: (R,) int64 row positions of the first sequence to measure: gsa/attention/probe.py; None: no probe.
-        n_targets: what the sum of token losses is divided by; None: the valid targets of this call. A
-        trainer passes the count of its whole global batch, so that its parts add up.
-        cache: the tokens before these; takes these up too. Without targets, doc_start and gradients only.
-        last_only: logits of the last position only, (B, 1, V).
+        doc_start: (B, T) int64, the position at which the document of each token begins; None: 0.
+        indexer_rows: (R,) int64 query positions of the alignment loss; None: all when gradients are enabled, else
+        none (indexer_loss is then 0).
+        probe_rows: (R,) int64 query positions of the first sequence to measure, see gsa/attention/probe.py; None: no
+        probe.
+        n_targets: divisor of the summed token losses; None: the number of valid targets of this call. A trainer
+        passes that of its whole global batch, so that the losses of its parts add up.
+        cache: of the tokens before these; the call adds these tokens to it. It excludes targets, doc_start and
+        gradients.
+        last_only: return logits of the last position only, (B, 1, V).
+        Raises ValueError when there are more tokens than the model or the cache has positions, or when a cache is
+        combined with what it excludes.
         """
         B, T = tokens.shape
-        before = 0 if cache is None else cache.length
-        room = self.config.max_position_embeddings if cache is None else cache.capacity
-        if before + T > room:
+        n_cached = 0 if cache is None else cache.length
+        limit = self.config.max_position_embeddings if cache is None else cache.capacity
+        if n_cached + T > limit:
             what = "model.max_position_embeddings" if cache is None else "the cache's capacity"
-            raise ValueError(f"{before + T} tokens are more than {what}={room}")
+            raise ValueError(f"{n_cached + T} tokens are more than {what}={limit}; pass fewer")
         if cache is not None and (targets is not None or doc_start is not None or torch.is_grad_enabled()):
             raise ValueError("a cache serves decoding: no targets, no doc_start, and within torch.no_grad()")
-        at = positions(tokens, doc_start, self.config, before)
+        pos = make_positions(tokens, doc_start, self.config, n_cached)
         rows = None
         if targets is not None and (indexer_rows is not None or torch.is_grad_enabled()):
             rows = torch.arange(T, device=tokens.device) if indexer_rows is None else indexer_rows.sort().values
@@ -207,19 +216,19 @@ class GSAForCausalLM(nn.Module):
         parts: list[AttentionOutput] = []
         for i, layer in enumerate(self.layers):
             if self._checkpointing and torch.is_grad_enabled():
-                # nothing here draws random numbers
+                # no block draws random numbers: there is no generator state to preserve
                 part = checkpoint(
                     layer,
                     x,
-                    at,
+                    pos,
                     rows,
                     probe_rows,
                     use_reentrant=False,
                     preserve_rng_state=False,
-                    context_fn=saved_by_checkpointing,
+                    context_fn=kernels.recomputation_contexts,
                 )
             else:
-                part = layer(x, at, rows, probe_rows, None if cache is None else cache.layers[i])
+                part = layer(x, pos, rows, probe_rows, None if cache is None else cache.layers[i])
             x = part.out
             parts.append(part)
         if cache is not None:
@@ -241,7 +250,7 @@ class GSAForCausalLM(nn.Module):
 
 
 def count_params(config: ModelConfig) -> dict[str, int]:
-    """Parameters by part, with "total"; tied weights count once."""
+    """Number of parameters by part, and "total"; a tied head counts 0."""
     c, d = config, config.d_model
     q, kv = c.n_heads * c.d_head, c.n_kv_heads * c.d_head
     indexer = (
@@ -269,15 +278,16 @@ def flops_per_token(
     keys: float | None = None,
     visible: float | None = None,
 ) -> dict[str, float]:
-    """Useful floating-point operations of one training step per token, by part, with "total".
+    """Useful floating-point operations per token of one training step, by part, and "total".
 
-    One multiply-add is two. Forward and backward of a matrix product cost 3 forward products; recomputation
-    is not useful and not counted. The indexer's input is detached, so its projections
-    have no input gradient. Attention and the alignment loss's gradient count the selected pairs only, the
-    indexer scores all visible ones.
-    keys, visible: mean attended and visible keys per query, as measured; by default those of one document of seq_len
-    tokens at k_base. indexer_rows: share of rows whose alignment loss is taken; its target probabilities are forward
-    only.
+    A multiply-add counts as two. Forward and backward pass of a matrix product cost three forward products;
+    recomputation is not counted. The projections of the indexer have no input gradient, because its input is detached.
+    Attention and the gradient of the alignment loss count the selected pairs of query and key, the indexer's scores
+    all visible ones.
+
+    keys, visible: mean number of attended and of visible keys per query; by default those of one document of seq_len
+    tokens that selects k_base keys. indexer_rows: share of query positions in the alignment loss, whose target
+    probabilities have no backward pass.
     """
     c, n = config, count_params(config)
     if visible is None:
@@ -286,7 +296,7 @@ def flops_per_token(
         k = min(c.k_base, seq_len)
         # mean over t = 1 .. L of min(t, k)
         keys = (k * (k + 1) / 2 + (seq_len - k) * k) / seq_len if c.sparse else visible
-    pair = 4.0 * c.n_heads * c.d_head  # QK and PV
+    pair = 4.0 * c.n_heads * c.d_head  # q k and p v, of all heads
     parts = {
         "projections": 6.0 * (n["attention"] + n["gates"] + n["ffn"]) + 4.0 * n["indexer"],
         "attention": 3 * pair * keys * c.n_layers,

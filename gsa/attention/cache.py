@@ -1,4 +1,4 @@
-"""What decoding keeps of past tokens: keys, values and indexer keys of every layer. Source: docs/gsa.md, 8."""
+"""The cache of decoding: keys, values and indexer keys of past tokens, in every layer. Source: docs/gsa.md, 8."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from gsa.config import ModelConfig
 
 
 class LayerCache:
-    """One layer: k, v (B, capacity, G, D), as attention reads them; index_k (B, capacity, E)."""
+    """The cache of one layer: k, v (B, capacity, G, D), rotated and gated; index_k (B, capacity, E), rotated."""
 
     def __init__(
         self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device
@@ -18,21 +18,24 @@ class LayerCache:
         self.v = torch.empty(shape, dtype=dtype, device=device)
         self.index_k = torch.empty(batch, capacity, config.d_indexer * config.sparse, dtype=dtype, device=device)
 
-    def take(self, at: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keeps the T tokens that begin at position `at`, and returns all (B, at + T, G, D)."""
-        end = at + k.shape[1]
-        self.k[:, at:end], self.v[:, at:end] = k, v
+    def store(self, start: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores k and v (B, T, G, D) of the T tokens from position `start` on; returns those of all start + T."""
+        end = start + k.shape[1]
+        self.k[:, start:end], self.v[:, start:end] = k, v
         return self.k[:, :end], self.v[:, :end]
 
-    def take_index(self, at: int, k: torch.Tensor) -> torch.Tensor:
-        """Keeps the indexer's keys (B, T, E), and returns all (B, at + T, E)."""
-        end = at + k.shape[1]
-        self.index_k[:, at:end] = k
+    def store_index(self, start: int, k: torch.Tensor) -> torch.Tensor:
+        """Stores the indexer's keys (B, T, E) of the same tokens; returns all, (B, start + T, E)."""
+        end = start + k.shape[1]
+        self.index_k[:, start:end] = k
         return self.index_k[:, :end]
 
 
 class Cache:
-    """Room for `capacity` tokens of `batch` sequences, linear in both; `length` of it is filled."""
+    """The caches of all layers, for `capacity` tokens of `batch` sequences; the first `length` tokens are filled.
+
+    Raises ValueError when capacity exceeds the model's max_position_embeddings.
+    """
 
     def __init__(
         self,
@@ -45,12 +48,12 @@ class Cache:
         if capacity > config.max_position_embeddings:
             raise ValueError(
                 f"a cache of {capacity} tokens is more than model.max_position_embeddings="
-                f"{config.max_position_embeddings}"
+                f"{config.max_position_embeddings}; make it smaller"
             )
         self.capacity, self.length = capacity, 0
         self.layers = [LayerCache(config, batch, capacity, dtype, torch.device(device)) for _ in range(config.n_layers)]
 
     @property
     def bytes(self) -> int:
-        """Of all layers."""
+        """Bytes of all tensors of all layers."""
         return sum(t.numel() * t.element_size() for c in self.layers for t in (c.k, c.v, c.index_k))

@@ -1,4 +1,4 @@
-"""The one attention layer. Its indexer and its two gates are parts that may be absent. Source: docs/gsa.md."""
+"""The attention layer. Its indexer and its two gates are parts that may be absent. Source: docs/gsa.md."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from gsa.attention.probe import probe
 from gsa.attention.rope import rotate
 from gsa.attention.selection import Selector, variance_sums
 from gsa.config import ModelConfig
-from gsa.kernels import Backend, saved_by_checkpointing
+from gsa.kernels import Backend
 
-__all__ = ["AttentionOutput", "Backend", "GatedSparseAttention", "Stage", "saved_by_checkpointing"]
-
-Stage = Literal["dense", "sparse"]
+AttentionStage = Literal["dense", "sparse"]
+"""Whether queries attend to all visible keys, while the indexer learns, or to the selected ones."""
 
 
 class AttentionOutput(NamedTuple):
-    """out: (B, T, d). indexer_loss: 0-dim, mean over batch and rows. variance_sums: (2,) float64. n_selected: 0-dim.
-    probe: (len(PROBES),) float32, or None where none was asked for."""
+    """What a layer returns.
+
+    out: (B, T, d). indexer_loss: 0-dim, mean over batch and rows, nats. variance_sums: (2,) float64, see
+    gsa/attention/selection.py. n_selected: 0-dim float32, mean number of attended keys per query. probe:
+    (len(PROBES),) float32, or None without probe_rows.
+    """
 
     out: torch.Tensor
     indexer_loss: torch.Tensor
@@ -35,16 +38,13 @@ class AttentionOutput(NamedTuple):
 
 
 class GatedSparseAttention(nn.Module):
-    """Attention of T queries over the keys that an indexer selects, gated before and after.
-
-    `stage` "dense" attends to all visible keys while the indexer learns; "sparse" to the selected ones.
-    """
+    """Attention over the keys that an indexer selects, with a gate on the values and one on the output."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         H, G, D = config.n_heads, config.n_kv_heads, config.d_head
         self.n_heads, self.n_kv_heads, self.width = H, G, D
-        self.stage: Stage = "sparse"
+        self.stage: AttentionStage = "sparse"
         self.backend: Backend = "chunked"
         self.q_proj = nn.Linear(config.d_model, H * D, bias=False)
         self.k_proj = nn.Linear(config.d_model, G * D, bias=False)
@@ -58,54 +58,55 @@ class GatedSparseAttention(nn.Module):
     def forward(
         self,
         x: torch.Tensor,
-        at: Positions,
+        pos: Positions,
         rows: torch.Tensor | None,
         probe_rows: torch.Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> AttentionOutput:
-        """x: (B, T, d), normalised. rows: (R,) int64 positions whose alignment loss is wanted; None: no loss.
+        """x: (B, T, d), normalised. pos: of the T tokens.
 
-        probe_rows: (R,) int64 positions that are measured: gsa/attention/probe.py.
-        cache: the tokens that went before, all visible; it takes these up too.
+        rows: (R,) int64, ascending query positions of the alignment loss; None: no loss, indexer_loss is 0.
+        probe_rows: (R,) int64 query positions to measure, see gsa/attention/probe.py; None: no probe.
+        cache: of the tokens before these, which are all visible; the layer adds these tokens to it.
         """
         B, T, _ = x.shape
-        q = rotate(self.q_proj(x).view(B, T, self.n_heads, self.width), at.cos, at.sin)
-        k = rotate(self.k_proj(x).view(B, T, self.n_kv_heads, self.width), at.cos, at.sin)
+        q = rotate(self.q_proj(x).view(B, T, self.n_heads, self.width), pos.cos, pos.sin)
+        k = rotate(self.k_proj(x).view(B, T, self.n_kv_heads, self.width), pos.cos, pos.sin)
         v = self.v_proj(x)
-        value_open = output_open = None
+        value_gate = output_gate = None
         if self.value_gate is not None:
-            value_open = self.value_gate(x)
-            v = v * value_open
+            value_gate = self.value_gate(x)
+            v = v * value_gate
         v = v.view(B, T, self.n_kv_heads, self.width)
 
         if cache is not None:
-            k, v = cache.take(at.before, k, v)
+            k, v = cache.store(pos.n_cached, k, v)
         exact = torch.promote_types(x.dtype, torch.float32)
         sums, indexer_loss = x.new_zeros(2, dtype=torch.float64), x.new_zeros((), dtype=exact)
-        bits, n_selected = None, _mean_visible(at, T, x.device)
+        bits, n_selected = None, _mean_visible(pos, T, x.device)
         index = None
         if self.indexer is not None:
-            index = self.indexer(x, at.indexer_cos, at.indexer_sin)
+            index = self.indexer(x, pos.indexer_cos, pos.indexer_sin)
             if cache is not None:
-                index = index._replace(k=cache.take_index(at.before, index.k))
-            # the variance is measured in the dense stage too: selection starts with a settled v_ref
-            if self.stage == "sparse" or self.selector.mode == "variance":
+                index = index._replace(k=cache.store_index(pos.n_cached, index.k))
+            # the dense stage computes the variance too, so that the sparse one starts with a settled v_ref
+            if self.stage == "sparse" or self.selector.rule.mode == "variance":
                 selection = self.selector(
-                    self.backend, index, self.indexer.alpha, at.doc_start, everything=self.stage == "dense"
+                    self.backend, index, self.indexer.alpha, pos.doc_start, select_all=self.stage == "dense"
                 )
-                if self.selector.mode == "variance":
-                    sums = variance_sums(selection, at.doc_start, at.before)
+                if self.selector.rule.mode == "variance":
+                    sums = variance_sums(selection, pos.doc_start, pos.n_cached)
             if self.stage == "sparse":
                 bits, n_selected = selection.bits, selection.k.float().mean()
-        out, lse = kernels.attend(self.backend, q, k, v, bits, at.doc_start)
+        out, lse = kernels.attend(self.backend, q, k, v, bits, pos.doc_start)
         if index is not None and rows is not None:
             indexer_loss = kernels.alignment_kl(
-                self.backend, q, k, lse, index, self.indexer.alpha, bits, at.doc_start, rows
+                self.backend, q, k, lse, index, self.indexer.alpha, bits, pos.doc_start, rows
             )
         out = out.reshape(B, T, self.n_heads * self.width)
         if self.output_gate is not None:
-            output_open = self.output_gate(x)
-            out = out * output_open
+            output_gate = self.output_gate(x)
+            out = out * output_gate
         probed = None
         if probe_rows is not None:
             alpha = None if self.indexer is None else self.indexer.alpha
@@ -115,14 +116,15 @@ class GatedSparseAttention(nn.Module):
                 index,
                 self.selector,
                 alpha,
-                (value_open, output_open),
-                at.doc_start,
+                (value_gate, output_gate),
+                pos.doc_start,
                 probe_rows,
                 sparse=self.stage == "sparse",
             )
         return AttentionOutput(self.o_proj(out), indexer_loss, sums, n_selected, probed)
 
 
-def _mean_visible(at: Positions, T: int, device: torch.device) -> torch.Tensor:
-    mean = at.before + (T + 1) / 2
-    return torch.tensor(mean, device=device) if at.doc_start is None else mean - at.doc_start.float().mean()
+def _mean_visible(pos: Positions, T: int, device: torch.device) -> torch.Tensor:
+    """0-dim float32, the mean number of visible keys per query."""
+    mean = pos.n_cached + (T + 1) / 2
+    return torch.tensor(mean, device=device) if pos.doc_start is None else mean - pos.doc_start.float().mean()

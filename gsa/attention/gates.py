@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 GATE_BIAS = 0.5
-"""Initial bias of a gate: it starts a little more than half open."""
+"""Initial bias of a gate, so that it starts slightly more than half open."""
 
 
 class Gate(nn.Linear):
-    """What is multiplied in, elementwise: sigmoid(W x + b), (B, T, width), of the layer's input x (B, T, d)."""
+    """sigmoid(W x + b), (B, T, width), for the layer's input x (B, T, d); the caller multiplies by it, elementwise."""
 
     def __init__(self, d_model: int, width: int) -> None:
         super().__init__(d_model, width, bias=True)

@@ -1,4 +1,4 @@
-"""The lightning indexer: cheap scores that say which keys are worth attending to. Source: docs/gsa.md, 3 and 7."""
+"""The lightning indexer: cheap scores by which keys are selected. Source: docs/gsa.md, 3 and 7."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from gsa.attention.rope import rotate
 from gsa.config import ModelConfig
 
 INITIAL_ALPHA = 4.0
+"""Temperature of a new indexer."""
 
 
 class Indexer(nn.Module):
-    """What scores are made of. Its input is detached: only its own alignment loss teaches it.
+    """The projections from which scores are computed.
 
-    alpha = exp(log_alpha) sharpens the bounded scores into a distribution for that loss.
+    Its input is detached, so that only its own alignment loss trains it. That loss compares attention with
+    softmax(alpha * scores), where alpha = exp(log_alpha) makes up for the scores being bounded.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -32,11 +34,11 @@ class Indexer(nn.Module):
 
     @property
     def alpha(self) -> torch.Tensor:
-        """0-dim, float32 at least: exp of a bf16 number is coarse."""
+        """The temperature, 0-dim, float32 or float64: in bfloat16 exp would be too coarse."""
         return self.log_alpha[0].to(torch.promote_types(self.log_alpha.dtype, torch.float32)).exp()
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> kernels.Index:
-        """x: (B, T, d); cos, sin: (B, T, E / 2)."""
+        """x: (B, T, d), the layer's normalised input; cos, sin: (B, T, E / 2) float32, unused without indexer_rope."""
         B, T, _ = x.shape
         x = x.detach()
         q = self.q_proj(x).view(B, T, self.n_heads, self.width)

@@ -1,4 +1,4 @@
-"""How many keys a query attends to, and the running variance it is judged by. Source: docs/gsa.md, 4."""
+"""How many keys a query attends to, and the running variance that this depends on. Source: docs/gsa.md, 4."""
 
 from __future__ import annotations
 
@@ -9,24 +9,26 @@ from gsa import kernels
 from gsa.config import ModelConfig
 
 V_REF_DECAY = 0.99
+"""Weight of the old value in an update of v_ref."""
 
 
 class Selector(nn.Module):
-    """Chooses k[t] and the set S[t] by the scores, and remembers what variance is usual.
+    """Selects k[t] keys for each query by their scores.
 
-    v_ref, a buffer in float32 and 0 while unset, is the running mean of the score variance. It changes only
-    through `update_v_ref`, after an optimizer step: forward passes only measure.
+    Its buffer v_ref, 0-dim float32 and 0 while unset, is the running mean of the score variance. Only `update_v_ref`
+    changes it, after an optimizer step; a forward pass does not.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.mode, self.temperature = config.adaptive_k, config.adaptive_k_temperature
-        self.k_base, self.k_min, self.k_max = config.k_base, config.k_min, config.k_max
+        self.rule = kernels.SelectionRule(
+            config.adaptive_k, config.adaptive_k_temperature, config.k_base, config.k_min, config.k_max
+        )
         self.n_indexer_heads = config.n_indexer_heads
         self.register_buffer("v_ref", torch.zeros((), dtype=torch.float32))
 
     def _apply(self, fn, recurse: bool = True) -> Selector:
-        # model.bfloat16() must not round a mean that moves by 1 % a step
+        # model.bfloat16() must not round a mean that moves by 1 % per step
         exact = self.v_ref
         super()._apply(fn, recurse)
         if not (exact.is_meta or self.v_ref.is_meta):
@@ -39,56 +41,41 @@ class Selector(nn.Module):
         index: kernels.Index,
         alpha: torch.Tensor,
         doc_start: torch.Tensor | None,
-        everything: bool = False,
+        select_all: bool = False,
     ) -> kernels.Selection:
-        """alpha: 0-dim, the indexer's temperature. everything: select all visible keys, to measure only."""
-        k_min, k_max = (index.k.shape[1],) * 2 if everything else (self.k_min, self.k_max)
-        return kernels.select(
-            backend,
-            index,
-            alpha,
-            self.v_ref,
-            doc_start,
-            mode=self.mode,
-            temperature=self.temperature,
-            k_base=self.k_base,
-            k_min=k_min,
-            k_max=k_max,
-        )
+        """The selected keys. Shapes: `kernels.select`.
+
+        select_all: select every visible key and only compute the statistic.
+        """
+        S = index.k.shape[1]
+        rule = self.rule._replace(k_min=S, k_max=S) if select_all else self.rule
+        return kernels.select(backend, index, alpha, self.v_ref, doc_start, rule)
 
     @torch.no_grad()
-    def of_scores(
-        self, scores: torch.Tensor, seen: torch.Tensor, alpha: torch.Tensor
+    def choose(
+        self, scores: torch.Tensor, visible: torch.Tensor, alpha: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """`kernels.choose` by this rule, for a few rows of scores. scores, seen: (B, R, S)."""
-        return kernels.choose(
-            scores,
-            seen,
-            alpha,
-            self.v_ref,
-            self.n_indexer_heads,
-            self.mode,
-            self.temperature,
-            self.k_base,
-            self.k_min,
-            self.k_max,
-        )
+        """`kernels.choose` with this layer's rule, for a few rows of scores. scores, visible: (B, R, S)."""
+        return kernels.choose(scores, visible, alpha, self.v_ref, self.n_indexer_heads, self.rule)
 
     @torch.no_grad()
     def update_v_ref(self, total: torch.Tensor, count: torch.Tensor) -> None:
-        """Folds in the mean variance of one global batch; the first is taken as it is, an empty one changes nothing."""
+        """Updates v_ref with the mean variance of one global batch, total / count, both 0-dim.
+
+        The first batch sets v_ref to its mean; a batch with count 0 changes nothing.
+        """
         mean = (total / count.clamp_min(1)).to(self.v_ref)
         moved = torch.where(self.v_ref > 0, V_REF_DECAY * self.v_ref + (1 - V_REF_DECAY) * mean, mean)
         self.v_ref.copy_(torch.where(count > 0, moved, self.v_ref))
 
 
-def variance_sums(selection: kernels.Selection, doc_start: torch.Tensor | None, before: int = 0) -> torch.Tensor:
-    """(2,) float64: sum of the variance over positions with more than one visible key, and their count.
+def variance_sums(selection: kernels.Selection, doc_start: torch.Tensor | None, n_cached: int = 0) -> torch.Tensor:
+    """(2,) float64: the sum of the variance over positions with more than one visible key, and their number.
 
-    before: tokens that a cache held already.
+    n_cached: tokens in front of these that a cache holds.
     """
     variance = selection.statistic
-    place = torch.arange(before, before + variance.shape[1], device=variance.device)
+    place = torch.arange(n_cached, n_cached + variance.shape[1], device=variance.device)
     counted = place > (0 if doc_start is None else doc_start)
     counted = counted.expand_as(variance)
     return torch.stack([torch.where(counted, variance, 0.0).double().sum(), counted.sum().double()])

@@ -1,4 +1,4 @@
-"""Which backend runs: the one asked for, or, for "auto", the fastest that has passed a check on the device in hand."""
+"""Which backend runs: the requested one or, for "auto", the fastest one that passes a check on its device."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gsa.kernels.reference import LEVELS, keys_per_query, score_variance
 
 
 class Shape(NamedTuple):
-    """What a kernel is compiled for: heads and widths of attention and indexer, and the dtype of the model."""
+    """What the kernels are compiled for: number and width of the heads of attention and indexer, and the dtype."""
 
     n_heads: int
     n_kv_heads: int
@@ -25,11 +25,12 @@ class Shape(NamedTuple):
 
 
 WIDEST_BYTES = 256
-"""Of a head, in Triton: 128 numbers in bfloat16, 64 in float32. Wider ones do not fit every GPU's shared memory."""
+"""Widest head that Triton's kernels take: 128 numbers in bfloat16, 64 in float32. Wider ones overflow the shared memory
+of some GPUs."""
 
 
 def why_not_triton(shape: Shape, device: torch.device) -> str | None:
-    """Why the Triton backend cannot run this shape on this device, before trying; None when it may."""
+    """Why the Triton backend cannot run this shape on this device, or None. Runs no kernel; `fault_of` does."""
     if device.type != "cuda":
         return "Triton's kernels need a GPU"
     try:
@@ -40,17 +41,17 @@ def why_not_triton(shape: Shape, device: torch.device) -> str | None:
     for name, width in (("d_head", shape.d_head), ("d_indexer", shape.d_indexer)):
         if not 16 <= width <= widest or width & (width - 1):
             dtype = str(shape.dtype).removeprefix("torch.")
-            return f"model.{name}={width} is not a power of two from 16 to {widest}, which is the widest in {dtype}"
+            return f"model.{name}={width} is not a power of two from 16 to {widest}, the widest head in {dtype}"
     group = shape.n_heads // shape.n_kv_heads
     if group & (group - 1) or group > 64:
-        return f"{group} query heads share a key/value head; a power of two up to 64 can"
+        return f"{group} query heads share a key/value head; their number must be a power of two up to 64"
     return None
 
 
 def resolve(wanted: str, shape: Shape, device: torch.device) -> tuple[kernels.Backend, str | None]:
-    """The backend to run, and for "auto" on a GPU why it is not the fastest, or None.
+    """The backend to run, and for "auto" on a GPU the reason why it is not Triton, or None.
 
-    ValueError when the one that was asked for cannot run: nothing falls back in silence.
+    Raises ValueError when a backend that was requested by name cannot run; only "auto" falls back.
     """
     if wanted == "auto":
         if device.type != "cuda":
@@ -65,27 +66,28 @@ def resolve(wanted: str, shape: Shape, device: torch.device) -> tuple[kernels.Ba
 # -- the check ------------------------------------------------------------------------------------------
 
 
-class Trial(NamedTuple):
+class CheckCase(NamedTuple):
     """One comparison with the reference: `rows` sequences of `length` tokens, two documents in each.
 
-    mode: how k adapts. all_keys: attention and loss run over every visible key, not over the selected ones.
+    mode: of the selection rule. all_keys: attention and loss run over every visible key, not over the selected ones.
     """
 
     rows: int
     length: int
-    mode: str
+    mode: kernels.Mode
     all_keys: bool
 
 
-TRIALS = (Trial(2, 150, "off", all_keys=False), Trial(1, 1024, "variance", all_keys=True))
-"""Between them: both forms of every kernel, an odd length, and one that, like most in training, 16 divides, for which
-Triton compiles other code, and which takes more than one strip."""
+CHECK_CASES = (CheckCase(2, 150, "off", all_keys=False), CheckCase(1, 1024, "variance", all_keys=True))
+"""Together these cover both variants of every kernel, an odd length, a length divisible by 16 (Triton specialises it)
+and more than one strip."""
 
 
 def fault_of(backend: kernels.Backend, shape: Shape, device: torch.device) -> str | None:
-    """What is wrong with a backend on this device, found by comparing TRIALS with the reference; None if nothing.
+    """What is wrong with a backend on this device, or None: compares it with the reference on CHECK_CASES.
 
-    Most of its time goes into compiling: a second or so for each of some thirty kernels, which Triton then has on disk.
+    Most of the time is spent on compilation, about a second for each of some thirty kernels; Triton caches them on
+    disk.
     """
     bound = 2e-2 if shape.dtype == torch.bfloat16 else 2e-4
     try:
@@ -94,28 +96,28 @@ def fault_of(backend: kernels.Backend, shape: Shape, device: torch.device) -> st
                 return f"its {name} is off by {error:.1e}, more than {bound:.0e}"
     except WrongSelection as err:
         return str(err)
-    except Exception as err:  # whatever a compiler or a driver throws: the answer is that it does not work here
+    except Exception as err:  # a compiler or a driver can raise anything; all of it means: does not work here
         return f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else 'no message'}"
     return None
 
 
 def _all_deviations(backend: kernels.Backend, shape: Shape, device: torch.device) -> Iterator[tuple[str, float]]:
-    for trial in TRIALS:
-        yield from deviations(backend, shape, device, trial).items()
+    for case in CHECK_CASES:
+        yield from deviations(backend, shape, device, case).items()
     yield from head_deviations(backend, shape.dtype, device).items()
     yield from product_deviations(backend, shape.dtype, device).items()
 
 
 class WrongSelection(ValueError):
-    """A selected set, its size or the statistic behind it is not the reference's."""
+    """A selected set, its size or the statistic that it follows from differs from the reference."""
 
 
-def deviations(backend: kernels.Backend, shape: Shape, device: torch.device, trial: Trial) -> dict[str, float]:
-    """Output, loss and every gradient against the float64 reference: the largest difference, by the largest value.
+def deviations(backend: kernels.Backend, shape: Shape, device: torch.device, case: CheckCase) -> dict[str, float]:
+    """Largest deviation of output, loss and every gradient from the float64 reference, relative to its largest value.
 
-    WrongSelection when a selected set is not right.
+    Raises WrongSelection when a selected set is wrong.
     """
-    B, T = trial.rows, trial.length
+    B, T = case.rows, case.length
     H, G, D, J, E, dtype = shape
     random = torch.Generator().manual_seed(0)
 
@@ -129,8 +131,8 @@ def deviations(backend: kernels.Backend, shape: Shape, device: torch.device, tri
     rows = torch.arange(T, device=device)
     rows = rows[rows % 4 != 3]
     alpha = torch.tensor(4.0, device=device)
-    bits = _checked_selection(backend, index, alpha, starts, trial)
-    if trial.all_keys:
+    bits = _checked_selection(backend, index, alpha, starts, case)
+    if case.all_keys:
         bits = None
     found = []
     for name, to in ((backend, dtype), ("reference", torch.float64)):
@@ -150,7 +152,7 @@ def deviations(backend: kernels.Backend, shape: Shape, device: torch.device, tri
 
 
 def head_deviations(backend: kernels.Backend, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """As `deviations`, of the loss head: 150 rows of 1000 logits in two blocks."""
+    """Like `deviations`, for the loss head: 150 rows of 1000 logits, in two blocks."""
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(150, 1000, generator=random).to(device).mul_(3)
     targets = torch.randint(0, 1000, (150,), generator=random).to(device)
@@ -163,12 +165,12 @@ def head_deviations(backend: kernels.Backend, dtype: torch.dtype, device: torch.
     for start, block in blocks:
         kernels.fold_logits(backend, block.clone(), targets, start, top, mass, label)
     log_z, ones = top + mass.log(), torch.ones_like(top)
-    by_logit = [kernels.logits_gradient(backend, b.clone(), targets, start, log_z, ones, dtype) for start, b in blocks]
+    d_logits = [kernels.logits_gradient(backend, b.clone(), targets, start, log_z, ones, dtype) for start, b in blocks]
     weight = torch.randn(1000, 64, generator=random).to(dtype).to(device)
     total = logits.new_zeros(150, 64)
-    for (start, block), part in zip(blocks, by_logit, strict=True):
+    for (start, block), part in zip(blocks, d_logits, strict=True):
         kernels.add_product(backend, total, part, weight[start : start + block.shape[1]])
-    ours = torch.cat(by_logit, 1)
+    ours = torch.cat(d_logits, 1)
     pairs = {
         "loss head": (log_z - label, wanted),
         "loss head's gradient": (ours, gradient),
@@ -178,7 +180,7 @@ def head_deviations(backend: kernels.Backend, dtype: torch.dtype, device: torch.
 
 
 def product_deviations(backend: kernels.Backend, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
-    """As `deviations`, of the feed-forward's product: 150 rows of 1000."""
+    """Like `deviations`, for the product in the feed-forward: 150 rows of 1000."""
     random = torch.Generator().manual_seed(0)
     gate, up, d_out = (torch.randn(150, 1000, generator=random).to(dtype).to(device).mul_(3) for _ in range(3))
     found = []
@@ -191,28 +193,27 @@ def product_deviations(backend: kernels.Backend, dtype: torch.dtype, device: tor
 
 
 def _checked_selection(
-    backend: kernels.Backend, index: kernels.Index, alpha: Tensor, starts: Tensor, trial: Trial
+    backend: kernels.Backend, index: kernels.Index, alpha: Tensor, starts: Tensor, case: CheckCase
 ) -> Tensor:
-    """The bits that the backend selects. WrongSelection when they are not those of the reference, but for rounding."""
-    T, J, device = trial.length, index.q.shape[2], index.q.device
+    """The bits that the backend selects. Raises WrongSelection when they differ from the reference beyond rounding."""
+    T, J, device = case.length, index.q.shape[2], index.q.device
     k = T // 6
     v_ref = torch.tensor(0.01 * J, device=device)
-    rule = (trial.mode, 1.0, k, k // 2, 2 * k)
-    names = ("mode", "temperature", "k_base", "k_min", "k_max")
-    choice = kernels.select(backend, index, alpha, v_ref, starts, **dict(zip(names, rule, strict=True)))
-    mask, seen = kernels.unpack(choice.bits, T), kernels.visible(starts)
-    wanted = keys_per_query(seen.sum(-1), choice.statistic, v_ref, *rule)
-    if (mask & ~seen).any() or not torch.equal(mask.sum(-1), choice.k) or not torch.equal(choice.k, wanted):
+    rule = kernels.SelectionRule(case.mode, temperature=1.0, k_base=k, k_min=k // 2, k_max=2 * k)
+    choice = kernels.select(backend, index, alpha, v_ref, starts, rule)
+    mask, visible = kernels.unpack(choice.bits, T), kernels.visible_keys(starts)
+    wanted = keys_per_query(visible.sum(-1), choice.statistic, v_ref, rule)
+    if (mask & ~visible).any() or not torch.equal(mask.sum(-1), choice.k) or not torch.equal(choice.k, wanted):
         raise WrongSelection("a selected set has the wrong size, or a hidden key")
     scores = kernels.index_scores(*(x.double() for x in index))
     step = J / LEVELS + 2e-6 * J
-    if trial.mode == "variance":
-        # a level less moves a score by a step at most, and a deviation by no more
-        ours, exact = (x.double().sqrt() for x in (choice.statistic, score_variance(scores, seen)))
+    if case.mode == "variance":
+        # rounding to levels moves a score, and so the standard deviation, by at most one step
+        ours, exact = (x.double().sqrt() for x in (choice.statistic, score_variance(scores, visible)))
         if not ((ours - exact).abs() <= step + 1e-5 * exact).all():
             raise WrongSelection("the variance of the scores is wrong")
     worst_in = scores.masked_fill(~mask, math.inf).amin(-1)
-    best_out = scores.masked_fill(mask | ~seen, -math.inf).amax(-1)
+    best_out = scores.masked_fill(mask | ~visible, -math.inf).amax(-1)
     if not (worst_in >= best_out - step).all():
         raise WrongSelection("a selected set leaves out a better key")
     return choice.bits

@@ -1,9 +1,9 @@
-"""The operations a chunk of queries at a time, in PyTorch on any device: no (T, S) float tensor outlives a chunk.
+"""The operations in PyTorch, on any device, one chunk of queries at a time: no (T, S) float tensor outlives a chunk.
 
-Signatures and shapes are those of gsa/kernels/__init__.py. The selected set is made once, as packed bits, and
-read by attention, by its backward pass and by the alignment loss. The forms were chosen by measurement
-(benchmarks/results/attention_cpu.md): the heads that share a key/value head are folded into the rows of one
-masked flash attention, whose output and log-sum-exp are all that the backward pass needs.
+Signatures and shapes are those of gsa/kernels/__init__.py. The selected set is computed once, as packed bits, and
+read by attention, by its backward pass and by the alignment loss. Attention folds the query heads that share a
+key/value head into the rows of one masked flash attention, whose output and log-sum-exp are all that the backward
+pass needs; this was the fastest form measured (benchmarks/results/attention_cpu.md).
 """
 
 from __future__ import annotations
@@ -20,44 +20,47 @@ from torch import Tensor
 from gsa.kernels.reference import LEVELS, keys_per_query
 
 CHUNK = 128
-"""Queries of a chunk: 64 to 512 cost the same time within 10 %, and memory grows with it."""
+"""Queries of a chunk. From 64 to 512 the time is the same within 10 %; memory grows with the chunk."""
 
 
 class _Chunk(NamedTuple):
-    """Queries `rows` see keys `keys` at most. seen: (B, C, keys) bool, or (1, C, keys) without documents."""
+    """Queries `rows`, the range `keys` of keys that they can see, and which of these are visible to each.
+
+    visible: (B, C, keys) bool, or (1, C, keys) without documents.
+    """
 
     rows: Tensor | slice
     keys: slice
-    seen: Tensor
+    visible: Tensor
 
 
 def _chunks(
     n_queries: int, n_keys: int, doc_start: Tensor | None, rows: Tensor | None = None, *, device: torch.device
 ) -> Iterator[_Chunk]:
-    """All queries, or the ascending `rows` of them. Key ranges begin at a multiple of 32: a word of bits."""
-    before = n_keys - n_queries
+    """Chunks of all queries, or of the ascending `rows`. A range of keys begins at a multiple of 32, a word of bits."""
+    cached = n_keys - n_queries
     for start in range(0, n_queries if rows is None else len(rows), CHUNK):
         if rows is None:
             part: Tensor | slice = slice(start, min(start + CHUNK, n_queries))
             at = torch.arange(part.start, part.stop, device=device)
         else:
             part = at = rows[start : start + CHUNK]
-        last = int(at[-1]) + before + 1
+        last = int(at[-1]) + cached + 1
         begins = None if doc_start is None else doc_start[:, part]
         first = 0 if begins is None else int(begins.min()) // 32 * 32
         keys = slice(first, last)
         s = torch.arange(first, last, device=device)
-        seen = (s <= at[:, None] + before)[None]
+        visible = (s <= at[:, None] + cached)[None]
         if begins is not None:
-            seen = seen & (s >= begins[..., None])
-        yield _Chunk(part, keys, seen)
+            visible = visible & (s >= begins[..., None])
+        yield _Chunk(part, keys, visible)
 
 
 # -- scores and selection -------------------------------------------------------------------------------
 
 
 def _gates(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
-    """sigmoid(q k / sqrt(E) + bias), (B, J, C, S), in float32 at least. q: (B, C, J, E); k: (B, S, E)."""
+    """sigmoid(q k / sqrt(E) + bias), (B, J, C, S), in float32 or float64. q: (B, C, J, E); k: (B, S, E)."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     B, C, J, E = q.shape
     rows = (q.to(dtype) / math.sqrt(E)).transpose(1, 2).reshape(B, J * C, E)
@@ -66,68 +69,68 @@ def _gates(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
 
 
 def _scores(gates: Tensor, weight: Tensor) -> Tensor:
-    """(B, C, S). gates: (B, J, C, S); weight: (B, C, J) after its sigmoid."""
+    """The scores (B, C, S). gates: (B, J, C, S); weight: (B, C, J), after its sigmoid."""
     out = gates[:, 0] * weight[..., 0, None]
     for j in range(1, gates.shape[1]):
         out.addcmul_(gates[:, j], weight[..., j, None])
     return out
 
 
-def select(index, alpha, v_ref, doc_start, mode, temperature, k_base, k_min, k_max):
+def select(index, alpha, v_ref, doc_start, rule):
     B, T, J, _ = index.q.shape
     S, device = index.k.shape[1], index.q.device
     dtype = torch.promote_types(index.q.dtype, torch.float32)
-    n = _visible_keys(B, T, S, doc_start, device)
-    everything = k_min >= S
-    if mode == "off" and everything:
+    n = _count_visible(B, T, S, doc_start, device)
+    select_all = rule.k_min >= S
+    if rule.mode == "off" and select_all:
         return torch.empty(B, T, 0, dtype=torch.int32, device=device), n, torch.empty(0, dtype=dtype, device=device)
-    bits = torch.zeros(B, T, 0 if everything else -(-S // 32), dtype=torch.int32, device=device)
+    bits = torch.zeros(B, T, 0 if select_all else -(-S // 32), dtype=torch.int32, device=device)
     k = torch.empty_like(n)
-    statistic = torch.empty(0 if mode == "off" else (B, T), dtype=dtype, device=device)
+    statistic = torch.empty(0 if rule.mode == "off" else (B, T), dtype=dtype, device=device)
     weight = index.weight.to(dtype).sigmoid()
-    for rows, keys, seen in _chunks(T, S, doc_start, device=device):
+    for rows, keys, visible in _chunks(T, S, doc_start, device=device):
         scores = _scores(_gates(index.q[:, rows], index.k[:, keys], index.bias), weight[:, rows])
-        seen = seen.expand_as(scores)
-        if mode == "variance":
-            statistic[:, rows] = _variance(scores, seen, n[:, rows])
-        elif mode == "entropy":
-            statistic[:, rows] = _entropy(scores, seen, alpha.to(dtype))
-        given = None if mode == "off" else statistic[:, rows]
-        k[:, rows] = keys_per_query(n[:, rows], given, v_ref, mode, temperature, k_base, k_min, k_max)
-        if everything:
+        visible = visible.expand_as(scores)
+        if rule.mode == "variance":
+            statistic[:, rows] = _variance(scores, visible, n[:, rows])
+        elif rule.mode == "entropy":
+            statistic[:, rows] = _entropy(scores, visible, alpha.to(dtype))
+        k[:, rows] = keys_per_query(n[:, rows], None if rule.mode == "off" else statistic[:, rows], v_ref, rule)
+        if select_all:
             continue
-        chosen = _top_keys(scores, seen, k[:, rows], n[:, rows], J)
+        chosen = _top_keys(scores, visible, k[:, rows], n[:, rows], J)
         words = _pack(chosen)
         first = keys.start // 32
         bits[:, rows, first : first + words.shape[-1]] = words
-    if not everything and torch.equal(k, n):
+    if not select_all and torch.equal(k, n):
         bits = bits.new_empty(B, T, 0)
     return bits, k, statistic
 
 
-def _visible_keys(B: int, T: int, S: int, doc_start: Tensor | None, device) -> Tensor:
+def _count_visible(B: int, T: int, S: int, doc_start: Tensor | None, device: torch.device) -> Tensor:
+    """(B, T) int64, the number of visible keys of each query."""
     end = torch.arange(S - T + 1, S + 1, device=device)
     return end.expand(B, T).contiguous() if doc_start is None else end - doc_start
 
 
-def _variance(scores: Tensor, seen: Tensor, n: Tensor) -> Tensor:
-    mean = scores.masked_fill(~seen, 0.0).sum(-1) / n
-    return (scores - mean[..., None]).masked_fill_(~seen, 0.0).square_().sum(-1) / n
+def _variance(scores: Tensor, visible: Tensor, n: Tensor) -> Tensor:
+    mean = scores.masked_fill(~visible, 0.0).sum(-1) / n
+    return (scores - mean[..., None]).masked_fill_(~visible, 0.0).square_().sum(-1) / n
 
 
-def _entropy(scores: Tensor, seen: Tensor, alpha: Tensor) -> Tensor:
-    log_p = (alpha * scores).masked_fill_(~seen, -torch.inf).log_softmax(-1)
-    return -(log_p.exp() * log_p).masked_fill_(~seen, 0.0).sum(-1)
+def _entropy(scores: Tensor, visible: Tensor, alpha: Tensor) -> Tensor:
+    log_p = (alpha * scores).masked_fill_(~visible, -torch.inf).log_softmax(-1)
+    return -(log_p.exp() * log_p).masked_fill_(~visible, 0.0).sum(-1)
 
 
-def _top_keys(scores: Tensor, seen: Tensor, k: Tensor, n: Tensor, n_heads: int) -> Tensor:
-    """(B, C, S) bool: the first k visible keys by fixed-point score, ties to the more recent key."""
+def _top_keys(scores: Tensor, visible: Tensor, k: Tensor, n: Tensor, n_heads: int) -> Tensor:
+    """(B, C, S) bool: the k visible keys of highest fixed-point score; ties go to the more recent key."""
     if torch.equal(k, n):
-        return seen
+        return visible
     S = scores.shape[-1]
     integer = torch.int32 if (LEVELS + 1) * S < 2**31 else torch.int64
     level = (scores * (LEVELS / n_heads)).floor_().clamp_(0, LEVELS).to(integer)
-    order = (level * S).add_(torch.arange(S, dtype=integer, device=scores.device)).masked_fill_(~seen, -1)
+    order = (level * S).add_(torch.arange(S, dtype=integer, device=scores.device)).masked_fill_(~visible, -1)
     threshold = _sorted(order).gather(-1, (S - k)[..., None])
     return order >= threshold
 
@@ -138,13 +141,13 @@ def _sorted(order: Tensor) -> Tensor:
 
 
 def _pack(mask: Tensor) -> Tensor:
-    """`reference.pack`, eight at a time: a multiplication gathers the low bits of eight bytes into the top one."""
+    """`reference.pack`, eight keys at a time: a product gathers the low bits of eight bytes in the highest byte."""
     octets = F.pad(mask.view(torch.uint8), (0, -mask.shape[-1] % 32)).contiguous().view(torch.int64)
     return ((octets * 0x0102040810204080) >> 56).to(torch.uint8).view(torch.int32)
 
 
 def _unpack(bits: Tensor, chunk: _Chunk) -> Tensor:
-    """(B, C, keys) bool: the part of `bits` that belongs to a chunk."""
+    """(B, C, keys) bool: the part of `bits` for the queries and keys of a chunk."""
     words = bits[:, chunk.rows, chunk.keys.start // 32 : -(-chunk.keys.stop // 32)]
     octets = words.contiguous().view(torch.uint8).int()
     table = ((torch.arange(256)[:, None] >> torch.arange(8)) & 1).to(torch.uint8).view(torch.int64)[:, 0]
@@ -173,7 +176,7 @@ class _Attend(torch.autograd.Function):
         out = torch.empty_like(q)
         lses = []
         for chunk in _chunks(q.shape[1], k.shape[1], doc_start, device=q.device):
-            mask = chunk.seen if bits is None else _unpack(bits, chunk)
+            mask = chunk.visible if bits is None else _unpack(bits, chunk)
             part, lse = forward(
                 _fold(q[:, chunk.rows], G), keys[:, :, chunk.keys], values[:, :, chunk.keys], _additive(mask, q, G)
             )
@@ -191,8 +194,8 @@ class _Attend(torch.autograd.Function):
         exact = torch.promote_types(q.dtype, torch.float32)
         d_k, d_v = (torch.zeros(x.shape, dtype=exact, device=x.device) for x in (keys, values))
         for chunk, lse in zip(_chunks(q.shape[1], S, doc_start, device=q.device), lses, strict=True):
-            mask = chunk.seen if bits is None else _unpack(bits, chunk)
-            by_q, by_k, by_v = backward(
+            mask = chunk.visible if bits is None else _unpack(bits, chunk)
+            d_q_part, d_k_part, d_v_part = backward(
                 _fold(d_out[:, chunk.rows], G),
                 _fold(q[:, chunk.rows], G),
                 keys[:, :, chunk.keys],
@@ -201,31 +204,32 @@ class _Attend(torch.autograd.Function):
                 lse,
                 _additive(mask, q, G),
             )
-            d_q[:, chunk.rows] = _unfold(by_q, q.shape[2])
-            d_k[:, :, chunk.keys] += by_k
-            d_v[:, :, chunk.keys] += by_v
+            d_q[:, chunk.rows] = _unfold(d_q_part, q.shape[2])
+            d_k[:, :, chunk.keys] += d_k_part
+            d_v[:, :, chunk.keys] += d_v_part
         return d_q, d_k.transpose(1, 2).to(q.dtype), d_v.transpose(1, 2).to(q.dtype), None, None
 
 
 def _fold(x: Tensor, G: int) -> Tensor:
-    """(B, C, H, D) -> (B, G, H / G * C, D): the query heads of one key/value head become rows."""
+    """(B, C, H, D) to (B, G, H / G * C, D): the query heads that share a key/value head become rows."""
     B, C, H, D = x.shape
     return x.view(B, C, G, H // G, D).permute(0, 2, 3, 1, 4).reshape(B, G, -1, D)
 
 
 def _unfold(x: Tensor, H: int) -> Tensor:
+    """The inverse of `_fold`."""
     B, G, rows, D = x.shape
     return x.view(B, G, H // G, -1, D).permute(0, 3, 1, 2, 4).reshape(B, -1, H, D)
 
 
 def _additive(mask: Tensor, q: Tensor, G: int) -> Tensor:
-    """0 where `mask`, -inf elsewhere, for the folded rows: (B or 1, 1, H / G * C, keys)."""
+    """0 where `mask` is true and -inf elsewhere, for the folded rows: (B or 1, 1, H / G * C, keys)."""
     zero = torch.zeros(mask.shape, dtype=q.dtype, device=q.device)
     return zero.masked_fill_(~mask, -torch.inf).repeat(1, q.shape[2] // G, 1)[:, None]
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """What F.scaled_dot_product_attention calls on a CPU; called here because it also returns the log-sum-exp."""
+    """The kernel of F.scaled_dot_product_attention on a CPU, which also returns the log-sum-exp."""
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask)
 
 
@@ -253,23 +257,6 @@ def _explicit_backward(d_out, q, k, v, out, lse, mask):
 # -- the alignment loss ---------------------------------------------------------------------------------
 
 
-def silu_product(gate, up):
-    return _SiluProduct.apply(gate, up)
-
-
-class _SiluProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx, d_out):
-        gate, up = ctx.saved_tensors
-        d_up = F.silu(gate) * d_out
-        return torch.ops.aten.silu_backward(d_out * up, gate), d_up
-
-
 def alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows):
     B, T, H, D = q.shape
     S, J = k.shape[1], index.q.shape[2]
@@ -289,23 +276,23 @@ def alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows):
     for chunk in _chunks(T, S, doc_start, rows, device=q.device):
         here = slice(done, done + len(chunk.rows))
         done = here.stop
-        mask = chunk.seen if bits is None else _unpack(bits, chunk)
+        mask = chunk.visible if bits is None else _unpack(bits, chunk)
         index_q = index.q[:, chunk.rows].to(dtype)
         gates = _gates(index_q, index_k[:, chunk.keys], index.bias)
         scores = _scores(gates, weight[:, here])
         p = _probabilities(q[:, chunk.rows].to(dtype), keys[:, :, chunk.keys], mask)
         log_q = (alpha * scores).masked_fill_(~mask, -torch.inf).log_softmax(-1)
         loss += (torch.xlogy(p, p) - p * log_q.masked_fill(~mask, 0.0)).sum(dtype=torch.float64)
-        # the loss by alpha * scores; nothing where the mask is off: both are 0 there
-        by_logit = log_q.exp_().sub_(p).div_(B * len(rows))
-        d_alpha += (by_logit * scores).sum()
-        by_score = by_logit.mul_(alpha)
+        # gradient of the loss by alpha * scores; 0 outside the mask, where both terms are 0
+        d_logits = log_q.exp_().sub_(p).div_(B * len(rows))
+        d_alpha += (d_logits * scores).sum()
+        d_scores = d_logits.mul_(alpha)
         for j in range(J):
             gate = gates[:, j]
-            felt = by_score * gate
+            weighted = d_scores * gate
             w = weight[:, here, j]
-            d_weight[:, here, j] = felt.sum(-1) * w * (1 - w)
-            inner = felt.mul_(1 - gate).mul_(w[..., None])
+            d_weight[:, here, j] = weighted.sum(-1) * w * (1 - w)
+            inner = weighted.mul_(1 - gate).mul_(w[..., None])
             d_bias[j] += inner.sum()
             inner *= scale
             d_q[:, here, j] = inner @ index_k[:, chunk.keys]
@@ -316,9 +303,32 @@ def alignment_kl(q, k, lse, index, alpha, bits, doc_start, rows):
 
 
 def _probabilities(q: Tensor, k: Tensor, mask: Tensor) -> Tensor:
-    """(B, C, keys): softmax(q k / sqrt(D)) over the mask, averaged over heads. q: (B, C, H, D); k: (B, G, keys, D)."""
+    """softmax(q k / sqrt(D)) over the mask, averaged over heads: (B, C, keys).
+
+    q: (B, C, H, D); k: (B, G, keys, D).
+    """
     B, C, H, D = q.shape
     G = k.shape[1]
     folded = (_fold(q, G) / math.sqrt(D)) @ k.transpose(-1, -2)
     logits = folded.view(B, H, C, -1).masked_fill_(~mask[:, None], -torch.inf)
     return logits.softmax(-1).mean(1)
+
+
+# -- feed-forward ---------------------------------------------------------------------------------------
+
+
+def silu_product(gate, up):
+    return _SiluProduct.apply(gate, up)
+
+
+class _SiluProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx, d_out):
+        gate, up = ctx.saved_tensors
+        d_up = F.silu(gate) * d_out
+        return torch.ops.aten.silu_backward(d_out * up, gate), d_up

@@ -1,7 +1,8 @@
-"""Results that activation checkpointing keeps, so that recomputing a block does not compute them again.
+"""Results that a checkpointed block saves in its forward pass, so that its recomputation does not compute them again.
 
-The selected sets and the indexer's gradients cost much and weigh little. torch's selective checkpointing would keep
-them too, but it watches every operation of the block, and stops at the gathers that ZeRO 3 adds when it recomputes.
+The selected sets and the indexer's gradients take long to compute and little memory to save. torch's selective
+checkpointing would save them too, but it watches every operation of the block and fails at the gathers that ZeRO 3
+adds in the recomputation.
 """
 
 from __future__ import annotations
@@ -11,39 +12,42 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-_here = threading.local()
-"""`.memory`: the _Memory at work in this thread, or absent. The backward pass of a GPU runs in a thread of its own."""
+_active = threading.local()
+"""`.pass_`: the _Pass that this thread is in, or absent. A GPU's backward pass runs in a thread of its own."""
 
 
-class _Memory(AbstractContextManager):
-    """Within it, `kept` records into `results`, or reads them in the same order."""
+class _Pass(AbstractContextManager):
+    """The forward pass of a checkpointed block, which appends to `results`, or its recomputation, which reads them."""
 
-    def __init__(self, results: list, replaying: bool) -> None:
-        self.results, self.replaying = results, replaying
+    def __init__(self, results: list, recomputing: bool) -> None:
+        self.results, self.recomputing = results, recomputing
 
-    def __enter__(self) -> _Memory:
-        self._outer, _here.memory = getattr(_here, "memory", None), self
-        self._next = 0  # a graph that is retained may be recomputed more than once
+    def __enter__(self) -> _Pass:
+        self._outer, _active.pass_ = getattr(_active, "pass_", None), self
+        self._next = 0  # a retained graph can be recomputed more than once
         return self
 
     def __exit__(self, *failure: object) -> None:
-        _here.memory = self._outer
+        _active.pass_ = self._outer
 
-    def recall(self, compute: Callable[[], Any]) -> Any:
-        if not self.replaying:
+    def result(self, compute: Callable[[], Any]) -> Any:
+        if not self.recomputing:
             self.results.append(compute())
             return self.results[-1]
         self._next += 1
         return self.results[self._next - 1]
 
 
-def kept(compute: Callable[[], Any]) -> Any:
-    """compute(), whose tensors carry no gradient; in a checkpointed block's recomputation, what it returned before."""
-    memory = getattr(_here, "memory", None)
-    return compute() if memory is None else memory.recall(compute)
+def reuse_when_recomputing(compute: Callable[[], Any]) -> Any:
+    """compute(); in the recomputation of a checkpointed block, what the same call returned in the forward pass.
+
+    The tensors that compute returns must carry no gradient, and the calls of a block must come in the same order.
+    """
+    here = getattr(_active, "pass_", None)
+    return compute() if here is None else here.result(compute)
 
 
-def saved_by_checkpointing() -> tuple[_Memory, _Memory]:
-    """The `context_fn` of torch.utils.checkpoint: for a block's forward pass, and for its recomputation."""
+def recomputation_contexts() -> tuple[_Pass, _Pass]:
+    """The `context_fn` of torch.utils.checkpoint: one context for a block's forward pass, one for its recomputation."""
     results: list = []
-    return _Memory(results, replaying=False), _Memory(results, replaying=True)
+    return _Pass(results, recomputing=False), _Pass(results, recomputing=True)

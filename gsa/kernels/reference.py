@@ -1,6 +1,6 @@
-"""Every operation in plain PyTorch: the specification, in any floating dtype. Sections are docs/gsa.md's.
+"""Every operation in plain PyTorch: the specification, in any floating dtype. Sections are those of docs/gsa.md.
 
-First the parts, each on whole (B, T, S) tensors; then the three operations of a backend, put together from them.
+The parts come first, each on whole (B, T, S) tensors; then the operations of a backend, which are composed of them.
 """
 
 from __future__ import annotations
@@ -10,12 +10,14 @@ import math
 import torch
 import torch.nn.functional as F
 
+from gsa.kernels.operands import SelectionRule
+
 LEVELS = 65535
 """Steps of the 16-bit fixed-point score by which keys are ordered (section 5)."""
 
 
-def visible(doc_start: torch.Tensor, n_keys: int | None = None) -> torch.Tensor:
-    """(B, T, S) bool: may query t see key s: doc_start[t] <= s <= t (section 2).
+def visible_keys(doc_start: torch.Tensor, n_keys: int | None = None) -> torch.Tensor:
+    """(B, T, S) bool: whether key s is visible to query t, doc_start[t] <= s <= t (section 2).
 
     doc_start: (B, T) int64. The T queries are the last of the S = n_keys positions (default T).
     """
@@ -28,7 +30,7 @@ def index_scores(q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor, bias: t
     """The indexer's score of every key for every query (section 3).
 
     q: (B, T, J, E); k: (B, S, E); weight: (B, T, J), before its sigmoid; bias: (J,).
-    Returns (B, T, S), between 0 and J, float32 (float64 for float64): in bf16 scores tie in masses.
+    Returns (B, T, S), between 0 and J, float32 (float64 for float64); in bfloat16 too many scores would tie.
     """
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k, weight, bias = (x.to(dtype) for x in (q, k, weight, bias))
@@ -36,60 +38,59 @@ def index_scores(q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor, bias: t
     return torch.einsum("bjts,btj->bts", torch.sigmoid(logits), torch.sigmoid(weight))
 
 
-def score_variance(scores: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """Population variance of each query's scores over its visible keys (section 4). (B, T, S) twice -> (B, T)."""
-    n = seen.sum(-1)
-    mean = torch.where(seen, scores, 0.0).sum(-1) / n
-    return torch.where(seen, (scores - mean[..., None]).square(), 0.0).sum(-1) / n
+def score_variance(scores: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Population variance of each query's scores over its visible keys (section 4).
+
+    scores: (B, T, S); visible: (B, T, S) bool. Returns (B, T).
+    """
+    n = visible.sum(-1)
+    mean = torch.where(visible, scores, 0.0).sum(-1) / n
+    return torch.where(visible, (scores - mean[..., None]).square(), 0.0).sum(-1) / n
 
 
-def score_entropy(scores: torch.Tensor, seen: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of softmax(alpha * scores) over the visible keys (section 4). Returns (B, T)."""
-    log_p = (alpha * scores).masked_fill(~seen, -torch.inf).log_softmax(-1)
-    return -torch.where(seen, log_p.exp() * log_p, 0.0).sum(-1)
+def score_entropy(scores: torch.Tensor, visible: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """Entropy in nats of softmax(alpha * scores) over the visible keys (section 4).
+
+    scores: (B, T, S); visible: (B, T, S) bool; alpha: 0-dim. Returns (B, T).
+    """
+    log_p = (alpha * scores).masked_fill(~visible, -torch.inf).log_softmax(-1)
+    return -torch.where(visible, log_p.exp() * log_p, 0.0).sum(-1)
 
 
 def keys_per_query(
-    n: torch.Tensor,
-    statistic: torch.Tensor | None,
-    v_ref: torch.Tensor,
-    mode: str,
-    temperature: float,
-    k_base: int,
-    k_min: int,
-    k_max: int,
+    n: torch.Tensor, statistic: torch.Tensor | None, v_ref: torch.Tensor, rule: SelectionRule
 ) -> torch.Tensor:
-    """k[t], how many keys each query attends to (section 4). Shape of n, int64.
+    """k[t], the number of keys that each query attends to (section 4). Shape of n, int64.
 
-    n: visible keys. statistic: the scores' variance (mode "variance") or entropy ("entropy"), None when "off".
-    v_ref: 0-dim, the running mean of the variance, 0 while unset.
+    n: int64, the number of visible keys. statistic: of the shape of n, the scores' variance (mode "variance") or
+    entropy ("entropy"); None in mode "off". v_ref: 0-dim, the running mean of the variance, 0 while unset.
     """
     factor = torch.ones_like(n, dtype=torch.float64 if statistic is None else statistic.dtype)
-    if mode == "variance":
-        reference = v_ref.to(statistic.dtype)
-        factor = torch.where((n > 1) & (reference > 0), 0.5 + 1 / (1 + temperature * statistic / reference), factor)
-    elif mode == "entropy":
+    if rule.mode == "variance":
+        usual = v_ref.to(statistic.dtype)
+        factor = torch.where((n > 1) & (usual > 0), 0.5 + 1 / (1 + rule.temperature * statistic / usual), factor)
+    elif rule.mode == "entropy":
         factor = torch.where(n > 1, 0.5 + statistic / n.clamp_min(2).log(), factor)
-    return (k_base * factor).round().long().clamp(k_min, k_max).minimum(n)
+    return (rule.k_base * factor).round().long().clamp(rule.k_min, rule.k_max).minimum(n)
 
 
-def top_keys(scores: torch.Tensor, seen: torch.Tensor, k: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """The first k visible keys of each query, by fixed-point score, ties to the more recent key (section 5).
+def top_keys(scores: torch.Tensor, visible: torch.Tensor, k: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """The k visible keys of highest fixed-point score of each query; ties go to the more recent key (section 5).
 
-    scores: (B, T, S) between 0 and n_heads; seen: (B, T, S) bool; k: (B, T) int64, 1 <= k <= visible keys.
-    Returns (B, T, S) bool with exactly k[t] keys in row t. The threshold (tau, cut) is one number here:
-    the rank key tau * S + cut of the last key that is in.
+    scores: (B, T, S) between 0 and n_heads; visible: (B, T, S) bool; k: (B, T) int64, 1 <= k <= visible keys.
+    Returns (B, T, S) bool with exactly k[t] keys in row t. The threshold (tau, cut) is one number here,
+    tau * S + cut of the last key that is selected.
     """
     S = scores.shape[-1]
     level = (scores.detach() * (LEVELS / n_heads)).floor().clamp(0, LEVELS).long()
-    # larger score first, then larger position: one integer orders both; hidden keys come last
-    order = (level * S + torch.arange(S, device=scores.device)).masked_fill(~seen, -1)
+    # one integer orders by score, then by position; hidden keys come last
+    order = (level * S + torch.arange(S, device=scores.device)).masked_fill(~visible, -1)
     threshold = order.sort(dim=-1, descending=True).values.gather(-1, (k - 1)[..., None])
     return order >= threshold
 
 
 def attention_probabilities(q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """softmax(q k / sqrt(D)) over the keys in `mask`, in float32 at least (section 6). Returns (B, T, H, S).
+    """softmax(q k / sqrt(D)) over the keys in `mask` (section 6). Returns (B, T, H, S) in float32 or float64.
 
     q: (B, T, H, D); k: (B, S, G, D), query head h uses key head h // (H / G); mask: (B, T, S) bool, the same
     for every head.
@@ -112,11 +113,11 @@ def masked_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: to
 def kl_rows(
     q: torch.Tensor, k: torch.Tensor, scores: torch.Tensor, mask: torch.Tensor, alpha: torch.Tensor
 ) -> torch.Tensor:
-    """KL(p || softmax(alpha * scores)) of each given row, over the keys in its mask (section 7).
+    """KL(p || softmax(alpha * scores)) of each row, over the keys in its mask (section 7).
 
-    q: (B, R, H, D) the queries of R rows; k: (B, S, G, D); scores, mask: (B, R, S); alpha: 0-dim.
-    p is the attention probability averaged over heads; it carries no gradient, so the loss reaches only
-    scores and alpha. Returns (B, R) nats.
+    q: (B, R, H, D), the queries of R rows; k: (B, S, G, D); scores, mask: (B, R, S); alpha: 0-dim. p is the
+    attention probability averaged over heads, without gradient, so that the loss reaches only scores and alpha.
+    Returns (B, R), nats.
     """
     dtype = scores.dtype
     with torch.no_grad():
@@ -126,25 +127,33 @@ def kl_rows(
 
 
 def choose(
-    scores: torch.Tensor, seen: torch.Tensor, alpha: torch.Tensor, v_ref: torch.Tensor, n_heads: int, mode: str, *rule
+    scores: torch.Tensor,
+    visible: torch.Tensor,
+    alpha: torch.Tensor,
+    v_ref: torch.Tensor,
+    n_heads: int,
+    rule: SelectionRule,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Mask (B, T, S), k (B, T) and the statistic (B, T) that k was judged by; rule: the rest of `keys_per_query`."""
+    """The selected keys (B, T, S) bool, their number (B, T) int64, and the statistic (B, T) that it follows from.
+
+    scores, visible: (B, T, S); alpha, v_ref: 0-dim. The statistic is None in mode "off".
+    """
     statistic = None
-    if mode == "variance":
-        statistic = score_variance(scores, seen)
-    elif mode == "entropy":
-        statistic = score_entropy(scores, seen, alpha.to(scores.dtype))
-    k = keys_per_query(seen.sum(-1), statistic, v_ref, mode, *rule)
-    return top_keys(scores, seen, k, n_heads), k, statistic
+    if rule.mode == "variance":
+        statistic = score_variance(scores, visible)
+    elif rule.mode == "entropy":
+        statistic = score_entropy(scores, visible, alpha.to(scores.dtype))
+    k = keys_per_query(visible.sum(-1), statistic, v_ref, rule)
+    return top_keys(scores, visible, k, n_heads), k, statistic
 
 
 # -- the operations of a backend: signatures and shapes in gsa/kernels/__init__.py -----------------------
 
 
-def select(index, alpha, v_ref, doc_start, *rule):
-    seen = visible(_starts(doc_start, *index.q.shape[:2], index.q.device), index.k.shape[1])
+def select(index, alpha, v_ref, doc_start, rule):
+    visible = visible_keys(_starts(doc_start, *index.q.shape[:2], index.q.device), index.k.shape[1])
     scores = index_scores(*index)
-    mask, k, statistic = choose(scores, seen, alpha, v_ref, index.q.shape[2], *rule)
+    mask, k, statistic = choose(scores, visible, alpha, v_ref, index.q.shape[2], rule)
     return pack(mask), k, scores.new_empty(0) if statistic is None else statistic
 
 
@@ -171,22 +180,24 @@ def fold_logits(logits, targets, start, top, mass, label):
 
 
 def logits_gradient(logits, targets, start, log_z, scale, dtype):
-    # softmax - one-hot, in place of the logits
     at, here = _label_in(targets, start, logits.shape[1])
-    by_logit = logits.sub_(log_z[:, None]).exp_()
-    by_logit.scatter_add_(1, at[:, None], -here[:, None].to(logits.dtype))
-    return by_logit.mul_(scale[:, None]).to(dtype)
+    d_logits = logits.sub_(log_z[:, None]).exp_()
+    d_logits.scatter_add_(1, at[:, None], -here[:, None].to(logits.dtype))
+    return d_logits.mul_(scale[:, None]).to(dtype)
 
 
 def _label_in(targets, start, width):
-    """(N,) each: the column of a row's target in a block of the vocabulary, or column 0; and whether it is there."""
+    """The column of each row's target in a block of the vocabulary, 0 where it is in another, and whether it is here.
+
+    Both are (N,).
+    """
     at = targets - start
     here = (at >= 0) & (at < width)
     return torch.where(here, at, 0), here
 
 
 def pack(mask: torch.Tensor) -> torch.Tensor:
-    """(..., S) bool as (..., ceil(S / 32)) int32: bit s % 32 of word s // 32."""
+    """Packs (..., S) bool into (..., ceil(S / 32)) int32: key s is bit s % 32 of word s // 32."""
     words = F.pad(mask.long(), (0, -mask.shape[-1] % 32)).unflatten(-1, (-1, 32))
     value = (words << torch.arange(32, device=mask.device)).sum(-1)
     return torch.where(value >= 2**31, value - 2**32, value).int()
@@ -201,7 +212,7 @@ def unpack(bits: torch.Tensor, n_keys: int) -> torch.Tensor:
 def _mask(bits, doc_start, q, k):
     if bits is not None:
         return unpack(bits, k.shape[1])
-    return visible(_starts(doc_start, *q.shape[:2], q.device), k.shape[1])
+    return visible_keys(_starts(doc_start, *q.shape[:2], q.device), k.shape[1])
 
 
 def _starts(doc_start, B, T, device):

@@ -1,7 +1,8 @@
-"""The indexer's alignment loss in Triton, with its gradients: docs/gsa.md, 7. No atomics: a run repeats its bits.
+"""The indexer's alignment loss and its gradients in Triton: docs/gsa.md, 7. No atomics: equal inputs give equal bits.
 
-A strip of sampled queries at a time. One kernel makes the loss and its gradient by the logits, q - p, which lies in
-memory for the strip alone; one carries it to the queries' side of the indexer, one to the keys'.
+Three kernels run for one strip of sampled queries at a time. The first computes the loss and its gradient by the
+logits, softmax(alpha * I) - p, which exists for this strip only; the second propagates that gradient to the query side
+of the indexer, the third to the key side.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from gsa.kernels.triton_attention import FAR, LOG2E, chosen_tile, fitted, forwar
 from gsa.kernels.triton_select import index_tile
 
 STRIP = 512
-"""Sampled queries whose gradient by the logits exists at a time."""
+"""Sampled queries whose gradient by the logits exists at the same time."""
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def align_logits(
     BN: tl.constexpr,
     HAS_BITS: tl.constexpr,
 ):
-    """Of the C sampled queries from r0 on: Loss, dAlpha (B, N), and dLogits (B, C, S) = softmax(alpha * I) - p."""
+    """Loss and dAlpha (B, N), and dLogits (B, C, S) = softmax(alpha * I) - p, of the C sampled queries from r0 on."""
     tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     H: tl.constexpr = G * REP
     c = tile * BM + tl.arange(0, BM)
@@ -95,11 +96,11 @@ def align_logits(
         k_t = tl.load(IndexK + (b * S + n)[None, :] * E + e[:, None], mask=n_ok[None, :], other=0.0)
         score = index_tile(IndexQ, Weight, Bias, k_t, b * N + m, ok, index_scale, J, E, BM, BN)
         log_q = alpha * score - log_mass[:, None]
-        # p = 0 adds nothing: its logarithm must not make it NaN
+        # where p underflows to 0 the term is 0, and must not become NaN by the logarithm
         loss += tl.sum(tl.where(chosen, p * (tl.log(tl.maximum(p, 1.0e-37)) - log_q), 0.0), 1)
-        by_logit = tl.where(chosen, tl.exp(log_q) - p, 0.0)
-        d_alpha += tl.sum(by_logit * score, 1)
-        tl.store(dLogits + (b * C + c)[:, None] * S + n[None, :], by_logit, mask=ok[:, None] & n_ok[None, :])
+        d_logits = tl.where(chosen, tl.exp(log_q) - p, 0.0)
+        d_alpha += tl.sum(d_logits * score, 1)
+        tl.store(dLogits + (b * C + c)[:, None] * S + n[None, :], d_logits, mask=ok[:, None] & n_ok[None, :])
     tl.store(Loss + b * N + m, loss, mask=ok)
     tl.store(dAlpha + b * N + m, d_alpha, mask=ok)
 
@@ -127,7 +128,7 @@ def align_queries(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """For one indexer head: dIndexQ (B, N, J, E), dWeight and dBias (B, N, J), per unit of alpha."""
+    """dIndexQ (B, N, J, E), dWeight and dBias (B, N, J), per unit of alpha; one program for one indexer head."""
     tile, b, j = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     c = tile * BM + tl.arange(0, BM)
     ok = c < C
@@ -148,11 +149,11 @@ def align_queries(
         n = n0 + tl.arange(0, BN)
         k = tl.load(IndexK + (b * S + n)[:, None] * E + e[None, :], mask=(n < S)[:, None], other=0.0)
         gate = tl.sigmoid(tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias)
-        # beyond what a row sees nothing was written
-        seen = ok[:, None] & (n[None, :] >= begin[:, None]) & (n[None, :] < end[:, None])
-        felt = tl.load(dLogits + (b * C + c)[:, None] * S + n[None, :], mask=seen, other=0.0) * gate
-        inner = felt * (1.0 - gate) * w[:, None]
-        d_w += tl.sum(felt, 1)
+        # align_logits writes nothing where a key is not visible
+        visible = ok[:, None] & (n[None, :] >= begin[:, None]) & (n[None, :] < end[:, None])
+        weighted = tl.load(dLogits + (b * C + c)[:, None] * S + n[None, :], mask=visible, other=0.0) * gate
+        inner = weighted * (1.0 - gate) * w[:, None]
+        d_w += tl.sum(weighted, 1)
         d_b += tl.sum(inner, 1)
         d_q = tl.dot((inner * scale).to(k.dtype), k, d_q, input_precision="ieee")
     tl.store(dIndexQ + at[:, None] * E + e[None, :], d_q, mask=ok[:, None])
@@ -181,7 +182,7 @@ def align_keys(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Adds the strip's part to dIndexK (B, S, E) float32, per unit of alpha. One program owns a tile of keys."""
+    """Adds the part of a strip to dIndexK (B, S, E) float32, per unit of alpha; one program for one tile of keys."""
     tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n = tile * BN + tl.arange(0, BN)
     n_ok = n < S
@@ -195,25 +196,25 @@ def align_keys(
         m = r0 + c
         begin = tl.load(Begin + b * N + m, mask=ok, other=0)
         end = tl.load(Rows + m, mask=ok, other=0) + S - T + 1
-        seen = ok[None, :] & (n[:, None] >= begin[None, :]) & (n[:, None] < end[None, :])
-        by_logit = tl.load(dLogits + (b * C + c)[None, :] * S + n[:, None], mask=seen, other=0.0)
+        visible = ok[None, :] & (n[:, None] >= begin[None, :]) & (n[:, None] < end[None, :])
+        d_logits = tl.load(dLogits + (b * C + c)[None, :] * S + n[:, None], mask=visible, other=0.0)
         for j in tl.static_range(J):
             q = tl.load(IndexQ + ((b * N + m) * J + j)[:, None] * E + e[None, :], mask=ok[:, None], other=0.0)
             w = tl.load(Weight + (b * N + m) * J + j, mask=ok, other=0.0)
             gate = tl.sigmoid(tl.dot(k, tl.trans(q), input_precision="ieee") * scale + tl.load(Bias + j))
-            inner = by_logit * gate * (1.0 - gate) * w[None, :] * scale
+            inner = d_logits * gate * (1.0 - gate) * w[None, :] * scale
             d_k = tl.dot(inner.to(q.dtype), q, d_k, input_precision="ieee")
     tl.store(dIndexK + at, d_k, mask=n_ok[:, None])
 
 
-# launch options; tests/gsa/kernels/test_triton_ahead.py bounds what they take of a GPU: no register spills
+# launch options; tests/gsa/kernels/test_triton_ahead.py checks that they spill no registers
 LOGITS = {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2}
 QUERIES = {"BM": 64, "BN": 64, "num_warps": 8, "num_stages": 2}
 KEYS = {"BM": 32, "BN": 64, "num_warps": 8, "num_stages": 2}
 
 
 def logits_options(itemsize: int) -> dict:
-    """Of align_logits: it reads one head after another, and its rows fit whatever the width."""
+    """Launch options of align_logits, which reads one head after another, so that its rows fit at any width."""
     return fitted(LOGITS, 1, itemsize)
 
 

@@ -1,7 +1,7 @@
-"""Masked flash attention in Triton, forward and backward, over a set given as packed bits: docs/gsa.md, 6.
+"""Masked flash attention in Triton, forward and backward, over selected keys given as packed bits: docs/gsa.md, 6.
 
-A program's rows are BM queries times the REP query heads that share a key/value head. Softmax statistics are
-float32. The backward pass has one kernel for queries and one for keys, without atomics, so a run repeats its bits.
+The rows of a program are BM queries times the REP query heads that share a key/value head. Softmax statistics are
+float32. The backward pass has one kernel for queries and one for keys and no atomics: equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(-1.0e30)
-"""Stands for -inf where a whole row of a tile may be hidden: inf - inf would be NaN."""
+"""In place of -inf where a whole row of a tile may be hidden: -inf - -inf would be NaN."""
 
 
 @triton.jit
 def chosen_tile(Bits, row, row_ok, begin, end, n0, W, HAS_BITS: tl.constexpr, R: tl.constexpr, BN: tl.constexpr):
-    """(R, BN) bool: which keys from n0 on (a multiple of 32) each row attends to. row: (R,) int64 into Bits' rows."""
+    """(R, BN) bool: which of the BN keys from n0 on, a multiple of 32, each row attends to. row: (R,) rows of Bits."""
     n = n0 + tl.arange(0, BN)
     if HAS_BITS:
         w = n0 // 32 + tl.arange(0, BN // 32)
@@ -53,7 +53,10 @@ def attend_forward(
     HAS_BITS: tl.constexpr,
     WITH_OUT: tl.constexpr,
 ):
-    """Out (B, N, H, D) and Lse (B, H, N) to base 2 of queries Rows (N,), ascending. Q (B, N, H, D), Begin (B, N)."""
+    """Out (B, N, H, D) and Lse (B, H, N), to base 2, of the N queries at the ascending positions Rows (N,).
+
+    Q (B, N, H, D); K, V (B, S, G, D); Bits (B, T, W); Begin (B, N), where the document of each query begins.
+    """
     tile, b, g = tl.program_id(0), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     H: tl.constexpr = G * REP
     R: tl.constexpr = BM * REP
@@ -111,7 +114,7 @@ def attend_backward_queries(
     BN: tl.constexpr,
     HAS_BITS: tl.constexpr,
 ):
-    """dQ (B, T, H, D). Along (B, H, T): each row's sum of dOut * Out."""
+    """dQ (B, T, H, D). Along (B, H, T): the sum of dOut * Out over the head width."""
     tile, b, g = tl.program_id(0), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     H: tl.constexpr = G * REP
     R: tl.constexpr = BM * REP
@@ -167,7 +170,7 @@ def attend_backward_keys(
     BN: tl.constexpr,
     HAS_BITS: tl.constexpr,
 ):
-    """dK, dV (B, S, G, D). Last (B, tiles): one past the last query that sees a key of the tile."""
+    """dK, dV (B, S, G, D). Last (B, tiles): one past the last query to which a key of the tile is visible."""
     tile, b, g = tl.program_id(0), (tl.program_id(1) // G).to(tl.int64), tl.program_id(1) % G
     H: tl.constexpr = G * REP
     R: tl.constexpr = BM * REP
@@ -208,17 +211,17 @@ def attend_backward_keys(
     tl.store(dV + key, d_v.to(dV.dtype.element_ty), mask=n_ok[:, None])
 
 
-# rows of a program, BM * REP; keys; warps. For heads of 64 in bf16: `fitted` adapts them to others
+# launch options for heads of 64 in bf16, which `fitted` adapts to others; rows are those of a program, BM * REP
 FORWARD = {"rows": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
 BACKWARD_QUERIES = {"rows": 128, "BN": 64, "num_warps": 8, "num_stages": 2}
 BACKWARD_KEYS = {"rows": 64, "BN": 64, "num_warps": 8, "num_stages": 2}
 
 
 def fitted(setting: dict, width: int, itemsize: int) -> dict:
-    """A setting for vectors of 128 bytes, as 64 numbers in bf16, made to fit wider ones: fewer rows at a time.
+    """Adapts a setting, made for vectors of 128 bytes (64 numbers in bf16), to wider vectors: fewer rows per program.
 
-    Float32 is multiplied without tensor cores, out of registers: half as many keys, too. Up to 256 bytes every kernel
-    then fits the shared memory of sm_89, and in bf16 without spills: tests/gsa/kernels/test_triton_ahead.py.
+    Float32 is multiplied out of registers, without tensor cores, and also takes half as many keys. Up to 256 bytes
+    every kernel then fits the shared memory of sm_89, in bf16 without spills: tests/gsa/kernels/test_triton_ahead.py.
     """
     rows = "rows" if "rows" in setting else "BM"
     shrunk = {rows: setting[rows] // max(1, width * itemsize // 128)}
@@ -226,7 +229,7 @@ def fitted(setting: dict, width: int, itemsize: int) -> dict:
 
 
 def tile_of(setting: dict, rep: int, width: int, itemsize: int) -> dict:
-    """Launch options: `rows`, fitted, shared out over the `rep` heads of a group."""
+    """The launch options of a setting: its fitted `rows` become BM queries times `rep` heads of a group."""
     options = fitted(setting, width, itemsize)
     return options | {"BM": max(1, options.pop("rows") // rep), "REP": rep}
 
@@ -238,7 +241,10 @@ def _begins(doc_start, B, T, device):
 
 
 def forward_rows(q, k, v, bits, begin, rows, T, *, with_out):
-    """Output (B, N, H, D), None unless with_out, and base-2 log-sum-exp (B, H, N) of the queries `rows` (N,) int32."""
+    """The output (B, N, H, D), or None unless with_out, and the base-2 log-sum-exp (B, H, N) of N queries.
+
+    q (B, N, H, D), the queries at the ascending positions `rows` (N,) int32 of T; begin (B, N) int32.
+    """
     B, N, H, D = q.shape
     S, G = k.shape[1:3]
     out = torch.empty_like(q) if with_out else None
@@ -268,7 +274,7 @@ def forward_rows(q, k, v, bits, begin, rows, T, *, with_out):
 
 
 class Attend(torch.autograd.Function):
-    """Returns the output and the base-2 log-sum-exp (B, H, T), which carries no gradient."""
+    """Returns the output (B, T, H, D) and the base-2 log-sum-exp (B, H, T), which carries no gradient."""
 
     @staticmethod
     def forward(ctx, q, k, v, bits, doc_start):
@@ -298,7 +304,7 @@ class Attend(torch.autograd.Function):
         options = tile_of(BACKWARD_KEYS, H // G, D, q.element_size())
         tiles = triton.cdiv(S, options["BN"])
         last_key = (torch.arange(1, tiles + 1, dtype=torch.int32, device=q.device) * options["BN"] - 1).expand(B, tiles)
-        # documents begin in order: the queries whose document begins at or before a key end with the last that sees it
+        # Begin never decreases: the last query that sees a key is the last whose document begins at or before it
         last = torch.searchsorted(begin, last_key.contiguous(), right=True).int()
         attend_backward_keys[(tiles, B * G)](
             q, k, v, d_out, lse, along, bits, begin, last, d_k, d_v, *sizes, **shared, **options

@@ -1,4 +1,7 @@
-"""The operations in Triton, for GPUs: signatures in gsa/kernels/__init__.py. What they can do, and what they cannot."""
+"""The operations in Triton, for GPUs. Signatures and shapes are those of gsa/kernels/__init__.py.
+
+Which shapes they can run: gsa/kernels/choice.py.
+"""
 
 from __future__ import annotations
 

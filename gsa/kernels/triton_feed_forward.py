@@ -1,4 +1,7 @@
-"""silu(gate) * up, forward and backward, each in one pass over memory: `silu_product` in gsa/kernels/__init__.py."""
+"""silu(gate) * up in Triton: forward and backward, each in one pass over memory.
+
+Shapes and meaning: `silu_product` in gsa/kernels/__init__.py.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def silu_forward(Gate, Up, Out, numel, BLOCK: tl.constexpr):
-    """Out = silu(Gate) * Up, numel numbers each; in float32 inside."""
+    """Out = silu(Gate) * Up, numel elements each, computed in float32."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = o < numel
     gate = tl.load(Gate + o, mask=inside, other=0.0).to(tl.float32)
@@ -19,7 +22,7 @@ def silu_forward(Gate, Up, Out, numel, BLOCK: tl.constexpr):
 
 @triton.jit
 def silu_backward(Gate, Up, dOut, dGate, dUp, numel, BLOCK: tl.constexpr):
-    """Gradients by Gate and Up from dOut."""
+    """dGate and dUp, the gradients by Gate and Up, from dOut; numel elements each, computed in float32."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = o < numel
     gate = tl.load(Gate + o, mask=inside, other=0.0).to(tl.float32)

@@ -1,7 +1,8 @@
-"""The loss head's passes over a block of logits, fused: read once forward, read and written once backward.
+"""The loss head's passes over a block of logits in Triton: the forward pass reads it once, the backward pass reads
+and writes it once.
 
-Shapes and meaning: `fold_logits` and `logits_gradient` in gsa/kernels/__init__.py. A program owns a row, so nothing is
-summed in an order that could change.
+Shapes and meaning: `fold_logits` and `logits_gradient` in gsa/kernels/__init__.py. One program computes a whole row, so
+that the order of every sum is fixed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def fold_rows(Logits, Targets, Top, Mass, Label, start, width, BLOCK: tl.constexpr):
-    """Running maximum Top, sum of exponentials Mass and target's logit Label (N,) take up Logits (N, width)."""
+    """Adds Logits (N, width) to the running maximum Top, sum of exponentials Mass and target's logit Label (N,)."""
     row = tl.program_id(0).to(tl.int64)
     o = tl.arange(0, BLOCK)
     top, mass = tl.load(Top + row), tl.load(Mass + row)

@@ -1,8 +1,8 @@
-"""Which keys each query attends to, in Triton: docs/gsa.md, 3 to 5.
+"""Selection of keys in Triton: docs/gsa.md, 3 to 5.
 
-A strip of queries at a time: their scores as 16-bit levels, the statistic that k follows from, and the k-th largest
-by a radix select per row. The set is written once, as packed bits. A strip of 512 queries stays in the L2 cache of
-most GPUs, so that scores are computed once and read four times.
+For one strip of queries at a time, three kernels compute the scores as 16-bit levels, the statistic that k follows
+from, and by a radix select the k largest levels of each row, which are written once as packed bits. A strip of 512
+queries stays in the L2 cache of most GPUs: scores are computed once and read four times.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from gsa.kernels.reference import LEVELS, keys_per_query
 from gsa.kernels.triton_attention import fitted
 
 STRIP = 512
-"""Queries whose levels exist at a time."""
+"""Queries whose levels exist at the same time."""
 
 
 @triton.jit
 def index_tile(
     Q, W, Bias, k_t, row, row_ok, scale, J: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr
 ):
-    """(BM, BN) float32 scores. Q (rows, J, E), W (rows, J) after its sigmoid; k_t (E, BN); row: (BM,) int64."""
+    """Scores (BM, BN) float32. Q (rows, J, E); W (rows, J), after its sigmoid; k_t (E, BN); row (BM,) int64."""
     e = tl.arange(0, E)
     score = tl.zeros([BM, BN], dtype=tl.float32)
     for j in tl.static_range(J):
@@ -53,7 +53,7 @@ def level_strip(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Strip (B, C, S) uint16: levels of the C queries from q0 on. Tiles that no query sees stay unwritten."""
+    """Writes Strip (B, C, S) uint16, the levels of the C queries from q0 on, except tiles without a visible key."""
     first_n, first_m, b = tl.program_id(0) * BN, tl.program_id(1) * BM, tl.program_id(2).to(tl.int64)
     if first_n <= q0 + first_m + BM - 1 + S - T:
         n, m = first_n + tl.arange(0, BN), first_m + tl.arange(0, BM)
@@ -67,7 +67,7 @@ def level_strip(
 
 @triton.jit
 def row_statistic(Strip, Start, Alpha, Out, q0, C, T, S, to_score, ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
-    """Out (B, C) float32: variance of each row's scores over its visible keys, or entropy of softmax(alpha * I)."""
+    """Out (B, C) float32: variance of a row's scores I over its visible keys, or entropy of softmax(alpha * I)."""
     r, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start = tl.load(Start + b * T + q0 + r)
     end = q0 + r + S - T + 1
@@ -110,15 +110,15 @@ def row_statistic(Strip, Start, Alpha, Out, q0, C, T, S, to_score, ENTROPY: tl.c
 
 
 @triton.jit
-def select_rows(Strip, Start, Kept, Bits, q0, C, T, S, W, BLOCK: tl.constexpr):
-    """Bits (B, T, W) of the strip's rows: the Kept[b, r] visible keys of highest level, ties to the more recent.
+def select_rows(Strip, Start, Wanted, Bits, q0, C, T, S, W, BLOCK: tl.constexpr):
+    """Writes Bits (B, T, W) of the strip's rows: the Wanted[b, r] visible keys of highest level, recent ones first.
 
-    Two passes of a radix select find the level tau of the last key that is in; a walk from the most recent key to the
-    oldest keeps what exceeds tau, and of what equals it the first that fit.
+    Two passes of a radix select find tau, the level of the last selected key. A pass from the most recent key to the
+    oldest then selects every key above tau, and as many keys at tau as are still wanted.
     """
     r, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     start = tl.load(Start + b * T + q0 + r)
-    wanted = tl.load(Kept + b * C + r)
+    wanted = tl.load(Wanted + b * C + r)
     end = q0 + r + S - T + 1
     base = Strip + (b * C + r) * S
     o = tl.arange(0, BLOCK)
@@ -160,22 +160,22 @@ def select_rows(Strip, Start, Kept, Bits, q0, C, T, S, W, BLOCK: tl.constexpr):
         tl.store(Bits + (b * T + q0 + r) * W + w, words, mask=w < W)
 
 
-def select(index, alpha, v_ref, doc_start, mode, temperature, k_base, k_min, k_max):
+def select(index, alpha, v_ref, doc_start, rule):
     B, T, J, E = index.q.shape
     S, device = index.k.shape[1], index.q.device
     W = -(-S // 32)
     begin = torch.zeros(B, T, dtype=torch.int32, device=device) if doc_start is None else doc_start.int().contiguous()
     n = torch.arange(S - T + 1, S + 1, device=device) - begin
     none = torch.empty(0, dtype=torch.float32, device=device)
-    everything = k_min >= S
-    if mode == "off" and everything:
+    select_all = rule.k_min >= S
+    if rule.mode == "off" and select_all:
         return torch.empty(B, T, 0, dtype=torch.int32, device=device), n.long(), none
     q, keys = index.q.contiguous(), index.k.contiguous()
     weight, bias = index.weight.float().sigmoid().contiguous(), index.bias.float().contiguous()
     alpha = alpha.float()
-    bits = torch.empty(B, T, 0 if everything else W, dtype=torch.int32, device=device)
-    kept = torch.empty(B, T, dtype=torch.int64, device=device)
-    statistic = none if mode == "off" else torch.empty(B, T, dtype=torch.float32, device=device)
+    bits = torch.empty(B, T, 0 if select_all else W, dtype=torch.int32, device=device)
+    k = torch.empty(B, T, dtype=torch.int64, device=device)
+    statistic = none if rule.mode == "off" else torch.empty(B, T, dtype=torch.float32, device=device)
     levels = torch.empty(B * min(STRIP, T) * S, dtype=torch.uint16, device=device)
     block, tile = block_of(S), fitted(SCORE, E, q.element_size())
     for q0 in range(0, T, STRIP):
@@ -184,7 +184,7 @@ def select(index, alpha, v_ref, doc_start, mode, temperature, k_base, k_min, k_m
         grid = (triton.cdiv(S, tile["BN"]), triton.cdiv(C, tile["BM"]), B)
         level_strip[grid](q, keys, weight, bias, levels, q0, C, T, S, 1 / math.sqrt(E), LEVELS / J, J=J, E=E, **tile)
         found = None
-        if mode != "off":
+        if rule.mode != "off":
             found = torch.empty(B, C, dtype=torch.float32, device=device)
             row_statistic[(C, B)](
                 levels,
@@ -196,22 +196,22 @@ def select(index, alpha, v_ref, doc_start, mode, temperature, k_base, k_min, k_m
                 T,
                 S,
                 J / LEVELS,
-                ENTROPY=mode == "entropy",
+                ENTROPY=rule.mode == "entropy",
                 BLOCK=block,
                 num_warps=8,
             )
             statistic[:, rows] = found
-        kept[:, rows] = keys_per_query(n[:, rows], found, v_ref, mode, temperature, k_base, k_min, k_max)
-        if everything:
+        k[:, rows] = keys_per_query(n[:, rows], found, v_ref, rule)
+        if select_all:
             continue
-        wanted = kept[:, rows].int().contiguous()
+        wanted = k[:, rows].int().contiguous()
         select_rows[(C, B)](levels, begin, wanted, bits, q0, C, T, S, W, BLOCK=block, num_warps=8)
-    return bits, kept, statistic
+    return bits, k, statistic
 
 
 SCORE = {"BM": 64, "BN": 64, "num_warps": 8}
 
 
 def block_of(S: int) -> int:
-    """Keys that a row's program reads at a time: a power of two, at least a word of bits."""
+    """How many keys the program of a row reads at a time: a power of two, at least one word of bits."""
     return max(32, min(2048, triton.next_power_of_2(S)))

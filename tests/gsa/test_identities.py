@@ -223,7 +223,7 @@ def test_flat_scores_buy_more_keys(scale, k):
     """m = 1/2 + 1/(1 + v / v_ref): 1.5 for flat scores, 1 at the reference, 1/2 for very sharp ones."""
     n, v_ref = torch.tensor([40]), torch.tensor(0.25)
     variance = torch.tensor([0.25 * scale])
-    assert reference.keys_per_query(n, variance, v_ref, "variance", 1.0, 6, 1, 30).item() == k
+    assert reference.keys_per_query(n, variance, v_ref, kernels.SelectionRule("variance", 1.0, 6, 1, 30)).item() == k
 
 
 def index_of(scores: torch.Tensor) -> kernels.Index:
@@ -243,16 +243,12 @@ def selected(way, scores: torch.Tensor, doc_start=None, mode="off", v_ref=0.0, k
         torch.tensor(4.0),
         torch.tensor(v_ref),
         doc_start,
-        mode=mode,
-        temperature=1.0,
-        k_base=k_base,
-        k_min=k_min,
-        k_max=k_max,
+        kernels.SelectionRule(mode, 1.0, k_base, k_min, k_max),
     )
     S = scores.shape[-1]
     if choice.bits is None:
         start = torch.zeros(scores.shape[:2]).long() if doc_start is None else doc_start
-        return kernels.visible(start, S), choice.k
+        return kernels.visible_keys(start, S), choice.k
     return kernels.unpack(choice.bits, S), choice.k
 
 

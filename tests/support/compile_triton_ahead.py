@@ -46,7 +46,7 @@ SIZES = {"model": Sizes(), "wide": Sizes(D=128, E=128), "float32": Sizes(dtype="
 G, REP, J = 4, 4, 4
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 OF_THE_MODEL = {"Q", "K", "V", "Out", "dOut", "dQ", "dK", "dV", "IndexQ", "IndexK", "Gate", "Up", "dGate", "dUp"}
-INT32 = {"Bits", "Begin", "Start", "Rows", "Last", "Kept"}
+INT32 = {"Bits", "Begin", "Start", "Rows", "Last", "Wanted"}
 SCALES = {"scale", "index_scale", "to_level", "to_score"}
 
 Spec = tuple[str, object, dict, dict]

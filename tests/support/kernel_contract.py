@@ -72,9 +72,8 @@ class Case:
     device: str = "cpu"
 
     @property
-    def rule(self) -> tuple[str, float, int, int, int]:
-        """mode, temperature, k_base, k_min, k_max."""
-        return self.mode, 1.0, self.k, max(1, self.k // 2), 2 * self.k
+    def rule(self) -> kernels.SelectionRule:
+        return kernels.SelectionRule(self.mode, 1.0, self.k, max(1, self.k // 2), 2 * self.k)
 
 
 @st.composite
@@ -157,16 +156,15 @@ V_REF = 0.01
 
 
 def choose(backend: str, x: Inputs, case: Case) -> kernels.Selection:
-    names = ("mode", "temperature", "k_base", "k_min", "k_max")
     v_ref = torch.tensor(V_REF, device=x.q.device)
-    return kernels.select(backend, x.index, x.alpha, v_ref, x.doc_start, **dict(zip(names, case.rule, strict=True)))
+    return kernels.select(backend, x.index, x.alpha, v_ref, x.doc_start, case.rule)
 
 
 def mask_of(bits: torch.Tensor | None, x: Inputs, n_keys: int) -> torch.Tensor:
     if bits is not None:
         return kernels.unpack(bits, n_keys)
     start = torch.zeros(x.q.shape[:2], dtype=torch.long) if x.doc_start is None else x.doc_start
-    return kernels.visible(start, n_keys)
+    return kernels.visible_keys(start, n_keys)
 
 
 def outputs_and_gradients(backend: str, x: Inputs, bits: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -201,7 +199,7 @@ def check_selection(backend: str, case: Case) -> kernels.Selection:
         low, high = statistic_bounds(case.mode, wanted.statistic, scores, seen, exact.alpha, step)
         statistic = choice.statistic.cpu().double()
         assert ((statistic >= low) & (statistic <= high)).all(), "the statistic is wrong"
-        ends = [reference.keys_per_query(seen.sum(-1), s, torch.tensor(V_REF), *case.rule) for s in (low, high)]
+        ends = [reference.keys_per_query(seen.sum(-1), s, torch.tensor(V_REF), case.rule) for s in (low, high)]
         fewest, most = torch.minimum(*ends), torch.maximum(*ends)
         assert ((k >= fewest) & (k <= most)).all(), "k is wrong"
     if case.dtype == torch.float64 or case.tied:
@@ -509,7 +507,9 @@ def _mask(q, k, bits, start) -> torch.Tensor:
     """(B, T, S) bool: the keys that attention reads."""
     start = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device) if start is None else start
     return (
-        kernels.visible(start, k.shape[1]) if bits is None or not bits.shape[-1] else kernels.unpack(bits, k.shape[1])
+        kernels.visible_keys(start, k.shape[1])
+        if bits is None or not bits.shape[-1]
+        else kernels.unpack(bits, k.shape[1])
     )
 
 
@@ -528,11 +528,11 @@ def judged_by(statistic: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
     """k follows from another statistic than the variance over the visible keys."""
 
     def wrap(select):
-        def wrong(index, alpha, v_ref, start, *rule):
+        def wrong(index, alpha, v_ref, start, rule):
             seen = _mask(index.q, index.k, None, start)
             scores = kernels.index_scores(*index)
             found = statistic(scores, seen)
-            k = reference.keys_per_query(seen.sum(-1), found, v_ref, *rule)
+            k = reference.keys_per_query(seen.sum(-1), found, v_ref, rule)
             return kernels.pack(kernels.top_keys(scores, seen, k, index.q.shape[2])), k, found
 
         return wrong
@@ -541,14 +541,14 @@ def judged_by(statistic: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
 
 
 def forgets_documents(select):
-    return lambda index, alpha, v_ref, start, *rule: select(index, alpha, v_ref, None, *rule)
+    return lambda index, alpha, v_ref, start, rule: select(index, alpha, v_ref, None, rule)
 
 
 def leaves_out_the_first(select):
     """The first visible key of a query is never selected, where there is another."""
 
-    def wrong(index, alpha, v_ref, start, *rule):
-        bits, k, statistic = select(index, alpha, v_ref, start, *rule)
+    def wrong(index, alpha, v_ref, start, rule):
+        bits, k, statistic = select(index, alpha, v_ref, start, rule)
         mask = _mask(index.q, index.k, bits, start)
         first = mask.int().argmax(-1, keepdim=True)
         mask = mask.scatter(-1, first, mask.sum(-1, keepdim=True) == 1)
@@ -560,11 +560,11 @@ def leaves_out_the_first(select):
 def sees_new_tokens_only(select):
     """What a cache held before is not selected."""
 
-    def wrong(index, alpha, v_ref, start, *rule):
+    def wrong(index, alpha, v_ref, start, rule):
         T, S = index.q.shape[1], index.k.shape[1]
         if T < S:
             start = torch.full(index.q.shape[:2], S - T, device=index.q.device)
-        return select(index, alpha, v_ref, start, *rule)
+        return select(index, alpha, v_ref, start, rule)
 
     return wrong
 
@@ -613,12 +613,12 @@ def stick_the_gates(patch: pytest.MonkeyPatch, way: Way) -> None:
 
 def lose_the_indexers_keys(patch: pytest.MonkeyPatch, way: Way) -> None:
     """The cache does not keep them."""
-    patch.setattr(LayerCache, "take_index", lambda cache, at, k: cache.index_k.zero_()[:, : at + k.shape[1]])
+    patch.setattr(LayerCache, "store_index", lambda cache, at, k: cache.index_k.zero_()[:, : at + k.shape[1]])
 
 
 def keep_nothing(patch: pytest.MonkeyPatch, way: Way) -> None:
     """A recomputed block selects and aligns again."""
-    patch.setattr(kernels, "kept", lambda compute: compute())
+    patch.setattr(kernels, "reuse_when_recomputing", lambda compute: compute())
 
 
 def _over_all_positions(scores, seen):

@@ -93,9 +93,8 @@ def layer_calls(
     rows = torch.empty(max(1, round(T * share)), dtype=torch.long, device="meta")
     for everything in (False, True):
         low, high = (T, T) if everything else (max(1, k // 4), 2 * k)
-        chosen = kernels.select(
-            "triton", index, alpha, v_ref, start, mode=mode, temperature=1.0, k_base=k, k_min=low, k_max=high
-        )
+        rule = kernels.SelectionRule(mode, temperature=1.0, k_base=k, k_min=low, k_max=high)
+        chosen = kernels.select("triton", index, alpha, v_ref, start, rule)
         bits = None if everything else chosen.bits
         if bits is None and start is None:
             continue  # torch's own attention
@@ -125,8 +124,8 @@ def trainer():
     """The 512M configuration's micro-batches, tuned and untuned, and the check at the start of a run."""
     from gsa.kernels import choice
 
-    for trial in choice.TRIALS:
-        layer_calls(trial.rows, trial.length, k=trial.length // 6, share=0.75, mode=trial.mode)
+    for case in choice.CHECK_CASES:
+        layer_calls(case.rows, case.length, k=case.length // 6, share=0.75, mode=case.mode)
     product_calls(150, 1000)
     head_calls(
         [(150, 600, 0), (150, 400, 600), (16384, 1024, 0), (16384, 1024, 1024), (16384, 384, 151552), (4096, 151936, 0)]

@@ -118,17 +118,15 @@ def table(args, measure, device, backend, dtype, say):
         q, k, v, d_out, index = inputs(B, T, device, dtype)
         alpha, v_ref = torch.tensor(4.0, device=device), torch.zeros((), device=device)
         k_base = min(K, T // 4)
-        rule = {"temperature": 1.0, "k_base": k_base, "k_min": k_base // 4, "k_max": 2 * k_base}
-        v_ref = (
-            kernels.select(backend, index, alpha, v_ref, None, mode="variance", **rule).statistic[:, T // 2 :].mean()
-        )
+        rule = kernels.SelectionRule("variance", temperature=1.0, k_base=k_base, k_min=k_base // 4, k_max=2 * k_base)
+        v_ref = kernels.select(backend, index, alpha, v_ref, None, rule).statistic[:, T // 2 :].mean()
         rows = torch.arange(0, T, 4, device=device)
-        chosen = kernels.select(backend, index, alpha, v_ref, None, mode="variance", **rule)
+        chosen = kernels.select(backend, index, alpha, v_ref, None, rule)
         out, lse = kernels.attend(backend, q, k, v, chosen.bits, None)
         heads = [x.detach().transpose(1, 2).requires_grad_() for x in (q, k, v)]
         d_heads = d_out.transpose(1, 2)
         calls = {
-            "select": lambda: kernels.select(backend, index, alpha, v_ref, None, mode="variance", **rule),
+            "select": lambda: kernels.select(backend, index, alpha, v_ref, None, rule),
             "attend forward": lambda: kernels.attend(backend, q.detach(), k.detach(), v.detach(), chosen.bits, None),
             "attend backward": lambda: torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True),
             "alignment, a quarter of the rows": lambda: kernels.alignment_kl(
@@ -185,8 +183,8 @@ def sweep(args, measure, device, backend, dtype, say):
     for B, T in ((8, 2048), (1, 16384)) if device == "cuda" else ((1, 128),):
         q, k, v, d_out, index = inputs(B, T, device, dtype)
         alpha, unset = torch.tensor(4.0, device=device), torch.zeros((), device=device)
-        rule = {"temperature": 1.0, "k_base": min(K, T // 4), "k_min": T // 16, "k_max": T // 2}
-        bits = kernels.select(backend, index, alpha, unset, None, mode="off", **rule).bits
+        rule = kernels.SelectionRule("off", temperature=1.0, k_base=min(K, T // 4), k_min=T // 16, k_max=T // 2)
+        bits = kernels.select(backend, index, alpha, unset, None, rule).bits
         for name, settings in SWEEP.items():
             for setting in settings if device == "cuda" else settings[:1]:
                 with tiles(name, setting):

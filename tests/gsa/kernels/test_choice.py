@@ -7,7 +7,7 @@ import torch
 from support.kernel_contract import one_thread  # noqa: F401
 
 from gsa.kernels import choice, chunked, reference
-from gsa.kernels.choice import TRIALS, Shape, deviations, fault_of, resolve, why_not_triton
+from gsa.kernels.choice import CHECK_CASES, Shape, deviations, fault_of, resolve, why_not_triton
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 SHAPE = Shape(n_heads=8, n_kv_heads=2, d_head=16, n_indexer_heads=2, d_indexer=16, dtype=torch.float32)
@@ -20,9 +20,12 @@ def test_a_right_backend_has_no_fault(dtype):
 
 def test_the_trials_meet_both_kinds_of_length_and_more_than_one_strip():
     """Triton compiles other code for a length that 16 divides; its strips are of 512 queries."""
-    assert {trial.length % 16 == 0 for trial in TRIALS} == {True, False}
-    assert {trial.all_keys for trial in TRIALS} == {True, False} and {t.mode for t in TRIALS} == {"off", "variance"}
-    assert max(trial.length for trial in TRIALS) * 3 // 4 > 512  # the rows of the loss, too
+    assert {case.length % 16 == 0 for case in CHECK_CASES} == {True, False}
+    assert {case.all_keys for case in CHECK_CASES} == {True, False} and {case.mode for case in CHECK_CASES} == {
+        "off",
+        "variance",
+    }
+    assert max(case.length for case in CHECK_CASES) * 3 // 4 > 512  # the rows of the loss, too
 
 
 @pytest.mark.parametrize(
@@ -78,7 +81,7 @@ def test_a_wrong_feed_forward_is_found_out(monkeypatch):
 
 
 def test_deviations_are_those_of_rounding():
-    found = deviations("chunked", SHAPE, CPU, TRIALS[0])
+    found = deviations("chunked", SHAPE, CPU, CHECK_CASES[0])
     assert set(found) >= {"output", "loss", "q", "k", "v", "index k", "alpha"} and max(found.values()) < 5e-6
 
 

@@ -136,7 +136,7 @@ def test_a_wrong_kernel_is_caught(monkeypatch, name, wrong):
     "name, wrong",
     [
         ("_variance", lambda honest: lambda scores, seen, n: scores.var(-1)),
-        ("_visible_keys", lambda honest: lambda *sizes: (honest(*sizes) - 1).clamp_min(1)),
+        ("_count_visible", lambda honest: lambda *sizes: (honest(*sizes) - 1).clamp_min(1)),
         ("_gates", lambda honest: lambda q, k, bias: honest(q * 0.9, k, bias)),
         ("_pack", lambda honest: lambda mask: honest(mask.roll(1, -1))),
         ("_top_keys", lambda honest: lambda scores, seen, k, n, J: oldest_first(scores, seen, k, J)),

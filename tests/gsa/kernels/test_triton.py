@@ -131,7 +131,7 @@ def test_reading_what_nobody_wrote_is_caught(monkeypatch, tmp_path):
     wrong = triton_interpreter.rewritten(
         triton_alignment,
         tmp_path,
-        ("n[:, None], mask=seen, other=0.0)", "n[:, None], mask=ok[None, :] & n_ok[:, None])"),
+        ("n[:, None], mask=visible, other=0.0)", "n[:, None], mask=ok[None, :] & n_ok[:, None])"),
     )
     monkeypatch.setattr(triton_alignment, "align_keys", wrong.align_keys)
     with pytest.raises(AssertionError, match="index k: nan"):
