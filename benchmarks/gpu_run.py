@@ -38,7 +38,7 @@ from benchmarks.measuring import RESULTS, certificate, commit
 from benchmarks.synthetic import write_dataset
 from training.config import RunConfig, load_config, plan_batch
 from training.observe.telemetry import SETTLED
-from training.planning.devices import DEVICES, Device, find
+from training.planning.devices import DEVICES, Device, find_device
 from training.planning.options import Option, Request
 from training.record.metrics_log import read_rows
 
@@ -280,7 +280,7 @@ def what_is_planned(runs: dict[str, Measured], device_name: str) -> str:
             f"on 4 x {name} {four.time.seconds:.2f} s per step, {four.time.communication:.2f} s of it communication of "
             f"which {four.time.exposed:.2f} s nothing hides, and {four.peak_gib:.1f} GiB per GPU;"
         )
-    tuned, here = runs.get("tuned"), find(device_name)
+    tuned, here = runs.get("tuned"), find_device(device_name)
     if tuned is None or here is None:
         lines.append(
             f"{device_name} has no figures in training/planning/devices.py to plan from, or the tuned run is missing."

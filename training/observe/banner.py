@@ -10,7 +10,7 @@ from gsa.units import GIB
 from training.config.run_spec import RunSpec
 from training.observe.console import format_seconds
 from training.planning.cost_model import memory_bytes, setting_of, step_time
-from training.planning.devices import find
+from training.planning.devices import find_device
 
 Entry = tuple[str, str]
 
@@ -47,7 +47,7 @@ def _predicted(spec: RunSpec, device_name: str, backend: str) -> str:
     cfg = spec.cfg
     setting = setting_of(cfg, spec.ds_config, spec.plan)
     T, rows = cfg.training.max_seq_len, cfg.training.indexer_loss_rows
-    known = find(device_name)
+    known = find_device(device_name)
     bf16 = cfg.training.precision == "bf16"
     counted = memory_bytes(cfg.model, T, setting, bf16=bf16, rows=rows, fused=device_name != "CPU")
     size = counted["allocated"] / GIB

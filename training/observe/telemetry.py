@@ -14,7 +14,7 @@ from training.config.run_spec import RunSpec
 from training.engine.world import World
 from training.observe.step_clock import StepClock
 from training.planning.cost_model import memory_bytes, setting_of, step_time
-from training.planning.devices import Monitor, find, peak_tflops
+from training.planning.devices import Monitor, find_device, peak_tflops
 
 SETTLED = 3
 """Steps after which a process has reached the memory and the pace of the run."""
@@ -130,7 +130,7 @@ class Telemetry:
         T, rows = cfg.training.max_seq_len, cfg.training.indexer_loss_rows
         bf16 = cfg.training.precision == "bf16"
         counted = memory_bytes(cfg.model, T, setting, bf16=bf16, rows=rows, fused=self._on_gpu)
-        known = find(torch.cuda.get_device_name(self._world.device)) if self._on_gpu else None
+        known = find_device(torch.cuda.get_device_name(self._world.device)) if self._on_gpu else None
         time = None
         if known is not None and backend == "triton":
             time = step_time(cfg.model, T, setting, known, bf16=bf16, rows=rows)

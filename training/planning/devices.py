@@ -77,7 +77,7 @@ _TORCH_NAMES: dict[str, Device | None] = {
 """Words of torch.cuda.get_device_name in lower case. None marks a card that a shorter entry would wrongly match."""
 
 
-def find(torch_name: str) -> Device | None:
+def find_device(torch_name: str) -> Device | None:
     """The device with this torch.cuda.get_device_name, by the longest entry that it contains; None when unknown.
 
     A MIG slice is unknown, since it has only a part of its card's peak.
@@ -121,7 +121,7 @@ def peak_tflops(device: torch.device, dtype: torch.dtype) -> tuple[float, Litera
     The table is used for 16-bit floats on a known card. Otherwise a matrix product is timed: it stays below the peak.
     """
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        found = find(torch.cuda.get_device_name(device))
+        found = find_device(torch.cuda.get_device_name(device))
         if found is not None:
             return found.bf16_tflops, "table"
     return measured_tflops(device, dtype), "measured"

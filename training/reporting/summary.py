@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gsa.units import GIB
-from training.planning.devices import find
+from training.planning.devices import find_device
 from training.record.metrics_log import DamagedRowsError
 from training.record.reader import NoRunError, Record, Settings, Steps
 
@@ -108,7 +108,7 @@ def summarise(record: Record, last: int | None = None) -> tuple[Summary, list[st
     def values(name: str) -> np.ndarray:
         return steps.of(name)[window]
 
-    seconds, known = seconds[window], find(record.device.name) if record.device.name else None
+    seconds, known = seconds[window], find_device(record.device.name) if record.device.name else None
     saves, evals = (record.stalls(event)[0][window] for event in ("save", "eval"))
     gpus = _gpus(steps, values)
     return Summary(

@@ -91,7 +91,7 @@ def _():
 
 @probe("the device is in the table of devices, and NVML answers every query")
 def _():
-    from training.planning.devices import Monitor, find
+    from training.planning.devices import Monitor, find_device
 
     if not GPU:
         return "no GPU"
@@ -100,7 +100,7 @@ def _():
     row = monitor.read()
     messages = monitor.new_messages()
     monitor.close()
-    assert find(torch.cuda.get_device_name(0)) is not None, "not in the table"
+    assert find_device(torch.cuda.get_device_name(0)) is not None, "not in the table"
     assert not messages, messages
     return {k.split("/")[-1]: round(v, 2) if isinstance(v, float) else v for k, v in row.items()}
 

@@ -84,7 +84,7 @@ def main() -> int:
     from gsa.model import flops_per_token
     from training.config import load_config
     from training.loop.step import indexer_rows
-    from training.planning.devices import find
+    from training.planning.devices import find_device
 
     gpu = torch.cuda.is_available()
     device = "cuda" if gpu else "cpu"
@@ -204,7 +204,7 @@ def main() -> int:
             keys=float(out.n_selected.mean()),
             visible=(args.length + 1) / 2,
         )["total"]
-        card = find(torch.cuda.get_device_name(0)) if gpu else None
+        card = find_device(torch.cuda.get_device_name(0)) if gpu else None
         mfu = useful * n / s / (card.bf16_tflops * 1e12) if card else float("nan")
         say(
             f"{way:<9} {s * 1e3:8.2f} ms a micro-batch of {size[0]} x {size[1]} "

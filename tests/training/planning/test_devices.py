@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from training.planning import devices
-from training.planning.devices import DEVICES, GpuId, Monitor, find, measured_tflops, parse_device, peak_tflops
+from training.planning.devices import DEVICES, GpuId, Monitor, find_device, measured_tflops, parse_device, peak_tflops
 
 # -- the table ----------------------------------------------------------------------------------------
 
@@ -32,7 +32,7 @@ from training.planning.devices import DEVICES, GpuId, Monitor, find, measured_tf
     ],
 )
 def test_a_card_is_known_by_the_name_torch_gives_it(torch_name, name):
-    assert find(torch_name).name == name
+    assert find_device(torch_name).name == name
 
 
 @pytest.mark.parametrize(
@@ -49,11 +49,11 @@ def test_a_card_is_known_by_the_name_torch_gives_it(torch_name, name):
     ],
 )
 def test_a_card_with_a_similar_name_is_unknown(torch_name):
-    assert find(torch_name) is None
+    assert find_device(torch_name) is None
 
 
 def test_a_pcie_card_has_the_peak_of_the_sxm_module_and_the_link_of_a_slot():
-    module, card = find("NVIDIA A100-SXM4-80GB"), find("NVIDIA A100 80GB PCIe")
+    module, card = find_device("NVIDIA A100-SXM4-80GB"), find_device("NVIDIA A100 80GB PCIe")
     assert card.bf16_tflops == module.bf16_tflops and card.link_gb_s == DEVICES["L40S"].link_gb_s < module.link_gb_s
 
 
