@@ -1,68 +1,104 @@
-"""What a GSA model is: one frozen dataclass whose fields check themselves."""
+"""What a GSA model is: one frozen dataclass whose fields check themselves.
+
+`key` and `check_keys` are shared with the configuration of a run (training/config/schema.py): a key is one line.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-ADAPTIVE_K = ("off", "variance", "entropy")
+Effect = Literal["harmless", "curve", "impossible"]
+"""What changing a key on resume does: nothing to the numbers; changes the loss curve; does not fit the tensors."""
 
 
-def _setting(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def key(
+    default: Any = MISSING,
+    meaning: str = "",
+    *,
+    resume: Effect,
+    factory: Any = MISSING,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A configuration key: default, meaning with unit, effect of a change on resume, and bounds of a number.
+
+    The choices of a word are its type, a Literal. None is allowed where the type allows it, whatever the bounds.
+    """
+    bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    known = {words: limit for words, limit in bounds.items() if limit is not None}
+    return field(
+        default=default, default_factory=factory, metadata={"meaning": meaning, "resume": resume, "bounds": known}
+    )
+
+
+def choices(hint: Any) -> tuple[str, ...]:
+    """The words that a key of this type may be; empty unless it is a Literal."""
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def check_keys(cfg: Any, section: str) -> None:
+    """Holds every field of a dataclass of keys to its choices and bounds. Raises ValueError naming section.key."""
+    hints = get_type_hints(type(cfg))
+    for f in fields(cfg):
+        value, words = getattr(cfg, f.name), choices(hints[f.name])
+        if words and value not in words:
+            raise ValueError(f"{section}.{f.name}={value!r} is not one of {', '.join(words)}")
+        for bound, limit in f.metadata["bounds"].items() if value is not None else ():
+            if not _within(value, bound, limit):
+                raise ValueError(f"{section}.{f.name}={value} must be {bound} {limit}")
+
+
+def _within(value: float, bound: str, limit: float) -> bool:
+    if bound == "at least":
+        return value >= limit
+    if bound == "above":
+        return value > limit
+    return value <= limit if bound == "at most" else value < limit
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and parts of a model. ValueError, naming the key, when a value cannot be. Source: docs/gsa.md."""
+    """Shape and parts of a model. Raises ValueError naming the key for a value that cannot be. Source: docs/gsa.md."""
 
-    d_model: int = _setting(512, "width of the residual stream")
-    n_layers: int = _setting(8, "number of blocks")
-    n_heads: int = _setting(8, "query heads (H)")
-    n_kv_heads: int = _setting(2, "key/value heads (G); divides n_heads")
-    d_head: int | None = _setting(None, "width of a head (D), even; default d_model / n_heads")
-    d_ffn: int = _setting(1536, "hidden width of the SwiGLU feed-forward")
-    vocab_size: int = _setting(32000, "entries of the embedding (V); at least the tokenizer's")
-    max_position_embeddings: int = _setting(2048, "longest sequence, in tokens")
-    rope_base: float = _setting(10000.0, "base of the rotary position frequencies")
-    norm_eps: float = _setting(1e-5, "epsilon of RMSNorm")
-    init_std: float = _setting(0.02, "standard deviation of initial weights")
-    tie_embeddings: bool = _setting(True, "the output head is the embedding matrix")
-    sparse: bool = _setting(True, "select keys with an indexer; off: dense attention, no indexer parameters")
-    value_gate: bool = _setting(True, "sigmoid gate on values; off: absent")
-    output_gate: bool = _setting(True, "sigmoid gate on the attention output; off: absent")
-    d_indexer: int = _setting(64, "width of an indexer head (E), even")
-    n_indexer_heads: int = _setting(4, "indexer heads (J)")
-    indexer_rope: bool = _setting(True, "rotate the indexer's queries and keys by position")
-    k_base: int = _setting(512, "keys per query before adaptation")
-    k_min: int = _setting(128, "fewest keys per query, where so many are visible")
-    k_max: int = _setting(1024, "most keys per query")
-    adaptive_k: str = _setting(
-        "variance", "how a query's number of keys adapts: off, variance or entropy of its scores"
+    d_model: int = key(512, "Width of the residual stream.", above=0, resume="impossible")
+    n_layers: int = key(8, "Number of blocks.", above=0, resume="impossible")
+    n_heads: int = key(8, "Query heads (H).", above=0, resume="impossible")
+    n_kv_heads: int = key(2, "Key/value heads (G); must divide n_heads.", above=0, resume="impossible")
+    d_head: int | None = key(None, "Width of a head (D), even. Default: d_model / n_heads.", resume="impossible")
+    d_ffn: int = key(1536, "Hidden width of the SwiGLU feed-forward.", above=0, resume="impossible")
+    vocab_size: int = key(
+        32000, "Entries of the embedding (V); at least the tokenizer's.", above=0, resume="impossible"
     )
-    adaptive_k_temperature: float = _setting(1.0, "c of adaptive_k=variance: how strongly the variance counts")
+    max_position_embeddings: int = key(2048, "Longest sequence, in tokens.", above=0, resume="curve")
+    rope_base: float = key(10000.0, "Base of the rotary position frequencies.", above=0, resume="curve")
+    norm_eps: float = key(1e-5, "Epsilon of RMSNorm.", above=0, resume="curve")
+    init_std: float = key(0.02, "Standard deviation of the initial weights.", above=0, resume="curve")
+    tie_embeddings: bool = key(True, "Use the embedding matrix as the output head.", resume="impossible")
+    sparse: bool = key(
+        True, "Select keys with an indexer; off: dense attention without indexer parameters.", resume="impossible"
+    )
+    value_gate: bool = key(True, "Sigmoid gate on the values; off: absent.", resume="impossible")
+    output_gate: bool = key(True, "Sigmoid gate on the attention output; off: absent.", resume="impossible")
+    d_indexer: int = key(64, "Width of an indexer head (E), even.", above=0, resume="impossible")
+    n_indexer_heads: int = key(4, "Indexer heads (J).", above=0, resume="impossible")
+    indexer_rope: bool = key(True, "Rotate the indexer's queries and keys by position.", resume="curve")
+    k_base: int = key(512, "Keys per query before adaptation.", above=0, resume="curve")
+    k_min: int = key(128, "Fewest keys per query, where that many are visible.", above=0, resume="curve")
+    k_max: int = key(1024, "Most keys per query.", above=0, resume="curve")
+    adaptive_k: Literal["off", "variance", "entropy"] = key(
+        "variance",
+        "How the number of keys adapts to a query: not at all, by the variance or by the entropy of its scores.",
+        resume="curve",
+    )
+    adaptive_k_temperature: float = key(
+        1.0, "c of adaptive_k=variance: how strongly the variance counts.", at_least=0, resume="curve"
+    )
 
     def __post_init__(self) -> None:
-        positive = (
-            "d_model",
-            "n_layers",
-            "n_heads",
-            "n_kv_heads",
-            "d_ffn",
-            "vocab_size",
-            "max_position_embeddings",
-            "rope_base",
-            "norm_eps",
-            "init_std",
-            "d_indexer",
-            "n_indexer_heads",
-            "k_base",
-            "k_min",
-            "k_max",
-        )
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ValueError(f"model.{name}={getattr(self, name)} must be above 0")
+        check_keys(self, "model")
         if self.n_heads % self.n_kv_heads:
             fits = [g for g in range(1, self.n_heads + 1) if self.n_heads % g == 0]
             raise ValueError(
@@ -85,7 +121,3 @@ class ModelConfig:
                 f"model.k_min={self.k_min}, model.k_base={self.k_base}, model.k_max={self.k_max} "
                 f"must not decrease in this order"
             )
-        if self.adaptive_k not in ADAPTIVE_K:
-            raise ValueError(f"model.adaptive_k={self.adaptive_k!r} is not one of {', '.join(ADAPTIVE_K)}")
-        if self.adaptive_k_temperature < 0:
-            raise ValueError(f"model.adaptive_k_temperature={self.adaptive_k_temperature} must not be negative")

@@ -12,7 +12,7 @@ if compgen -G "$HERE/wheels/deepspeed-*.whl" >/dev/null; then cp "$HERE"/wheels/
 if [ ! -e "$TO/wheels/.done" ]; then
     platforms=(); for p in manylinux_2_28 manylinux_2_27 manylinux_2_17; do platforms+=(--platform "${p}_x86_64"); done
     python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp "${platforms[@]}" --platform manylinux2014_x86_64 \
-        --platform manylinux1_x86_64 -d "$TO/wheels" 'omegaconf>=2.3,<3' hjson annotated-types typing-inspection 'typing-extensions>=4.16' \
+        --platform manylinux1_x86_64 -d "$TO/wheels" 'omegaconf>=2.4,<3' hjson annotated-types typing-inspection 'typing-extensions>=4.16' \
         pydantic==2.14.4 pydantic-core==2.50.5 liger-kernel cut-cross-entropy
     # only DeepSpeed's source is published; it builds in seconds without compiling anything, where torch is
     if [ -e "${DEEPSPEED_WHEEL:-}" ]; then cp "$DEEPSPEED_WHEEL" "$TO/wheels/"; else

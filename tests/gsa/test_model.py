@@ -59,7 +59,7 @@ def test_flops_count_sparse_attention_as_sparse():
         ({"k_min": 600}, "model.k_min=600, model.k_base=512"),
         ({"adaptive_k": "on"}, "model.adaptive_k='on' is not one of off, variance, entropy"),
         ({"n_layers": 0}, "model.n_layers=0 must be above 0"),
-        ({"adaptive_k_temperature": -1.0}, "must not be negative"),
+        ({"adaptive_k_temperature": -1.0}, "must be at least 0"),
     ],
 )
 def test_impossible_shapes_are_refused_by_name(changes, words):

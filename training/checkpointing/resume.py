@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from gsa.checkpoint import legacy, manifest
 from gsa.checkpoint.full_state import read_ds_config, read_layout, read_run_state, require_own_name
 from gsa.checkpoint.state import RunState
-from training import config as run_config
-from training.config import Change, ConfigError, RunConfig, RunSpec, config_changes
+from training.config import ConfigError, RunConfig, RunSpec, to_plain
+from training.config.batch import windows_per_step
+from training.config.changes import EFFECT_WORDS, Change, changes_on_resume, config_changes, with_batch_size
 from training.data import DataError, PackedTokens
 from training.engine.optimizer import schedule_factor
 from training.record.run_folder import FolderError, RunFolder
@@ -62,7 +62,7 @@ def find_checkpoint(resume_from: str, folder: RunFolder) -> Path | None:
 def decided_by(checkpoint: Path, cfg: RunConfig) -> RunConfig:
     """`cfg` with the keys set that the checkpoint decides over the yaml: those of an imported architecture."""
     decided = legacy.DECIDED if legacy.is_legacy(checkpoint) else read_run_state(checkpoint).decided
-    plain = run_config.to_plain(cfg)
+    plain = to_plain(cfg)
     for key, value in decided.items():
         section, name = key.split(".")
         if plain[section][name] != value:
@@ -86,13 +86,8 @@ def start_from(
         return _start_from_legacy(checkpoint, spec, data, allow_change, quiet)
     state = read_run_state(checkpoint)
     require_own_name(checkpoint, state)
-    changes = config_changes(state.config, run_config.to_plain(cfg))
-    before = run_config.global_batch_size(state.config, state.world_size)
-    changes = _batch_judged(changes, before, plan.global_batch_size)
     same_text = state.data_fingerprint == data.fingerprint
-    if same_text:  # wherever it lies
-        changes = [replace(c, effect="harmless") if c.key in _WHERE_TEXT_LIES else c for c in changes]
-    changes += _ds_changes(read_ds_config(checkpoint), ds_config)
+    changes = changes_on_resume(state.config, state.world_size, read_ds_config(checkpoint), spec, same_text=same_text)
     _refuse_or_print(checkpoint, changes, allow_change, quiet)
     if not same_text:
         said = (
@@ -117,10 +112,10 @@ def _start_from_legacy(checkpoint: Path, spec: RunSpec, data: PackedTokens, allo
     cfg, plan = spec.cfg, spec.plan
     legacy.require_whole(checkpoint)
     old = legacy.read_legacy_run(checkpoint)
-    said = run_config.to_plain(cfg)
+    said = to_plain(cfg)
     theirs = {**said, "training": {**said["training"], **old.training}, "model": {**said["model"], **(old.model or {})}}
-    total = run_config.global_batch_size({"training": old.training}, plan.world_size)
-    changes = _batch_judged(config_changes(theirs, said), total, plan.global_batch_size)
+    total = windows_per_step({"training": old.training}, plan.world_size)
+    changes = with_batch_size(config_changes(theirs, said), total, plan.global_batch_size)
     changes = [replace(c, effect="harmless") if c.key in legacy.ANNOUNCED else c for c in changes]
     print(f"{checkpoint} is a checkpoint of the predecessor's: step {old.step}, epoch {old.epoch}", flush=True)
     _refuse_or_print(checkpoint, changes, allow_change, quiet)
@@ -158,68 +153,12 @@ def _start_from_legacy(checkpoint: Path, spec: RunSpec, data: PackedTokens, allo
 
 # -- what has changed --------------------------------------------------------------------------------------
 
-_WHERE_TEXT_LIES = ("data.data_dir", "data.mixture")
-"""Keys that the data's fingerprint judges."""
-
-_DS_CURVE = (
-    "communication_data_type",
-    "seq_parallel_communication_data_type",
-    "data_types",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "sparse_gradients",
-    "zero_optimization.zero_quantized_weights",
-    "zero_optimization.zero_quantized_nontrainable_weights",
-    "zero_optimization.zero_quantized_gradients",
-)
-"""What in a ds_configs/*.json changes the numbers: how gradients are kept, scaled and sent. The rest is layout."""
-
-_DS_OWNED = (
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "bf16",
-    "zero_optimization.stage",
-)
-"""What follows from the run's yaml, or is announced with the layout."""
-
-
-def _batch_judged(changes: list[Change], before: int, now: int) -> list[Change]:
-    """`changes` with global_batch_size judged by the windows per step, which other keys may make up alike."""
-    key = "training.global_batch_size"
-    said = [replace(c, effect="harmless") for c in changes if c.key == key]
-    others = [c for c in changes if c.key != key]
-    return others + (said if before == now else [Change(key, before, now, "curve")])
-
-
-def _ds_changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
-    """Differences between two resolved DeepSpeed configurations; none where the checkpoint does not tell its own."""
-    before, after = _leaves(old), _leaves(new)
-    keys = sorted(before.keys() | after.keys()) if old else []
-    changed = [key for key in keys if before.get(key) != after.get(key) and not _under(key, _DS_OWNED)]
-    return [
-        Change(f"deepspeed_config.{k}", before.get(k), after.get(k), "curve" if _under(k, _DS_CURVE) else "harmless")
-        for k in changed
-    ]
-
-
-def _leaves(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in section.items():
-        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return leaves
-
-
-def _under(key: str, names: tuple[str, ...]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in names)
-
 
 def _refuse_or_print(checkpoint: Path, changes: list[Change], allow_change: bool, quiet: bool) -> None:
     for change in changes:
         if quiet and change.effect == "harmless":
             continue
-        effect = run_config.EFFECT_WORDS[change.effect]
+        effect = EFFECT_WORDS[change.effect]
         print(f"changed since {checkpoint.name}: {change.key}: {change.old!r} -> {change.new!r} ({effect})", flush=True)
     impossible = [c.key for c in changes if c.effect == "impossible"]
     if impossible:

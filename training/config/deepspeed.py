@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from training.config.schema import BatchPlan, ConfigError, RunConfig, did_you_mean
+from training.config.batch import BatchPlan
+from training.config.load import did_you_mean
+from training.config.schema import ConfigError, RunConfig
 
 DEFAULT = Path(__file__).resolve().parents[2] / "ds_configs" / "zero2.json"
 
 _OURS = "it belongs to the run's yaml"
 REFUSED = {
-    "optimizer": f"{_OURS}: training.learning_rate and its kin",
-    "scheduler": f"{_OURS}: training.lr_scheduler and its kin",
+    "optimizer": f"{_OURS}: training.learning_rate and the keys beside it",
+    "scheduler": f"{_OURS}: training.lr_scheduler and the keys beside it",
     "fp16": "float16 is not supported; use training.precision=bf16",
     "amp": "apex amp is not supported; use training.precision=bf16",
     "torch_autocast": "use training.precision=bf16",

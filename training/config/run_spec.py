@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from training.config.schema import BatchPlan, RunConfig
+from training.config.batch import BatchPlan
+from training.config.schema import RunConfig
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from support.launching import ROOT
 
 from gsa.model import count_params
 from training.config import (
+    EFFECT_WORDS,
     RESUME_EFFECT,
     ConfigError,
     TrainingConfig,
@@ -23,6 +24,7 @@ from training.config import (
     to_yaml,
 )
 from training.config.deepspeed import resolve_ds_config
+from training.config.load import TYPES, markdown_table
 
 QUICKSTART = ROOT / "training" / "configs" / "quickstart.yaml"
 YAMLS = sorted((ROOT / "training" / "configs").glob("*.yaml"))
@@ -97,8 +99,12 @@ def test_the_mixture_is_read_and_checked(tmp_path):
         ),
         ("{}", "training.max_steps", ["not key=value"]),
         ("{}", "training.max_stepz=1", ["override 'training.max_stepz=1'", "did you mean training.max_steps"]),
-        ("{}", "training.precision=fp16", ["'fp16' is not one of bf16, fp32"]),
-        ("{}", "training.lr_scheduler=constant", ["not one of cosine, linear, wsd"]),
+        (
+            "{}",
+            "training.precision=fp16",
+            ["override 'training.precision=fp16'", "'fp16', expected one of ['bf16', 'fp32']"],
+        ),
+        ("{}", "training.lr_scheduler=constant", ["expected one of ['cosine', 'linear', 'wsd']"]),
         ("{}", "training.wsd_decay_steps=5", ["means nothing with training.lr_scheduler=cosine"]),
         ("{}", "training.min_learning_rate=1", ["above training.learning_rate"]),
         ("{}", "training.indexer_loss_rows=1.5", ["at most 1"]),
@@ -131,8 +137,15 @@ def test_warmup_and_intervals_longer_than_the_run_are_allowed(tmp_path):
 def test_help_lists_every_key_with_default_and_meaning():
     text = format_help()
     for key, field in all_keys().items():
-        assert f"  {key.split('.')[1]} (" in text and field.metadata["help"] in text, key
-    assert "max_steps (int, default 1000)" in text and "global_batch_size (int, default none)" in text
+        assert f"  {key.split('.')[1]} (" in text and field.metadata["meaning"] in text, key
+    assert "  max_steps (int, default 1000, at least 1)\n" in text
+    assert (
+        "  precision (bf16 or fp32, default bf16)\n" in text
+        and "  beta1 (float, default 0.9, at least 0, below 1)" in text
+    )
+    assert "takes precedence over gradient_accumulation_steps. [on resume: changes the curve]" in text.replace(
+        "Takes", "takes"
+    )
 
 
 def test_the_resolved_yaml_reads_back_the_same(tmp_path):
@@ -274,8 +287,33 @@ def test_the_pretraining_run_is_what_its_name_says():
     assert plan.note is None
 
 
-def test_every_key_has_one_effect_on_resume():
-    assert set(RESUME_EFFECT) == set(all_keys())
+def test_every_key_says_what_it_means_and_what_a_change_on_resume_does():
+    assert set(RESUME_EFFECT) == set(all_keys()) and set(RESUME_EFFECT.values()) == set(EFFECT_WORDS)
+    for name, field in all_keys().items():
+        assert field.metadata["meaning"].endswith("."), name
+
+
+UNBOUNDED = {"model.d_head"}  # must be even and positive, which the model checks itself
+
+
+def test_every_number_has_a_bound_and_every_bound_is_held(tmp_path):
+    path = written(tmp_path, "{}")
+    for name, field in all_keys().items():
+        bounds = field.metadata["bounds"]
+        if name not in UNBOUNDED and TYPES[name] in (int, float, int | None, float | None):
+            assert bounds, f"{name} has no bound"
+        for bound, limit in bounds.items():
+            whole = TYPES[name] in (int, int | None)
+            step, limit = (1, limit) if whole else (0.5, float(limit))
+            wrong = {"at least": limit - step, "above": limit, "at most": limit + step, "below": limit}[bound]
+            assert f"{name}={wrong} must be {bound} {field.metadata['bounds'][bound]}" in refusal(
+                path, f"{name}={wrong}"
+            )
+
+
+def test_the_page_of_all_keys_is_made_from_them():
+    page = (ROOT / "docs" / "configuration.md").read_text()
+    assert page == markdown_table(), "run python scripts/write_docs.py"
 
 
 def test_changes_are_sorted_into_their_effects():

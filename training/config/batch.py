@@ -1,0 +1,64 @@
+"""How a step's batch is divided over ranks and micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from training.config.schema import ConfigError, TrainingConfig
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """global_batch_size = micro_batch_size x accumulation_steps x world_size. note: a line to log, or None."""
+
+    micro_batch_size: int
+    accumulation_steps: int
+    world_size: int
+    global_batch_size: int
+    note: str | None = None
+
+
+def plan_batch(cfg: TrainingConfig, world_size: int) -> BatchPlan:
+    """Batch arithmetic for this many ranks; global_batch_size takes precedence where it is set.
+
+    Raises ConfigError, listing what fits, when the ranks' micro-batches cannot make up the global batch.
+    """
+    micro, wanted, total = cfg.micro_batch_size, cfg.gradient_accumulation_steps, cfg.global_batch_size
+    if total is None:
+        accumulation = wanted or 1
+        return BatchPlan(micro, accumulation, world_size, micro * accumulation * world_size)
+    if total % (micro * world_size):
+        micros = [m for m in range(1, total // world_size + 1) if total % (m * world_size) == 0]
+        ranks = [w for w in range(1, total // micro + 1) if total % (micro * w) == 0]
+        near = sorted(
+            {
+                max(1, total // (micro * world_size)) * micro * world_size,
+                -(-total // (micro * world_size)) * micro * world_size,
+            }
+        )
+        raise ConfigError(
+            f"training.global_batch_size={total} is not a multiple of training.micro_batch_size={micro} x {world_size} "
+            f"ranks; choose a micro_batch_size of {_short(micros) or 'nothing: too many ranks'}, "
+            f"or {_short(ranks)} ranks, "
+            f"or a global_batch_size of {' or '.join(map(str, near))}"
+        )
+    accumulation = total // (micro * world_size)
+    note = None
+    if wanted is not None and wanted != accumulation:
+        note = (
+            f"training.gradient_accumulation_steps: {wanted} -> {accumulation}, so that {world_size} rank(s) x "
+            f"{micro} windows make up training.global_batch_size={total}"
+        )
+    return BatchPlan(micro, accumulation, world_size, total, note)
+
+
+def windows_per_step(config: dict, world_size: int) -> int:
+    """Windows per optimizer step of a run with this plain configuration on this many ranks."""
+    training = config["training"]
+    return training.get("global_batch_size") or (
+        training["micro_batch_size"] * (training.get("gradient_accumulation_steps") or 1) * world_size
+    )
+
+
+def _short(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers[:12])) + (", ..." if len(numbers) > 12 else "")
