@@ -1,4 +1,4 @@
-"""Using a trained model: loading it from a checkpoint, sampling tokens, and streaming their text."""
+"""Generation with a trained model: loading it from a checkpoint, sampling tokens, streaming their text."""
 
 from __future__ import annotations
 
@@ -12,16 +12,26 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 
 from gsa.attention.cache import Cache
+from gsa.checkpoint import manifest
 from gsa.config import ModelConfig
 from gsa.kernels.choice import Shape, resolve
 from gsa.model import GSAForCausalLM
 from gsa.weights import load_weights
 
 
-def load_model(step_dir: Path, device: str = "cpu") -> GSAForCausalLM:
-    """The model of a checkpoint folder, in evaluation mode, float32, on `device` with the fastest kernels there.
+def checkpoint_of(path: Path) -> Path:
+    """`path` itself when it is a step_N folder, else the checkpoint that `latest` of the run folder `path` names.
 
-    On a GPU where Triton's kernels do not pass their check, says so and takes the chunked ones.
+    Raises CheckpointError when the run folder has none.
+    """
+    return path if path.name.startswith("step_") else manifest.resolve("latest", path)
+
+
+def load_model(step_dir: Path, device: str = "cpu") -> GSAForCausalLM:
+    """The model of a checkpoint folder, in float32 and evaluation mode, on `device`, with the fastest backend there.
+
+    Prints a warning to stderr when Triton's kernels do not pass their check on a GPU and the chunked ones run instead.
+    Raises CheckpointError when the weights are missing or damaged.
     """
     config, weights = load_weights(step_dir)
     c = ModelConfig(**config)
@@ -36,14 +46,18 @@ def load_model(step_dir: Path, device: str = "cpu") -> GSAForCausalLM:
 
 
 def check_device(device: str) -> None:
-    """ValueError when torch does not see the device that --device names."""
+    """Raises ValueError when torch does not see the device that the option --device names."""
     if device != "cpu" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: torch sees no GPU here; leave it out")
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn. ValueError, naming the option, when a value cannot be."""
+    """How the next token is sampled. Raises ValueError, naming the option, for an impossible value.
+
+    temperature: 0 is greedy. top_k: sample from this many likeliest tokens; 0: from all. top_p: sample from the fewest
+    likeliest tokens that have this probability together; 1: from all.
+    """
 
     temperature: float = 0.7
     top_k: int = 40
@@ -54,23 +68,23 @@ class Sampling:
         if not self.temperature >= 0:
             raise ValueError(f"--temperature {self.temperature} must not be negative; 0 is greedy")
         if self.top_k < 0:
-            raise ValueError(f"--top_k {self.top_k} must not be negative; 0 keeps all candidates")
+            raise ValueError(f"--top_k {self.top_k} must not be negative; 0 samples from all tokens")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"--top_p {self.top_p} must be above 0 and at most 1, which keeps all candidates")
+            raise ValueError(f"--top_p {self.top_p} must be above 0 and at most 1; 1 samples from all tokens")
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """(V,) float32 of what may be drawn: the top_k likeliest, of these the likeliest that hold top_p together."""
+        """(V,) float32, the distribution to sample from, given logits (V,): top_k first, then top_p of what remains."""
         logits = logits.float()
         if self.temperature == 0:
             return F.one_hot(logits.argmax(), logits.numel()).float()
         logits = logits / self.temperature
         if 0 < self.top_k < logits.numel():
-            kept = logits.topk(self.top_k)  # by index: candidates that tie with the last must not add to them
-            logits = torch.full_like(logits, -torch.inf).scatter(0, kept.indices, kept.values)
+            top = logits.topk(self.top_k)  # by index: tokens that tie with the last one are not added
+            logits = torch.full_like(logits, -torch.inf).scatter(0, top.indices, top.values)
         p = logits.softmax(-1)
         if self.top_p < 1:
             ranked, order = p.sort(descending=True, stable=True)
-            # a candidate stays when those before it hold less than top_p: the likeliest always does
+            # a token stays when those before it have less than top_p together; the likeliest always stays
             dropped = order[ranked.cumsum(0) - ranked >= self.top_p]
             p[dropped] = 0
             p /= p.sum()
@@ -81,10 +95,10 @@ class Sampling:
 def generate(
     model: GSAForCausalLM, tokens: list[int], *, max_new_tokens: int, eod_id: int, sampling: Sampling
 ) -> Iterator[int]:
-    """Continues `tokens` (at least one), a token at a time, ending before eod_id. Same seed, same tokens.
+    """Yields the tokens that continue `tokens` (at least one), one at a time; stops before eod_id.
 
-    The keys, values and indexer keys of what went before are cached. When the sequence reaches the model's
-    max_position_embeddings, its oldest quarter falls out of view and the rest is read again.
+    The same seed gives the same tokens. Keys, values and indexer keys of past tokens are cached. When the sequence
+    reaches the model's max_position_embeddings, its oldest quarter is dropped and the rest is read again.
     """
     generator = torch.Generator().manual_seed(sampling.seed)
     device = next(model.parameters()).device
@@ -112,15 +126,15 @@ def _empty_cache(model: GSAForCausalLM, capacity: int) -> Cache:
 
 
 def stream_text(tokenizer: Tokenizer, tokens: Iterator[int]) -> Iterator[str]:
-    """The text of `tokens`, piece by piece: a character of several tokens comes when its last one has."""
+    """Yields the text of `tokens` as they come; a character of several tokens comes whole, with its last token."""
     ids: list[int] = []
-    told = ""
+    sent = ""
     for token in tokens:
         ids.append(token)
         text = tokenizer.decode(ids)
-        if not text.endswith("\ufffd") and text != told:
-            yield text[len(told) :]
-            told = text
-    rest = tokenizer.decode(ids)[len(told) :]
+        if not text.endswith("\ufffd") and text != sent:
+            yield text[len(sent) :]
+            sent = text
+    rest = tokenizer.decode(ids)[len(sent) :]
     if rest:
         yield rest

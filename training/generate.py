@@ -1,29 +1,39 @@
-"""Continues a prompt with a trained model: `python -m training.generate outputs/quickstart --prompt "def "`."""
+"""Continues prompts with a trained model: `python -m training.generate RUN --prompt "def main("`.
+
+The text is printed as it is generated. RUN is a run's folder, whose latest checkpoint is used, or a step_N folder.
+Exit codes: 0 done; 2 refused argument; 3 refused checkpoint or missing tokenizer; 1 anything else.
+"""
 
 from __future__ import annotations
 
-import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from gsa.checkpoint import manifest
 from gsa.checkpoint.manifest import CheckpointError
-from gsa.generation import Sampling, check_device, generate, load_model, stream_text
+from gsa.checkpoint.state import read_config_json
+from gsa.generation import Sampling, check_device, checkpoint_of, generate, load_model, stream_text
+from training.config.command import add_run, command_parser, run_command
+from training.config.exit_codes import ExitCode, Refusal
 
 
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="training.generate", description=__doc__)
-    parser.add_argument("run", type=Path, help="a run folder (its latest checkpoint) or a step_N folder")
+def main(argv: Sequence[str]) -> int:
+    parser = command_parser("generate", __doc__)
+    add_run(parser, "the folder of a run or of a checkpoint, e.g. outputs/quickstart or outputs/quickstart/step_300")
     parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: that of the run's data)")
-    parser.add_argument("--max_new_tokens", type=int, default=48, help="tokens (default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=48, help="tokens per prompt (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--top_k", type=int, default=40, help="candidates kept, 0 all (default: %(default)s)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="probability kept, 1 all (default: %(default)s)")
+    parser.add_argument(
+        "--top_k", type=int, default=40, help="sample from the k likeliest tokens, 0: from all (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="sample from the likeliest tokens with this probability (default: 1)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
-    parser.add_argument("--device", default="cpu", help="where the model runs, as cuda (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where the model runs, e.g. cuda (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed)
@@ -33,17 +43,12 @@ def main(argv: list[str]) -> int:
             raise ValueError("--prompt is empty; give at least one character")
         check_device(args.device)
     except ValueError as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    try:
-        step_dir = args.run if args.run.name.startswith("step_") else manifest.resolve("latest", args.run)
-        model = load_model(step_dir, args.device)
-        path = args.tokenizer or _run_tokenizer(step_dir)
-        if not path.exists():
-            raise CheckpointError(f"no tokenizer at {path}; name one with --tokenizer")
-    except CheckpointError as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 3
+        raise Refusal(str(err)) from err
+    step_dir = checkpoint_of(args.run)
+    model = load_model(step_dir, args.device)
+    path = args.tokenizer or _tokenizer_of_run(step_dir)
+    if not path.exists():
+        raise CheckpointError(f"no tokenizer at {path}; name one with --tokenizer")
     tokenizer = Tokenizer.from_file(str(path))
     eod_id = tokenizer.token_to_id("<|endoftext|>")
     for prompt in args.prompt:
@@ -55,18 +60,16 @@ def main(argv: list[str]) -> int:
             eod_id=-1 if eod_id is None else eod_id,
             sampling=sampling,
         )
-        for piece in stream_text(tokenizer, new):
-            print(piece, end="", flush=True)
+        for text in stream_text(tokenizer, new):
+            print(text, end="", flush=True)
         print("\n", flush=True)
-    return 0
+    return ExitCode.FINISHED
 
 
-def _run_tokenizer(step_dir: Path) -> Path:
-    from gsa.checkpoint.state import read_config_json
-
+def _tokenizer_of_run(step_dir: Path) -> Path:
     data = read_config_json(step_dir)["data"]
     return Path(next(iter(data["mixture"] or {data["data_dir"]: 1.0}))) / "tokenizer.json"
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main))

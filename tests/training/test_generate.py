@@ -1,10 +1,11 @@
-"""The command training.generate: wrong input is refused."""
+"""The command training.generate refuses wrong input."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from training.config.command import run_command
 from training.generate import main
 
 
@@ -20,12 +21,12 @@ from training.generate import main
         ("--device", "cuda", "torch sees no GPU"),
     ],
 )
-def test_wrong_input_is_refused_by_name(tmp_path, capsys, monkeypatch, option, value, says):
+def test_an_impossible_option_is_refused_by_name(tmp_path, capsys, monkeypatch, option, value, says):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert main([str(tmp_path), "--prompt", "x", f"{option}={value}"]) == 2
+    assert run_command(main, [str(tmp_path), "--prompt", "x", f"{option}={value}"]) == 2
     assert says in capsys.readouterr().err
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path, capsys):
-    assert main([str(tmp_path), "--prompt", "x"]) == 3
+    assert run_command(main, [str(tmp_path), "--prompt", "x"]) == 3
     assert str(tmp_path) in capsys.readouterr().err
