@@ -18,7 +18,7 @@ from dataclasses import asdict
 from training.config.command import add_run, command_parser, run_command
 from training.config.exit_codes import ExitCode
 from training.record.reader import read
-from training.reporting.diagnosis import blind_spots, budget, diagnose, render
+from training.reporting.diagnosis import blind_spots, diagnose, render, time_shares
 from training.reporting.summary import MOST_STEPS, summarise
 
 
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
         "run": str(args.run),
         "status": record.run.get("status"),
         "summary": asdict(summary),
-        "budget": budget(summary),
+        "budget": time_shares(summary),
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "notes": notes,
     }

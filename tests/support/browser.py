@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages, by the DevTools protocol over a pair of pipes: no driver, no network."""
+"""A headless Chromium for tests of pages, controlled by the DevTools protocol over two pipes, without a driver."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def find_chromium() -> str | None:
 
 
 class Page:
-    """One page of one browser. complaints: what the page or the browser wrote to its console as warnings and errors.
+    """One page of one browser; close it, or use it in a `with` statement.
 
-    requests: addresses that it asked for. Close it, or use it in a `with`.
+    complaints: warnings and errors that the page or the browser wrote to the console since the last `show`.
+    requests: the addresses that were requested since then.
     """
 
     def __init__(self, chromium: str, profile: Path) -> None:
@@ -37,7 +38,7 @@ class Page:
         self._buffer = b""
         to_browser, self._write = os.pipe()
         self._read, from_browser = os.pipe()
-        # the protocol is spoken on descriptors 3 and 4: a shell moves the pipes there, from numbers that are neither
+        # Chromium uses descriptors 3 and 4: a shell moves the pipes there, from numbers that are neither
         to_browser, from_browser = _moved_up(to_browser), _moved_up(from_browser)
         command = [
             "bash",
@@ -79,7 +80,7 @@ class Page:
         self.close()
 
     def call(self, method: str, **params: object) -> dict:
-        """One command and its answer; AssertionError with the browser's message when it refuses."""
+        """Sends a command and returns its result; AssertionError with the browser's message when it fails."""
         self._messages += 1
         message = {"id": self._messages, "method": method, "params": params}
         if self._session:
@@ -92,7 +93,7 @@ class Page:
                 return answer["result"]
 
     def show(self, path: Path, *, width: int, height: int = 900, scheme: Literal["light", "dark"] = "light") -> None:
-        """Loads a file in a window of that size. Complaints and requests begin anew."""
+        """Loads a file in a window of that size, and clears complaints and requests."""
         self.complaints.clear()
         self.requests.clear()
         self.call(
@@ -143,7 +144,7 @@ class Page:
     def _receive(self, timeout_s: float = 60) -> dict:
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._read], [], [], timeout_s)
-            assert ready, f"Chromium says nothing for {timeout_s:.0f} s"
+            assert ready, f"no message from Chromium for {timeout_s:.0f} s"
             read = os.read(self._read, 1 << 20)
             assert read, f"Chromium ended with {self._process.wait(20)}"
             self._buffer += read
@@ -164,14 +165,14 @@ class Page:
 
 
 def _moved_up(descriptor: int) -> int:
-    """The same file under a number of at least 10."""
+    """A descriptor of the same file with a number of at least 10; the old one is closed."""
     moved = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 10)
     os.close(descriptor)
     return moved
 
 
 def too_wide(page: Page, width: int) -> Sequence[str]:
-    """What reaches beyond `width` and is not inside a box that scrolls by itself."""
+    """The elements that reach beyond `width` and are not inside a box that scrolls by itself."""
     return page.evaluate(f"""[...document.querySelectorAll("body *")].filter(e => !e.closest(".scroll") &&
         e.getBoundingClientRect().right > {width} + 0.5).map(
         e => e.tagName + "." + e.getAttribute("class") + " " + e.textContent.slice(0, 40))""")

@@ -1,4 +1,4 @@
-"""The doctor finds each cost where it is, by its arithmetic, and finds nothing in a run that is well."""
+"""The doctor finds each cost of a run by its arithmetic, and finds none in a healthy run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from training.reporting.diagnosis import CHECKS, diagnose
 
 STEPS = 60
 
-# 4 L40S at micro-batch 8 x 2048, accumulation 8, gradient checkpointing: a row as the trainer writes it
+# a row as the trainer writes it, on 4 L40S: micro-batch 8 x 2048, accumulation 8, gradient checkpointing
 HEALTHY = {
     "loss": 3.1,
     "indexer_loss": 0.2,
@@ -141,13 +141,13 @@ def names(folder, last=None):
 
 
 def the_verdict(folder):
-    """The only one there is."""
+    """The only verdict on the run."""
     verdicts = diagnose(read(folder)[0])
     assert len(verdicts) == 1, [v.name for v in verdicts]
     return verdicts[0]
 
 
-# -- a run that is well -------------------------------------------------------------------------------
+# -- a healthy run ------------------------------------------------------------------------------------
 
 
 def test_a_tuned_run_has_nothing_to_gain(tmp_path, capsys):
@@ -168,17 +168,17 @@ def test_a_tuned_run_has_nothing_to_gain(tmp_path, capsys):
         ({}, {"all": {"throttled": 0.05, "throttle_reasons": "hardware thermal"}}, {}),  # for a moment
     ],
 )
-def test_what_every_run_has_is_no_fault(tmp_path, changes, gpus, training):
+def test_costs_that_every_run_has_are_not_reported(tmp_path, changes, gpus, training):
     assert names(a_run(tmp_path / "run", changes, gpus=gpus, training=training)) == ["nothing to gain"]
 
 
-def test_a_save_and_an_evaluation_now_and_then_are_no_fault(tmp_path):
+def test_a_rare_save_or_evaluation_is_not_reported(tmp_path):
     rows = [row(step, {}, {}) for step in range(1, STEPS + 1)]
     rows[40] |= {"seconds_save": 2.0, "seconds_eval": 12.0}
     assert names(a_run(tmp_path / "run", rows=rows)) == ["nothing to gain"]
 
 
-def test_nothing_to_gain_at_a_low_mfu_is_not_called_good(tmp_path, capsys):
+def test_a_low_mfu_without_a_known_cause_asks_for_a_profiler(tmp_path, capsys):
     main([str(a_run(tmp_path / "run", {"mfu": 0.25}))])
     out = capsys.readouterr().out
     assert "nothing to gain" in out and "turn: a profiler: the goal is 40 %" in out
@@ -188,7 +188,7 @@ def test_nothing_to_gain_at_a_low_mfu_is_not_called_good(tmp_path, capsys):
 
 
 def slower(seconds, **changes):
-    """A step of the same computation in so many seconds: MFU and utilisation fall by themselves."""
+    """The same computation in a step of this many seconds: its MFU is lower."""
     return {"seconds": seconds, "mfu": 0.42 * 7 / seconds, **changes}
 
 
@@ -203,7 +203,7 @@ def test_data_bound(tmp_path):
     assert found.turn[0].startswith("data.num_workers=4 (now 2)")
 
 
-def test_data_that_is_late_now_and_then_counts_as_well(tmp_path):
+def test_data_that_is_late_in_some_steps_counts_too(tmp_path):
     rows = [row(step, {}, {}) for step in range(1, STEPS + 1)]
     for late in rows[3::10]:
         late |= {"seconds": 17.0, "seconds_data": 10.01}
@@ -215,13 +215,13 @@ def test_data_that_is_late_now_and_then_counts_as_well(tmp_path):
 def test_launch_bound(tmp_path):
     slow = slower(14.0, seconds_forward=4.5, seconds_backward=9.0)
     folder = a_run(tmp_path / "run", slow, gpus=busy(14.0), micro=1, accumulation=64)
-    found = the_verdict(folder)  # no memory for a larger micro-batch: not one of too small a one
+    found = the_verdict(folder)  # there is no memory for a larger micro-batch, so it is not too small
     # idle for 1 - 0.485 of the time, less 0.8 % of data and other
     assert found.name == "launch-bound" and found.gain == pytest.approx(1 / (0.485 + 0.1 / 14), rel=1e-3)
     assert found.turn == ("training.compile=true: fewer, larger kernels",)
 
 
-def test_launch_bound_names_the_knobs_that_are_left(tmp_path):
+def test_launch_bound_names_only_settings_that_can_still_change(tmp_path):
     slow = slower(14.0, seconds_forward=4.5, seconds_backward=9.0)
     folder = a_run(tmp_path / "run", slow, gpus=busy(14.0), backend="chunked", training={"compile": True})
     turn = next(v.turn for v in diagnose(read(folder)[0]) if v.name == "launch-bound")
@@ -269,7 +269,7 @@ def test_memory_pressure(tmp_path):
     assert "19 of 57 steps" in found.finding and "peak 43.1 GiB of 44.4" in found.finding
     assert found.turn[0].startswith("training.micro_batch_size")
     rows = [row(step, {"allocator_retries": int(step == 30)}, {}) for step in range(1, STEPS + 1)]
-    assert names(a_run(tmp_path / "run", rows=rows)) == ["nothing to gain"]  # an odd one
+    assert names(a_run(tmp_path / "run", rows=rows)) == ["nothing to gain"]  # one step is too few
 
 
 @pytest.mark.parametrize("reasons", ["hardware thermal", "power cap,software thermal", "power brake"])
@@ -277,7 +277,7 @@ def test_throttled_card(tmp_path, reasons):
     hot = {2: {"clock_mhz": 1270.0, "throttled": 0.7, "throttle_reasons": reasons}}
     found = the_verdict(a_run(tmp_path / "run", gpus=hot))
     assert found.name == "throttled card" and found.finding.startswith("GPU 2 slowed down in 70 % of the samples")
-    assert found.gain == pytest.approx(1 / (1 - 6.6 / 7 * (1 - 1270 / 1905)))  # all wait for it while computing
+    assert found.gain == pytest.approx(1 / (1 - 6.6 / 7 * (1 - 1270 / 1905)))  # all ranks wait for it while computing
 
 
 def test_a_power_limit_set_low_throttles_all_cards(tmp_path):
@@ -302,7 +302,7 @@ def test_mismatched_card(tmp_path):
     assert "GPU 1 runs at 1410 MHz, the others at 1905 (power limits from 300 to 350 W)" in found.finding
 
 
-def test_an_idle_card_of_the_node_is_not_the_runs(tmp_path):
+def test_an_idle_card_of_the_node_does_not_belong_to_the_run(tmp_path):
     idle = {3: {"clock_mhz": 210.0, "utilisation": 0.0, "throttled": 0.0, "throttle_reasons": ""}}
     assert names(a_run(tmp_path / "run", gpus=idle)) == ["nothing to gain"]
 
@@ -311,7 +311,7 @@ def test_slow_rank(tmp_path):
     folder = a_run(tmp_path / "run", slower(8.4, seconds_backward=5.9, rank_seconds_slowest=3.51))
     found = the_verdict(folder)
     assert found.name == "slow rank" and found.gain == pytest.approx(8.4 / 7.0)
-    # rank 0 waits for it in its backward pass: that is no communication
+    # rank 0 waits for it in its backward pass, which does not count as communication
     no_recomputation = a_run(
         tmp_path / "run",
         slower(8.4, seconds_backward=5.9, rank_seconds_slowest=3.51),
@@ -331,16 +331,18 @@ def test_too_small_micro_batch(tmp_path):
     assert found.gain == pytest.approx(1 / (1 - computing * (1 - mfu / 0.4)))
     assert found.turn[0].startswith("training.micro_batch_size=4 (now 1), with training.gradient_accumulation_steps=16")
     roomy = the_verdict(a_run(tmp_path / "run", {**small, "memory_gib": 18.0}, micro=1, accumulation=64))
-    assert roomy.gain == pytest.approx(1 / (1 - computing / 2))  # only twice fits, and gains no more than twice
+    assert roomy.gain == pytest.approx(
+        1 / (1 - computing / 2)
+    )  # memory allows twice the size, so the gain is at most twofold
 
 
-def test_a_micro_batch_that_fills_memory_or_has_none_to_merge_with_is_not_too_small(tmp_path):
+def test_a_micro_batch_that_fills_memory_or_cannot_be_merged_is_not_too_small(tmp_path):
     small = slower(21.0, seconds_forward=6.3, seconds_backward=14.0)
     assert names(a_run(tmp_path / "a", small, micro=1, accumulation=64)) == ["nothing to gain"]
     assert names(a_run(tmp_path / "b", {**small, "memory_gib": 9.0}, accumulation=1)) == ["nothing to gain"]
 
 
-def test_a_run_that_waits_has_a_low_mfu_and_no_small_kernels(tmp_path):
+def test_waiting_lowers_the_mfu_but_does_not_blame_the_kernels(tmp_path):
     waiting = slower(12.5, seconds_data=5.5, memory_gib=9.0)
     assert names(a_run(tmp_path / "run", waiting, gpus=busy(12.5), backend="chunked")) == ["data-bound"]
 
@@ -351,7 +353,7 @@ def test_slow_kernels(tmp_path):
     assert found.name == "slow kernels" and found.turn[0].startswith("training.backend=triton")
 
 
-def test_the_untuned_run_is_told_all_that_holds_the_largest_gain_first(tmp_path, capsys):
+def test_the_untuned_run_gets_every_verdict_the_largest_gain_first(tmp_path, capsys):
     # the run this project continues: micro-batch 1, accumulation 64, 54.47 s, utilisation 22 %
     slow = slower(54.47, seconds_forward=16.0, seconds_backward=36.0, seconds_step=0.6, mfu=0.04, memory_gib=9.0)
     folder = a_run(tmp_path / "run", slow, gpus={"all": {"utilisation": 0.22}}, micro=1, accumulation=64)
@@ -362,30 +364,30 @@ def test_the_untuned_run_is_told_all_that_holds_the_largest_gain_first(tmp_path,
     assert "1. launch-bound: at most 4.51x" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("told_by", ["rows", "events"])
-def test_saving_too_often(tmp_path, told_by):
+@pytest.mark.parametrize("source", ["rows", "events"])
+def test_saving_too_often(tmp_path, source):
     rows = [row(step, {"seconds_save": 3.0 * (step % 10 == 1)}, {}) for step in range(1, STEPS + 1)]
     events = [
         {"event": "save", "step": step, "save_stall_seconds": 3.0, "bytes": 1} for step in range(10, STEPS + 1, 10)
     ]
-    if told_by == "events":
+    if source == "events":
         for one in rows:
             del one["seconds_save"]
     found = the_verdict(
         a_run(tmp_path / "run", rows=rows, events=events, training={"save_interval": 10, "async_save": False})
     )
     assert found.name == "saving too often"
-    assert found.gain == pytest.approx((57 * 7 + 15) / (57 * 7))  # that of the last step is not within the window
+    assert found.gain == pytest.approx((57 * 7 + 15) / (57 * 7))  # the save after the last step lies outside the window
     assert "5 saves, 3 s each" in found.finding
     assert found.turn[0].startswith("training.async_save=true")
     assert found.turn[1].startswith("training.save_interval=43 (now 10)")  # 3 x 0.99 / 0.01 / 7 = 42.4
 
 
-@pytest.mark.parametrize("told_by", ["rows", "events"])
-def test_evaluating_too_often(tmp_path, told_by):
+@pytest.mark.parametrize("source", ["rows", "events"])
+def test_evaluating_too_often(tmp_path, source):
     rows = [row(step, {"seconds_eval": 8.0 * (step % 10 == 1)}, {}) for step in range(1, STEPS + 1)]
     events = [{"event": "eval", "step": step, "eval_seconds": 8.0} for step in range(10, STEPS + 1, 10)]
-    if told_by == "events":
+    if source == "events":
         for one in rows:
             del one["seconds_eval"]
     found = the_verdict(a_run(tmp_path / "run", rows=rows, events=events, training={"eval_interval": 10}))
@@ -393,12 +395,12 @@ def test_evaluating_too_often(tmp_path, told_by):
     assert found.turn[0].startswith("training.eval_interval=56 (now 10)")  # 8 x 0.98 / 0.02 / 7
 
 
-def test_every_check_has_a_test_that_makes_it_speak():
+def test_every_check_has_a_test_in_which_it_finds_something():
     here = Path(__file__).read_text()
     assert [check.__name__ for check in CHECKS if f"def test_{check.__name__}(" not in here] == []
 
 
-# -- folders as they are ------------------------------------------------------------------------------
+# -- folders of all kinds -----------------------------------------------------------------------------
 
 
 def test_a_live_run_with_a_torn_last_line_is_read(tmp_path, capsys):
@@ -410,7 +412,7 @@ def test_a_live_run_with_a_torn_last_line_is_read(tmp_path, capsys):
     assert ": running, last row " in out and "steps 4 to 60" in out and "data-bound: at most 1.79x" in out
 
 
-def test_a_run_of_today_without_the_newer_fields_is_read(tmp_path, capsys):
+def test_a_run_without_the_newer_fields_is_read(tmp_path, capsys):
     old = (
         "seconds_save",
         "seconds_eval",
@@ -441,12 +443,12 @@ def test_nothing_but_metrics_is_enough(tmp_path, capsys):
     assert out.count("is missing or cannot be read") == 4 and "state unknown" in out
 
 
-def test_numbers_that_are_none_are_passed_over(tmp_path):
+def test_values_that_are_not_finite_are_skipped(tmp_path):
     rows = [row(step, {"loss": "nan", "mfu": "nan", "grad_norm": "inf"}, {}) for step in range(1, STEPS + 1)]
     assert names(a_run(tmp_path / "run", rows=rows)) == ["nothing to gain"]
 
 
-def test_the_first_steps_of_a_process_and_what_was_before_a_resume_do_not_count(tmp_path):
+def test_the_first_steps_of_a_launch_and_earlier_launches_do_not_count(tmp_path):
     slow = [row(step, slower(12.5, seconds_data=5.5), {}) for step in range(1, 31)]
     resumed = {"event": "resume", "step": 30, "world_size": 4}
     rows = [
@@ -463,21 +465,21 @@ def test_the_first_steps_of_a_process_and_what_was_before_a_resume_do_not_count(
     assert summary.last == 30 and any("since the last resume" in note for note in notes)
 
 
-def test_last_judges_the_end_of_a_run(tmp_path):
+def test_last_analyses_the_end_of_a_run(tmp_path):
     rows = [row(step, {} if step <= 50 else slower(12.5, seconds_data=5.5), {}) for step in range(1, STEPS + 1)]
     folder = a_run(tmp_path / "run", rows=rows)
     summary, _ = read(folder, 10)
     assert (summary.first, summary.last) == (51, 60) and "data-bound" in names(folder, 10)
 
 
-def test_json_says_the_same(tmp_path, capsys):
+def test_json_holds_the_same_verdicts(tmp_path, capsys):
     folder = a_run(tmp_path / "run", slower(12.5, seconds_data=5.5), gpus=busy(12.5))
     assert main([str(folder), "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    (verdict,) = said["verdicts"]
+    found = json.loads(capsys.readouterr().out)
+    (verdict,) = found["verdicts"]
     assert verdict["name"] == "data-bound" and verdict["gain"] == pytest.approx(12.5 / 7)
-    assert said["budget"]["data"] == pytest.approx(0.44) and sum(said["budget"].values()) == pytest.approx(1)
-    assert said["status"] == "running" and said["summary"]["steps"] == 57
+    assert found["budget"]["data"] == pytest.approx(0.44) and sum(found["budget"].values()) == pytest.approx(1)
+    assert found["status"] == "running" and found["summary"]["steps"] == 57
 
 
 def test_a_folder_without_a_run_or_a_step_is_refused_with_what_to_do(tmp_path, capsys):
@@ -520,12 +522,12 @@ for argv, read_s in json.loads(sys.argv[1]):
 world.leave()
 exit_process(0)
 """
-"""A launch of several runs on one rank, whose reader takes so many seconds longer for each micro-batch."""
+"""Trains several runs on one rank. Reading a micro-batch of a run takes read_s seconds longer than it would."""
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory, tiny_yaml):
-    """Three runs of the trainer on a CPU, each made to lose its time in one way."""
+    """Three runs of the trainer on a CPU, each of which loses its time in one way."""
     folder = tmp_path_factory.mktemp("doctor")
     wrong = {
         # one read per step, which outweighs the rest of it
@@ -551,17 +553,17 @@ def real(tmp_path_factory, tiny_yaml):
         ("evaluating", "evaluating too often", "training.eval_interval="),
     ],
 )
-def test_a_real_run_that_was_made_so(real, name, verdict, knob):
+def test_a_real_run_gets_the_verdict_on_its_cost(real, name, verdict, knob):
     found = diagnose(read(real / name)[0])
     assert found[0].name == verdict and found[0].turn[0].startswith(knob), found
     costs = {"data-bound", "saving too often", "evaluating too often"}
-    # what was not made so is not a cost here, or a small one: a tiny step is a twentieth of a second
+    # other costs may be there, but small ones: a step of this tiny model takes a twentieth of a second
     assert all(v.gain < 1.1 for v in found[1:] if v.name in costs), found
     assert found[0].gain > 1.15
 
 
 @pytest.mark.parametrize("name, field", [("saving", "seconds_save"), ("evaluating", "seconds_eval")])
-def test_a_real_run_without_the_field_is_judged_alike_by_its_events(real, tmp_path, name, field):
+def test_a_real_run_without_the_field_gets_the_same_verdict_from_its_events(real, tmp_path, name, field):
     rows = [json.loads(line) for line in (real / name / "metrics.jsonl").read_text().splitlines()]
     shutil.copytree(real / name, tmp_path / name, ignore=shutil.ignore_patterns("step_*"))
     with open(tmp_path / name / "metrics.jsonl", "w") as file:
@@ -570,7 +572,7 @@ def test_a_real_run_without_the_field_is_judged_alike_by_its_events(real, tmp_pa
     assert by_events.name == by_rows.name and by_events.gain == pytest.approx(by_rows.gain, rel=0.1)
 
 
-def test_a_real_run_is_told_from_the_command_line(real):
+def test_the_command_prints_the_verdict_on_a_real_run(real):
     command = [sys.executable, "-m", "training.doctor", str(real / "data")]
     done = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "1. data-bound: at most " in done.stdout, done.stdout + done.stderr

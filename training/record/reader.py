@@ -11,6 +11,7 @@ import json
 import math
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -215,7 +216,7 @@ class Record:
 def read(folder: Path, label: str | None = None, *, newest: int | None = None) -> Record:
     """Reads the folder; `label` is what reports call the run, by default the folder's name.
 
-    newest: hold about this many of the newest step rows only, without layers, and leave segments/ unread.
+    newest: hold only so many of the newest step rows, to bound memory, and leave segments/ unread.
     Raises NoRunError when nothing in `folder` belongs to a run.
     """
     if not any((folder / name).is_file() for name in _PARTS) and not any(folder.glob("step_*")):
@@ -289,7 +290,7 @@ class _Rows:
         self.events: list[dict] = []
         self.launches = 0
         self.damage: str | None = None
-        self._newest = newest
+        self._held: deque[tuple[dict, int, int]] | None = None if newest is None else deque(maxlen=newest)
         self._columns: dict[str, array] = {}
         self._words: dict[str, int] = {}
         self._launch, self._place = array("q"), array("q")
@@ -310,7 +311,10 @@ class _Rows:
                         self.launches, place = self.launches + 1, 0
                 elif finite(row, "step") is not None and "loss" in row:
                     place += 1
-                    self._add(row, place)
+                    if self._held is None:
+                        self._add(row, self.launches, place)
+                    else:
+                        self._held.append((row, self.launches, place))
                 else:
                     broken += 1
         except OSError as err:
@@ -318,7 +322,7 @@ class _Rows:
         if broken:
             notes.append(f"{path.name}: {broken} line(s) are torn or no rows, and left out")
 
-    def _add(self, row: dict, place: int) -> None:
+    def _add(self, row: dict, launch: int, place: int) -> None:
         for name, value in row.items():
             if name == "stage" or name.endswith("/throttle_reasons"):
                 value = self._words.setdefault(value, len(self._words)) if isinstance(value, str) else None
@@ -326,22 +330,16 @@ class _Rows:
                 column = self._columns.setdefault(name, array("d"))
                 column.extend([math.nan] * (len(self._launch) - len(column)))
                 column.append(real)
-        self._launch.append(self.launches)
+        self._launch.append(launch)
         self._place.append(place)
-        if self._newest is None:
-            if layers := _layers(row):
-                self._layers.append((row["step"], layers))
-        elif len(self._launch) >= 2 * self._newest:
-            self._fill()
-            for column in (*self._columns.values(), self._launch, self._place):
-                del column[: -self._newest]
-
-    def _fill(self) -> None:
-        for column in self._columns.values():
-            column.extend([math.nan] * (len(self._launch) - len(column)))
+        if layers := _layers(row):
+            self._layers.append((row["step"], layers))
 
     def steps(self) -> Steps:
-        self._fill()
+        for held in self._held or ():
+            self._add(*held)
+        for column in self._columns.values():
+            column.extend([math.nan] * (len(self._launch) - len(column)))
         columns = {name: np.frombuffer(column, np.float64) for name, column in self._columns.items() if len(column)}
         if not columns:
             return Steps()

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from markupsafe import Markup
 
-from training.record.metrics_log import EVENTS, HEALTH_METRICS, PROBE_METRICS, STEP_METRICS, Metric
+from training.record.metric_schema import EVENTS, HEALTH_METRICS, PROBE_METRICS, STEP_METRICS, Metric
 from training.record.reader import finite
 from training.reporting.analysis import SPIKE_SIGMA, Analysis, utilisation
 from training.reporting.charts import Level, Series, heat_bins, heat_map, line_chart

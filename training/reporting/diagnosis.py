@@ -120,7 +120,7 @@ def blind_spots(s: Summary) -> list[str]:
     return notes
 
 
-def budget(s: Summary) -> dict[str, float]:
+def time_shares(s: Summary) -> dict[str, float]:
     """Shares of the time by part; those of a step by its medians, and "rest" for what is left."""
     parts = {"data": s.data, "forward": s.forward, "backward": s.backward, "update": s.update, "other": s.other}
     shares = {name: s.share(seconds) for name, seconds in parts.items() if seconds is not None}
@@ -139,7 +139,7 @@ def render(record: Record, s: Summary, verdicts: Sequence[Verdict], notes: Seque
     lines = [
         f"{record.folder}: {state}; {where}, {batch}",
         f"steps {s.first} to {s.last}, {s.step_seconds:.3g} s each: "
-        + ", ".join(f"{name} {percent(share)}" for name, share in budget(s).items() if share >= 0.0005),
+        + ", ".join(f"{name} {percent(share)}" for name, share in time_shares(s).items() if share >= 0.0005),
         *(f"note: {note}" for note in notes),
     ]
     for number, v in enumerate(verdicts, 1):

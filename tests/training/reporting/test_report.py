@@ -1,10 +1,11 @@
-"""The report: of real runs, of runs of days as the trainer writes them, of what is missing, and in a real browser."""
+"""The report on real runs, on rows of a run of days, on runs that lack files or fields; and the page in a real browser."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from jinja2 import UndefinedError
 from support import browser as headless
 from support.launching import ROOT, Case, rank_environment, run_cases
 
@@ -26,6 +28,7 @@ from training.record.spike_score import SpikeDetector
 from training.report import main
 from training.reporting.analysis import analyse, find_spikes
 from training.reporting.charts import INTERVALS, Axis, heat_bins, thin
+from training.reporting.curves import PALETTE
 from training.reporting.format import compact, duration, number, percent
 from training.reporting.pages import escape, html_page, write
 
@@ -137,7 +140,7 @@ def long_run(
     status: str = "running",
     sealed=(200, 400, 600),
 ) -> Path:
-    """Started, killed after `crash`, resumed from step `back`, and at `steps` now. A spike at 250."""
+    """The folder of a run that was killed after step `crash`, resumed from `back`, and is now at `steps`; a spike at 250."""
     random, now = np.random.default_rng(seed), time.time() - 9 * steps - 3600
     config = run_config.load_config(ROOT / "training/configs/pretrain_512m_low_memory.yaml", list(overrides))
     folder.mkdir(parents=True)
@@ -173,8 +176,8 @@ def long_run(
             "device", step, name="NVIDIA L40S", world_size=4, memory_gib=44.4, peak_tflops=149.7, peak_source="table"
         )
 
-    curve, dead = [event("start", 0, world_size=4, zero_stage=2, segment=0), device(0)], []
-    plan = [(step, curve if step <= back or crash >= steps else dead) for step in range(1, min(crash, steps) + 1)]
+    curve, discarded = [event("start", 0, world_size=4, zero_stage=2, segment=0), device(0)], []
+    plan = [(step, curve if step <= back or crash >= steps else discarded) for step in range(1, min(crash, steps) + 1)]
     plan += [(step, curve) for step in range(back + 1, steps + 1)] if crash < steps else []
     before = 0
     for step, rows in plan:
@@ -232,11 +235,11 @@ def long_run(
     if status == "finished":
         curve.append(event("stop", steps, reason="finished"))
     shift = time.time() - 30 - now  # the last lines are some seconds old
-    for row in curve + dead:
+    for row in curve + discarded:
         row["time"] += shift
     write_rows(folder / "metrics.jsonl", curve)
-    if dead:
-        write_rows(folder / "segments/metrics_0.jsonl", dead)
+    if discarded:
+        write_rows(folder / "segments/metrics_0.jsonl", discarded)
     return folder
 
 
@@ -302,7 +305,7 @@ def test_the_report_of_a_real_run(a_run, tmp_path, capsys):
     shown = Elements(html)
     assert shown.ids("section") == SECTIONS
     for text in (shown.text, md):
-        for said in (
+        for words in (
             "2 layers of 32",
             "2 × CPU",
             "of 6, 100 %",
@@ -315,7 +318,7 @@ def test_the_report_of_a_real_run(a_run, tmp_path, capsys):
             "latest",
             "productive",
         ):
-            assert said in text, said
+            assert words in text, words
     loss = [row["loss"] for row in rows_of(a_run / "metrics.jsonl") if "loss" in row]
     assert number(sum(loss) / 6) in shown.text and number(loss[-1]) in shown.text
     assert "http" not in html.replace("http-equiv", "") and "Traceback" not in html
@@ -323,16 +326,16 @@ def test_the_report_of_a_real_run(a_run, tmp_path, capsys):
         path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.name.startswith("report")
     }
     assert after == before  # it reads only
-    story = analysis_of(a_run)
-    assert story.state == "finished" and story.unsaved == 0 and story.launches[0].last == 6
-    spent = story.budget.seconds
-    assert story.budget.total == pytest.approx(story.elapsed_s) and spent["lost"] == spent["replayed"] == 0
-    told = sum(
+    run = analysis_of(a_run)
+    assert run.state == "finished" and run.unsaved == 0 and run.launches[0].last == 6
+    spent = run.budget.seconds
+    assert run.budget.total == pytest.approx(run.elapsed_s) and spent["lost"] == spent["replayed"] == 0
+    computing = sum(
         row["seconds_forward"] + row["seconds_backward"] + row["seconds_step"]
         for row in rows_of(a_run / "metrics.jsonl")
         if "loss" in row
     )
-    assert spent["productive"] == pytest.approx(told, rel=0.01)
+    assert spent["productive"] == pytest.approx(computing, rel=0.01)
 
 
 def test_a_killed_run_and_its_resumption(a_run, tiny_yaml, tmp_path):
@@ -346,10 +349,12 @@ def test_a_killed_run_and_its_resumption(a_run, tiny_yaml, tmp_path):
     cut = next(i for i, row in enumerate(rows) if "loss" in row and row["step"] == 5) + 1
     whole = "".join(json.dumps(row | {"time": 1.8e9 + i}) + "\n" for i, row in enumerate(rows[:cut]))
     (folder / "metrics.jsonl").write_text(whole + '{"step": 6, "epoch": 0.0')
-    # the clock of this machine may stand before 1.8e9: then the row is from its future, and silence is nothing
-    dead = analysis_of(folder)
-    assert dead.step == 5 and dead.unsaved == 2 and any("1 line(s) are torn" in note for note in dead.record.notes)
-    assert (dead.state == "silent") == (time.time() - 1.8e9 > 3600)
+    # if this machine's clock is before 1.8e9, the row is in its future, and the run counts as running
+    killed = analysis_of(folder)
+    assert (
+        killed.step == 5 and killed.unsaved == 2 and any("1 line(s) are torn" in note for note in killed.record.notes)
+    )
+    assert (killed.state == "silent") == (time.time() - 1.8e9 > 3600)
 
     run_cases(
         1,
@@ -370,9 +375,9 @@ def test_a_killed_run_and_its_resumption(a_run, tiny_yaml, tmp_path):
         ],
         tmp_path,
     )
-    story = analysis_of(folder)
-    assert story.state == "finished" and story.step == 6 and not story.record.notes
-    first, second = sorted(story.launches, key=lambda launch: launch.kind == "resume")
+    run = analysis_of(folder)
+    assert run.state == "finished" and run.step == 6 and not run.record.notes
+    first, second = sorted(run.launches, key=lambda launch: launch.kind == "resume")
     assert (first.first, first.last, first.lost, first.good) == (1, 5, 2, False)
     assert (second.checkpoint, second.first, second.last, second.replayed, second.ending) == (
         "step_3",
@@ -382,20 +387,20 @@ def test_a_killed_run_and_its_resumption(a_run, tiny_yaml, tmp_path):
         "finished",
     )
     assert second.config_diff == {"training.log_interval": [10, 7]}
-    spent, lost = story.budget.seconds, rows_of(folder / "segments/metrics_0.jsonl")
+    spent, lost = run.budget.seconds, rows_of(folder / "segments/metrics_0.jsonl")
     assert spent["lost"] == pytest.approx(
         sum(row.get("seconds", 0) + row.get("seconds_eval", 0) + row.get("seconds_save", 0) for row in lost)
     )
     assert spent["replayed"] > 0
     assert second.receipt is not None and second.receipt["compared"] == 2
-    shown = rendered(story).text
+    shown = rendered(run).text
     assert "2 lost" in shown and "2 replayed; receipt: " in shown and "training.log_interval" in shown
 
 
-# -- what follows from the rows -----------------------------------------------------------------------
+# -- analysis of the rows -----------------------------------------------------------------------------
 
 
-def test_launches_tell_how_each_one_ended(days):
+def test_each_launch_has_its_steps_and_its_ending(days):
     first, second = analysis_of(days).launches
     assert (first.kind, first.first, first.last, first.lost, first.good) == ("start", 1, 430, 30, False)
     assert "no stop event" in first.ending
@@ -404,20 +409,20 @@ def test_launches_tell_how_each_one_ended(days):
 
 
 def test_every_second_of_the_budget_counts_once(days):
-    story = analysis_of(days)
+    run = analysis_of(days)
     rows = [row for row in rows_of(days / "metrics.jsonl") if "loss" in row]
     lost = [row for row in rows_of(days / "segments/metrics_0.jsonl") if "loss" in row]
     computing = {row["step"]: row["seconds"] - row["seconds_data"] - row["seconds_other"] for row in rows}
-    spent = story.budget.seconds
+    spent = run.budget.seconds
     assert spent["replayed"] == pytest.approx(sum(computing[step] for step in range(401, 431)))
     assert spent["productive"] == pytest.approx(sum(computing.values()) - spent["replayed"])
     assert spent["lost"] == pytest.approx(sum(r["seconds"] + r["seconds_save"] + r["seconds_eval"] for r in lost))
     assert spent["data"] == pytest.approx(7.0)  # 700 steps of 0.01 s
-    # of the stalls after step 400 only the dead row 401 tells: they count as lost
+    # only the discarded row 401 has the stalls after step 400: they count as lost
     assert spent["save"] == pytest.approx(2.0 * 2)
     assert spent["evaluation"] == pytest.approx(20.0 * 6)  # after 100, 200, 300, 500, 600, and 700, by its event alone
-    assert story.budget.total == pytest.approx(sum(launch.seconds for launch in story.launches))
-    assert story.budget.between == pytest.approx(1200, abs=1)
+    assert run.budget.total == pytest.approx(sum(launch.seconds for launch in run.launches))
+    assert run.budget.between == pytest.approx(1200, abs=1)
 
 
 def test_a_rollback_within_a_launch_loses_and_replays_steps(tmp_path):
@@ -436,20 +441,20 @@ def test_a_rollback_within_a_launch_loses_and_replays_steps(tmp_path):
     }
     write_rows(tmp_path / "metrics.jsonl", [start, *rows[:40], spike, *again])
     write_rows(tmp_path / "segments/metrics_0.jsonl", rows[40:])
-    story = analysis_of(tmp_path)
-    (launch,) = story.launches
+    run = analysis_of(tmp_path)
+    (launch,) = run.launches
     assert (launch.first, launch.last, launch.lost, launch.replayed) == (1, 80, 20, 20)
-    spent = story.budget.seconds
+    spent = run.budget.seconds
     assert (spent["productive"], spent["replayed"], spent["lost"], spent["other"]) == (60, 20, 20, 80)
-    assert "31.5" in rendered(story).text and "480 to 487" in rendered(story).text
+    assert "31.5" in rendered(run).text and "480 to 487" in rendered(run).text
 
 
 def test_time_left_includes_saves_and_evaluations(days):
-    story = analysis_of(days)
+    run = analysis_of(days)
     rows = [row for row in rows_of(days / "metrics.jsonl") if "loss" in row]
     pace = np.median([row["seconds"] for row in rows[-200:]])
     stalls = sum(row["seconds_save"] + row["seconds_eval"] for row in rows) / 700
-    assert story.left_s == pytest.approx((100_000 - 700) * (pace + stalls))
+    assert run.left_s == pytest.approx((100_000 - 700) * (pace + stalls))
 
 
 def test_spike_scores_are_those_of_the_trainer(copy):
@@ -465,8 +470,8 @@ def test_spike_scores_are_those_of_the_trainer(copy):
     np.testing.assert_allclose(found.score, wanted, atol=1e-6)
     assert found.at.tolist() == [700, 1300] and found.share == 2 / 1500 and found.counted_here
     write_rows(copy / "metrics.jsonl", [{"step": i, "loss": 3.0, "spike_score": 8.0 * (i == 2)} for i in (1, 2, 3)])
-    told = find_spikes(read(copy, "copy").steps)
-    assert told.at.tolist() == [1] and not told.counted_here
+    recorded = find_spikes(read(copy, "copy").steps)
+    assert recorded.at.tolist() == [1] and not recorded.counted_here
 
 
 @pytest.mark.parametrize(
@@ -488,14 +493,14 @@ def test_the_state_of_a_run(copy, status, silence, state):
     (copy / "run.json").write_text(
         json.dumps(run | {"status": status, "reason": "SIGTERM" if status == "stopped" else None})
     )
-    story = analysis_of(copy)
-    assert story.state == state
+    run = analysis_of(copy)
+    assert run.state == state
     if state == "silent":
-        assert "killed, crashed or hung" in story.state_words and story.launches[-1].good is False
-        assert "100 steps are in no checkpoint: a crash costs them" in rendered(story).text
+        assert "killed, crashed or hung" in run.state_words and run.launches[-1].good is False
+        assert "100 steps are in no checkpoint: a crash costs them" in rendered(run).text
 
 
-def test_verdicts_on_checkpoints(copy):
+def test_states_of_checkpoints(copy):
     (copy / "step_700").mkdir()
     (copy / "step_700" / "model.safetensors.tmp").write_bytes(b"half")
     (copy / "step_400" / "model.safetensors").write_bytes(bytes(999))
@@ -519,7 +524,7 @@ def test_verdicts_on_checkpoints(copy):
 
 @pytest.mark.parametrize("name", ["config.yaml", "ds_config.json", "env.json", "run.json", "metrics.jsonl"])
 @pytest.mark.parametrize("content", [None, "", "{a: [", "[1]\xff"])
-def test_a_missing_or_broken_file_is_named_where_it_is_missed(copy, name, content):
+def test_a_missing_or_broken_file_is_named(copy, name, content):
     (copy / name).unlink() if content is None else (copy / name).write_text(content, encoding="latin-1")
     write([copy], copy)
     shown = Elements((copy / "report.html").read_text())
@@ -535,14 +540,14 @@ def test_fields_that_no_row_has_are_named(copy):
     shutil.rmtree(copy / "segments")
     write([copy], copy)
     text = Elements((copy / "report.html").read_text()).text
-    for said in (
+    for words in (
         "Not in the rows of metrics.jsonl: held-out text, indexer loss, gradient norm, learning rate, update to weights.",
         "throughput, use of the devices, memory, seconds of a step.",
         "there is no budget of time",
         "there is no heat map",
         "There is no continuation yet",
     ):
-        assert said in text, said
+        assert words in text, words
 
 
 WRONG = ("x", None, [], [None], {}, {"a": 1}, True, 1e400, -1, "nan", "Infinity", 10**400, "<b>", 0)
@@ -550,14 +555,14 @@ WRONG = ("x", None, [], [None], {}, {"a": 1}, True, 1e400, -1, "nan", "Infinity"
 
 @pytest.mark.parametrize("share", [0.03, 0.3])
 def test_fields_of_wrong_kinds_break_no_page(tmp_path, share):
-    """A share of the fields of all rows, and of the keys of all files, with values that nobody would write there."""
+    """A share of the fields of all rows and of the keys of all files gets values of a wrong type or size."""
     run = long_run(tmp_path / "run", steps=25, crash=22, back=20, sealed=(20,))
     random = np.random.default_rng(round(100 * share))
 
-    def spoilt(told: object, always: set[str]) -> object:
-        if not isinstance(told, dict):
-            return told
-        inner = {key: spoilt(value, always) for key, value in told.items()}
+    def spoilt(value: object, always: set[str]) -> object:
+        if not isinstance(value, dict):
+            return value
+        inner = {key: spoilt(one, always) for key, one in value.items()}
         bad = {key for key in inner if key in always or random.random() < share / 2}
         return inner | {key: WRONG[random.integers(len(WRONG))] for key in bad - {"event"}}
 
@@ -566,13 +571,13 @@ def test_fields_of_wrong_kinds_break_no_page(tmp_path, share):
         run / name: yaml.safe_load((run / name).read_text())
         for name in ("run.json", "ds_config.json", "env.json", "config.yaml")
     }
-    fields = sorted({key for told in rows.values() for row in told for key in row})
+    fields = sorted({key for all_rows in rows.values() for row in all_rows for key in row})
     for _ in range(20):
         always = {field for field in fields if random.random() < share / 2}  # these in all rows
-        for path, told in rows.items():
-            write_rows(path, [spoilt(row, always) for row in told])
-        for path, told in files.items():
-            path.write_text(json.dumps(spoilt(told, set())))  # json is yaml too
+        for path, all_rows in rows.items():
+            write_rows(path, [spoilt(row, always) for row in all_rows])
+        for path, content in files.items():
+            path.write_text(json.dumps(spoilt(content, set())))  # json is yaml too
         write([run], tmp_path / "out")
         assert Elements((tmp_path / "out/report.html").read_text()).ids("section") == SECTIONS
 
@@ -586,23 +591,23 @@ def test_a_run_that_has_just_begun(tmp_path):
     assert "No optimizer step is recorded yet." in text and "There is no step_N folder yet." in text
 
 
-def test_lines_torn_anywhere_cost_only_themselves(copy):
+def test_a_torn_line_anywhere_costs_only_itself(copy):
     lines = (copy / "metrics.jsonl").read_text().splitlines()
     lines[20] = lines[20][:30]
     (copy / "metrics.jsonl").write_text("\n".join([*lines, "\x00\x00\x00", '{"step": 701, "lo']))
-    story = analysis_of(copy)
-    assert len(story.record.steps) == 699 and "2 line(s) are torn" in story.record.notes[0]
+    run = analysis_of(copy)
+    assert len(run.record.steps) == 699 and "2 line(s) are torn" in run.record.notes[0]
 
 
-def test_losses_that_are_no_numbers_are_gaps(copy):
+def test_losses_that_are_not_finite_are_gaps(copy):
     rows = rows_of(copy / "metrics.jsonl")
     for row in rows:
         if row.get("step") in (699, 700) and "loss" in row:
             row |= {"loss": "nan", "grad_norm": "inf"}
     write_rows(copy / "metrics.jsonl", rows)
-    story = analysis_of(copy)
-    assert math.isfinite(story.loss) and math.isnan(story.record.steps.of("loss")[-1])
-    assert "nan" not in html_page([story]).replace("provenance", "").lower()
+    run = analysis_of(copy)
+    assert math.isfinite(run.loss) and math.isnan(run.record.steps.of("loss")[-1])
+    assert "nan" not in html_page([run]).replace("provenance", "").lower()
 
 
 # -- text of a run is text ----------------------------------------------------------------------------
@@ -618,14 +623,14 @@ def test_text_of_a_run_is_never_markup(copy, tmp_path):
         }
     write_rows(copy / "metrics.jsonl", rows)
     for name in ("run.json", "env.json", "ds_config.json"):
-        told = json.loads((copy / name).read_text())
-        (copy / name).write_text(json.dumps(dict.fromkeys([*told, ATTACK], ATTACK)))
+        content = json.loads((copy / name).read_text())
+        (copy / name).write_text(json.dumps(dict.fromkeys([*content, ATTACK], ATTACK)))
     config = yaml.safe_load((copy / "config.yaml").read_text())
     config["data"] = {"data_dir": ATTACK, ATTACK: ATTACK}
     (copy / "config.yaml").write_text(yaml.safe_dump(config))
     named = copy.rename(tmp_path / "<img src=x onerror=attack()>")
-    for stories in ([analysis_of(named)], [analysis_of(named), analysis_of(named)]):
-        shown = rendered(*stories)
+    for runs in ([analysis_of(named)], [analysis_of(named), analysis_of(named)]):
+        shown = rendered(*runs)
         assert shown.count("script") == 1 and shown.count("img") == 0
         assert not any(key.startswith("on") for _, attrs in shown.tags for key in attrs)
     write([named], tmp_path / "out")
@@ -634,7 +639,23 @@ def test_text_of_a_run_is_never_markup(copy, tmp_path):
     assert "<img" not in outside and "<script" not in outside
 
 
-def test_markdown_keeps_text_in_its_cell_and_words_readable():
+def test_only_markup_of_our_own_passes_the_templates():
+    for name in ("page.html.j2", "page.md.j2"):
+        source = (ROOT / "training/reporting" / name).read_text()
+        # what would mark text as escaped although it is not, or let an attribute end at a space
+        assert not re.search(r"\|\s*safe\b|Markup|autoescape (true|false)", source), name
+        assert not re.search(r"=\{\{", source), name
+    with pytest.raises(UndefinedError):
+        html_page([object()])
+
+
+def test_the_style_sheet_has_every_colour():
+    css = (ROOT / "training/reporting/report.css").read_text()
+    assert set(re.findall(r"\.c(\d)\{", css)) == {str(i) for i in range(PALETTE)}
+    assert all(css.count(f"--c{i}:#") == 2 for i in range(PALETTE))  # light and dark
+
+
+def test_markdown_text_stays_in_its_cell_and_readable():
     assert escape("a|b\n<b> *x* `c`") == r"a\|b &lt;b&gt; \*x\* \`c\`"
     assert escape("training.max_steps") == "training.max_steps"
     assert escape("# not a heading") == r"\# not a heading"
@@ -643,7 +664,7 @@ def test_markdown_keeps_text_in_its_cell_and_words_readable():
 # -- charts -------------------------------------------------------------------------------------------
 
 
-def test_one_odd_step_of_a_million_is_still_seen():
+def test_one_odd_step_of_a_million_is_still_visible():
     x, y = np.arange(1.0, 1e6 + 1), np.ones(1_000_000)
     y[123_456] = 50.0
     xs, least, mean, greatest = thin(x, y, INTERVALS)
@@ -675,7 +696,7 @@ def test_ticks_are_round_and_few(axis, ticks):
     assert [text for _, text in axis.ticks()] == ticks
 
 
-def test_heat_maps_mean_over_steps_and_keep_layers_without_a_value_empty():
+def test_heat_maps_average_over_steps_and_leave_layers_without_a_value_empty():
     rows = [[float(step), math.nan, 1.0] for step in range(1000)]
     values, first, last = heat_bins(range(0, 20_000, 20), rows)
     assert values.shape == (3, 120) and np.isnan(values[1]).all() and (values[2] == 1).all()
@@ -714,9 +735,9 @@ def test_several_runs_side_by_side(ablation, tmp_path):
     html = (tmp_path / "report.html").read_text()
     shown = Elements(html)
     assert shown.ids("section") == SECTIONS and "3 runs side by side" in shown.text
-    stories = [analysis_of(folder) for folder in ablation]
-    for story in stories:
-        assert number(story.loss) in shown.text and number(story.bpb) in shown.text
+    runs = [analysis_of(folder) for folder in ablation]
+    for run in runs:
+        assert number(run.loss) in shown.text and number(run.bpb) in shown.text
     keys = html[html.index("Settings that differ") : html.index("<nav")]
     assert "model.k_base" in keys and "model.value_gate" in keys and "model.d_model" not in keys
     loss = next(figure for figure in html.split("<figure")[1:] if "<h3>Loss " in figure)
@@ -747,7 +768,7 @@ def test_runs_with_other_batches_are_compared_over_tokens(ablation, tmp_path):
     assert "&quot;unit&quot;:&quot;tokens&quot;" not in html_page([analysis_of(folder) for folder in ablation])
 
 
-def test_names_tell_runs_apart():
+def test_labels_differ():
     assert labels([Path("/a/x"), Path("/a/y/")]) == ["x", "y"]
     assert labels([Path("/a/x/run"), Path("/a/y/run")]) == ["x/run", "y/run"]
 
@@ -769,7 +790,7 @@ def test_the_command_refuses_in_a_sentence(days, ablation, tmp_path, capsys):
         read(tmp_path, "x")
 
 
-def test_the_command_as_a_person_types_it(days, tmp_path):
+def test_the_command_in_a_process_of_its_own(days, tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "training.report", str(days), "--out", str(tmp_path), "--verify"],
         cwd=ROOT,
@@ -839,7 +860,7 @@ def test_the_page_in_a_browser(browser, days, tmp_path, width, scheme):
     assert shot.read_bytes().startswith(b"\x89PNG") and shot.stat().st_size > 50_000
 
 
-def test_words_stand_out_from_the_paper_in_both_schemes(browser, days, tmp_path):
+def test_text_and_curves_have_enough_contrast_in_both_schemes(browser, days, tmp_path):
     """Contrast of at least 4.5 to 1, as WCAG asks for text; 3 to 1 for the curves."""
     write([days], tmp_path)
     for scheme in ("light", "dark"):
@@ -865,7 +886,7 @@ def contrast(one: str, other: str) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def test_the_legend_tells_the_values_under_the_pointer(browser, days, tmp_path):
+def test_the_legend_shows_the_values_under_the_pointer(browser, days, tmp_path):
     write([days], tmp_path)
     browser.show(tmp_path / "report.html", width=1200)
     box = browser.evaluate("""(() => { const p = document.querySelector(".wide .plot");
@@ -883,13 +904,13 @@ def test_the_legend_tells_the_values_under_the_pointer(browser, days, tmp_path):
     assert browser.complaints == []
 
 
-def test_nothing_that_a_run_says_is_run(browser, copy, tmp_path):
+def test_no_script_in_a_runs_text_is_executed(browser, copy, tmp_path):
     rows = rows_of(copy / "metrics.jsonl")
     write_rows(copy / "metrics.jsonl", [row | ({"prompt": ATTACK} if "prompt" in row else {}) for row in rows])
     write([copy], tmp_path / "out")
     browser.show(tmp_path / "out/report.html", width=1200)
     assert browser.evaluate("window.attacked") is None and browser.complaints == []
-    # and were it ever let through, the page's policy would not run it
+    # and if one ever got into the page, the page's policy would stop it
     html = (tmp_path / "out/report.html").read_text()
     (tmp_path / "out/open.html").write_text(html.replace("</header>", "<script>window.attacked=1</script></header>"))
     browser.show(tmp_path / "out/open.html", width=1200)
