@@ -21,16 +21,10 @@ from benchmarks.measuring import commit
 from gsa import GSAForCausalLM, ModelConfig
 from gsa.checkpoint.state import read_config_json
 from gsa.generation import load_model
+from gsa.inspection import coverage_table, measure_coverage, measure_spread, spread_table, with_untrained_indexer
+from training.inspect_indexer import held_out
 from training.record.metrics_log import read_rows
 from training.record.run_folder import environment
-from training.selected_sets import (
-    coverage_table,
-    held_out,
-    measure_coverage,
-    measure_spread,
-    spread_table,
-    with_untrained_indexer,
-)
 
 CONFIG = Path(__file__).with_suffix(".yaml")
 RUN = Path("outputs/indexer")
@@ -67,12 +61,12 @@ def main(argv: list[str]) -> int:
     step_dir = RUN / f"step_{args.steps}"
     model = load_model(step_dir)
     plain = read_config_json(step_dir)
-    batches = held_out({plain["data"]["data_dir"]: 1.0}, plain["training"]["max_seq_len"], args.windows)
+    windows = held_out({plain["data"]["data_dir"]: 1.0}, plain["training"]["max_seq_len"], args.windows)
     torch.manual_seed(plain["training"]["seed"])
     newborn = GSAForCausalLM(ModelConfig(**plain["model"])).eval()
-    before = measure_coverage(newborn, batches)
-    after = measure_coverage(model, batches)
-    untrained = measure_coverage(with_untrained_indexer(model, batches), batches)
+    before = measure_coverage(newborn, windows)
+    after = measure_coverage(model, windows)
+    untrained = measure_coverage(with_untrained_indexer(model, windows), windows)
     env = environment()
     evals = [r for r in read_rows(RUN / "metrics.jsonl") if r.get("event") == "eval"]
     text = f"""# Does the indexer learn?
@@ -81,7 +75,7 @@ def main(argv: list[str]) -> int:
 (shared), torch {env["torch"]}. {CONFIG.name}: {model.config.n_layers} layers, T = {plain["training"]["max_seq_len"]},
 k = {model.config.k_base}; {args.steps} steps, of these {plain["training"]["indexer_warmup_steps"]} dense, in
 {seconds:.0f} s; held-out {evals[-1]["eval_bpb"]:.3f} bits per byte (unigram {evals[-1]["unigram_bpb"]:.3f}).
-{len(batches)} held-out windows. Shares of dense attention mass, queries that see more than k keys.
+{len(windows)} held-out windows. Shares of dense attention mass, queries that see more than k keys.
 
 After training:
 
@@ -91,9 +85,9 @@ Before the first step (attention is near uniform: nothing to know, and the oracl
 
 {coverage_table(before, before)}
 
-What decides the kernel for long context (training.selected_sets):
+What decides the kernel for long context (training.inspect_indexer):
 
-{spread_table(*measure_spread(model, batches[:8]))}
+{spread_table(*measure_spread(model, windows[:8]))}
 """
     print(text)
     (Path(__file__).parent / "results" / "indexer_cpu.md").write_text(text)
