@@ -1,6 +1,6 @@
 """Prints docs/metrics.md, the table of every metric and event: `python -m training.metrics > docs/metrics.md`."""
 
-from training.record.metrics_log import schema
+from training.record.metric_schema import schema
 
 if __name__ == "__main__":
     print(schema(), end="")

@@ -30,11 +30,13 @@ from support.launching import ROOT, clean_environment, free_port
 from wandb.util import get_core_path
 
 from training import tracking
+from training.config.command import run_command
+from training.observe.tracking import wandb_files, wandb_sink
 from training.config import LoggingConfig, RunConfig, to_plain
 from training.observe.tracking.mirror import Limits, by_step, flat
+from training.observe.tracking.tracker import Tracker
 from training.observe.tracking.tracking_state import Note, Parent, segment_config
 from training.record.metrics_log import MetricsLog, read_rows
-from training.tracking import Tracker
 
 CONFIG = to_plain(RunConfig())
 RUN = "abcd1234"
@@ -87,16 +89,16 @@ class Life:
         )
         self.seconds: list[float] = []
 
-    def tell(self, *rows: dict) -> None:
+    def offer(self, *rows: dict) -> None:
         for told in rows:
             self.log.write(told)
             began = time.perf_counter()
-            self.tracker.tell(told)
+            self.tracker.offer(told)
             self.seconds.append(time.perf_counter() - began)
 
     def train(self, first: int, last: int) -> Life:
         for step in range(first, last + 1):
-            self.tell(row(step), *([evaluation(step)] if step % 3 == 0 else []))
+            self.offer(row(step), *([evaluation(step)] if step % 3 == 0 else []))
         return self
 
     def never_waited(self) -> bool:
@@ -144,7 +146,7 @@ def config_of(folder: Path) -> dict:
 
 def test_a_step_is_one_row_with_its_evaluation_and_its_events(tmp_path):
     life = Life(tmp_path).train(1, 4)
-    life.tell({"event": "save", "step": 3, "tag": "step_3", "bytes": 5, "save_stall_seconds": 0.5, "time": 1e9})
+    life.offer({"event": "save", "step": 3, "tag": "step_3", "bytes": 5, "save_stall_seconds": 0.5, "time": 1e9})
     life.train(5, 6).end()
     found = shown(tmp_path)
     assert list(found) == [1, 2, 3, 4, 5, 6]
@@ -258,7 +260,7 @@ def test_a_wandb_core_that_hangs_does_not_keep_a_failed_process(ended):
 
 def test_a_rollback_within_one_life_does_not_move_backwards(tmp_path):
     life = Life(tmp_path).train(1, 6)
-    life.tell({"event": "spike", "step": 6, "spike_loss": 9.0, "score": 8.0, "samples": [1, 2], "action": "rollback"})
+    life.offer({"event": "spike", "step": 6, "spike_loss": 9.0, "score": 8.0, "samples": [1, 2], "action": "rollback"})
     life.train(4, 9).end()
     found = shown(tmp_path)
     assert list(found) == list(range(1, 10)) and found[6]["spike/score"] == 8.0
@@ -317,7 +319,7 @@ def test_a_run_that_the_user_names_must_exist(tmp_path):
     [
         (lambda patch: patch.setitem(sys.modules, "wandb", None), "ModuleNotFoundError: import of wandb halted"),
         (
-            lambda patch: patch.setattr(tracking, "_WandbRun", broken_package),
+            lambda patch: patch.setattr(wandb_sink, "WandbRun", broken_package),
             "TypeError: Descriptors cannot be created",
         ),
         (lambda patch: patch.setenv("WANDB_BASE_URL", "http://[bad"), "ValueError: Invalid IPv6 URL"),
@@ -343,7 +345,7 @@ def test_a_rebuild_writes_nowhere_else(run_id, copy, capsys):
     victim.mkdir()
     (victim / "weights").write_text("precious")
     before = sorted(copy.rglob("*"))
-    assert tracking.main(["rebuild", str(copy), f"--run_id={run_id}"]) == (0 if not run_id else 3)
+    assert run_command(tracking.main, ["rebuild", str(copy), f"--run_id={run_id}"]) == (0 if not run_id else 3)
     if run_id:
         assert "is not a W&B id" in capsys.readouterr().err and sorted(copy.rglob("*")) == before
     assert (victim / "weights").read_text() == "precious"
@@ -355,7 +357,7 @@ def test_a_rebuild_writes_nowhere_else(run_id, copy, capsys):
 def test_a_damaged_folder_is_not_rebuilt(name, text, copy, capsys):
     (copy / name).write_text(text)
     before = sorted(copy.rglob("*"))
-    assert tracking.main(["rebuild", str(copy)]) == 3
+    assert run_command(tracking.main, ["rebuild", str(copy)]) == 3
     assert capsys.readouterr().err.startswith("error: ") and sorted(copy.rglob("*")) == before
 
 
@@ -416,7 +418,7 @@ class Broken:
 )
 def test_a_failure_or_a_hang_is_said_once_and_training_does_not_wait(tmp_path, monkeypatch, capsys, call, words, how):
     broken = Broken(monkeypatch, call, how)
-    monkeypatch.setattr(tracking, "last_step", lambda path: 60)
+    monkeypatch.setattr(wandb_sink, "last_step", lambda path: 60)
     short = {"init": Limits(open_s=0.3), "log": Limits(call_s=0.3), "finish": Limits(finish_s=0.6)}[call]
     life = Life(tmp_path, limits=short)
     for step in range(1, 61):
@@ -478,7 +480,7 @@ def test_a_wandb_core_that_hangs_stops_neither_training_nor_the_end(tmp_path, ca
     core.suspend()
     began, step = time.monotonic(), 6
     while time.monotonic() - began < 2:
-        life.tell({**row(step), **{f"x{i}": float(i) for i in range(200)}})
+        life.offer({**row(step), **{f"x{i}": float(i) for i in range(200)}})
         step += 1
         time.sleep(0.002)
     assert life.end() < 5
@@ -490,12 +492,12 @@ def test_a_wandb_core_that_hangs_stops_neither_training_nor_the_end(tmp_path, ca
 
 def test_a_full_disk_under_wandbs_files_is_said_once(tmp_path, capfd, monkeypatch):
     """wandb-core drops what it cannot write, and logs it into a file on the same disk: here its files may not grow."""
-    monkeypatch.setattr(tracking, "DISK_CHECK_S", 0.4)
+    monkeypatch.setattr(wandb_sink, "DISK_CHECK_S", 0.4)
     life = Life(tmp_path).train(1, 5)
     wait_for(lambda: told(life))
     resource.prlimit(core_of_this_process().pid, resource.RLIMIT_FSIZE, (70_000, 70_000))
     for step in range(6, 600):
-        life.tell({**row(step), **{f"x{i}": float(i) for i in range(20)}})
+        life.offer({**row(step), **{f"x{i}": float(i) for i in range(20)}})
         time.sleep(0.003)
     life.end()
     said = capfd.readouterr().err
@@ -516,7 +518,7 @@ def test_a_key_without_a_network_is_offline_from_the_first_step(tmp_path, monkey
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(tracking, "INIT_TIMEOUT_S", 1)
+    monkeypatch.setattr(wandb_sink, "INIT_TIMEOUT_S", 1)
     Life(tmp_path).train(1, 5).end()
     said = capfd.readouterr().err
     assert said.count("W&B: no connection (") == 1 and "this segment is tracked offline" in said, said
@@ -536,12 +538,12 @@ TRACKED = """
 import sys
 from pathlib import Path
 from training.config import LoggingConfig
-from training.tracking import Tracker
+from training.observe.tracking.tracker import Tracker
 folder = Path(sys.argv[1])
 folder.mkdir()
 tracker = Tracker(LoggingConfig(wandb=True), output_dir=folder, run_id="abcd1234", config={})
 for step in range(1, 4):
-    tracker.tell({"step": step, "tokens": step, "loss": 1.0, "time": 1e9})
+    tracker.offer({"step": step, "tokens": step, "loss": 1.0, "time": 1e9})
 tracker.finish(0)
 """
 
@@ -569,10 +571,10 @@ def test_an_inherited_service_is_used_while_it_lives_and_dropped_once_it_is_dead
         stdout=subprocess.PIPE,
     ) as owner:
         token = owner.stdout.readline().strip()
-        assert tracking.service_answers(token), token
+        assert wandb_sink.service_answers(token), token
         assert track_in_child(tmp_path / "live", token) == ""
         owner.communicate("\n", timeout=60)
-    assert not tracking.service_answers(token), token
+    assert not wandb_sink.service_answers(token), token
     said = track_in_child(tmp_path / "dead", token)
     for run in ("live", "dead"):
         assert list(shown(tmp_path / run)) == [1, 2, 3], said
@@ -582,8 +584,8 @@ def test_an_inherited_service_is_used_while_it_lives_and_dropped_once_it_is_dead
 @pytest.mark.parametrize("token", ["garbage", "2-5-unix-/socket", "3-5-tcp-localhost-99999", "3-5-unix-/" + 200 * "x"])
 def test_an_address_that_cannot_be_one_is_dropped(token, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_SERVICE", token)
-    tracking._drop_dead_service()
-    tracking._drop_dead_service()
+    wandb_sink._drop_dead_service()
+    wandb_sink._drop_dead_service()
     assert "WANDB_SERVICE" not in os.environ
     assert capsys.readouterr().err.count(f"WANDB_SERVICE={token}, so it is ignored") == 1
 
@@ -599,9 +601,9 @@ def test_a_service_answers_while_its_socket_listens(family, tmp_path, monkeypatc
         service.bind(where)
         service.listen()
         monkeypatch.setenv("WANDB_SERVICE", token)
-        tracking._drop_dead_service()
+        wandb_sink._drop_dead_service()
         assert os.environ["WANDB_SERVICE"] == token and capsys.readouterr().err == ""
-    assert not tracking.service_answers(token)  # the unix socket's file is still there
+    assert not wandb_sink.service_answers(token)  # the unix socket's file is still there
 
 
 # -- online: a stand-in for W&B's server ------------------------------------------------------------------
@@ -749,7 +751,7 @@ def rebuilt(run: Path, name: str) -> dict[int, dict]:
 def test_a_rebuilt_run_has_every_step_of_metrics_jsonl_once(copy, capsys):
     own = json.loads((copy / "run.json").read_text())["tracking_id"]
     for _ in range(2):  # the second replaces the first
-        assert tracking.main(["rebuild", str(copy)]) == 0
+        assert run_command(tracking.main, ["rebuild", str(copy)]) == 0
     found = rebuilt(copy, own)
     rows = [row for row in read_rows(copy / "metrics.jsonl") if "event" not in row]
     evals = {row["step"]: row["eval_bpb"] for row in read_rows(copy / "metrics.jsonl") if row.get("event") == "eval"}
@@ -767,7 +769,12 @@ def test_a_rebuilt_run_has_every_step_of_metrics_jsonl_once(copy, capsys):
 def test_a_rebuilt_run_takes_another_name_and_names_its_parent(copy):
     state = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps({**state, "parent": {"id": "feedbeef", "step": 40}}))
-    assert tracking.main(["rebuild", str(copy), "--run_id", "clean", "--project", "other", "--mode", "offline"]) == 0
+    assert (
+        run_command(
+            tracking.main, ["rebuild", str(copy), "--run_id", "clean", "--project", "other", "--mode", "offline"]
+        )
+        == 0
+    )
     (run,) = records(copy / "wandb_rebuilt" / "clean", "run")
     assert (run["run_id"], run["project"]) == ("clean", "other")
     assert config_of(copy / "wandb_rebuilt" / "clean")["parent"] == {"id": "feedbeef", "step": 40}
@@ -780,25 +787,25 @@ def test_fragments_with_a_hole_are_rebuilt_as_one_run_and_uploaded(tmp_path, ser
     shutil.rmtree(sorted(tmp_path.glob("wandb/offline-run-*"))[0])
     (tmp_path / "run.json").write_text(json.dumps({"status": "finished", "tracking_id": RUN}))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(changed(1e-4, 50)))
-    assert tracking.main(["rebuild", str(tmp_path)]) == 0
+    assert run_command(tracking.main, ["rebuild", str(tmp_path)]) == 0
     monkeypatch.delenv("WANDB_MODE")
     sync(*tmp_path.glob(f"wandb_rebuilt/{RUN}/wandb/offline-run-*"))
     assert server.steps() == list(range(1, 13))
     segments = config_of(tmp_path / "wandb_rebuilt" / RUN)["segments"]
     assert segment_config(segments, 0) == CONFIG and segment_config(segments, 1) == changed(1e-4, 50)
-    assert tracking.main(["rebuild", str(tmp_path), "--run_id", "online"]) == 0
+    assert run_command(tracking.main, ["rebuild", str(tmp_path), "--run_id", "online"]) == 0
     assert server.steps("online") == list(range(1, 13))
 
 
 def test_a_rebuild_does_not_write_into_a_run_that_the_server_has(copy, server, capsys):
     server.runs["taken"] = [{"_step": 1}]
-    assert tracking.main(["rebuild", str(copy), "--run_id", "taken"]) == 1
+    assert run_command(tracking.main, ["rebuild", str(copy), "--run_id", "taken"]) == 1
     assert "Run (taken) already exists" in capsys.readouterr().err
     assert server.steps("taken") == [1]
 
 
 def test_a_folder_without_steps_is_refused(tmp_path, capsys):
-    assert tracking.main(["rebuild", str(tmp_path / "nothing")]) == 3
+    assert run_command(tracking.main, ["rebuild", str(tmp_path / "nothing")]) == 3
     assert "metrics.jsonl has no step; give the --output_dir of a run" in capsys.readouterr().err
 
 
@@ -806,18 +813,18 @@ def test_the_reader_of_transaction_logs_agrees_with_wandbs_own(tmp_path):
     """Across many blocks, from the front and from the back; and up to where a file is damaged."""
     life = Life(tmp_path)
     for step in range(1, 501):
-        life.tell({**row(step), **{f"x{i}": float(i) for i in range(40)}})
+        life.offer({**row(step), **{f"x{i}": float(i) for i in range(40)}})
     life.end()
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert file.stat().st_size > 20 * 32 * 1024
-    assert sum(1 for _ in tracking.log_records(file)) == len(inspect(file))
+    assert sum(1 for _ in wandb_files.log_records(file)) == len(inspect(file))
     assert list(shown(tmp_path)) == list(range(1, 501))
-    assert tracking.last_step(file) == 500 == tracking.logged_step(tmp_path / "wandb", RUN)
+    assert wandb_files.last_step(file) == 500 == wandb_files.logged_step(tmp_path / "wandb", RUN)
     raw = file.read_bytes()
     file.write_bytes(raw[: len(raw) // 2])
-    assert 200 < tracking.last_step(file) < 300
+    assert 200 < wandb_files.last_step(file) < 300
     file.write_bytes(raw[: 32 * 1024 * 2] + bytes(32 * 1024 * 20))
-    assert 1 < tracking.last_step(file) < 100
+    assert 1 < wandb_files.last_step(file) < 100
 
 
 # -- TensorBoard ------------------------------------------------------------------------------------------
@@ -838,7 +845,7 @@ def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path):
     time.sleep(1.1)  # its files are named by the second
     life = Life(tmp_path, BOARD, step=4, segment=1)
     for step in range(5, 11):
-        life.tell({**row(step), "loss": -step})
+        life.offer({**row(step), "loss": -step})
     life.end()
     assert scalars(tmp_path, "loss") == pytest.approx({s: 1 / s if s <= 4 else -s for s in range(1, 11)})
     assert scalars(tmp_path, "eval_bpb") == pytest.approx({3: 1 / 3})
@@ -847,7 +854,7 @@ def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path):
 def test_tensorboard_replaces_what_a_rollback_takes_back(tmp_path):
     life = Life(tmp_path, BOARD).train(1, 6)
     for step in range(4, 8):
-        life.tell({**row(step), "loss": -step})
+        life.offer({**row(step), "loss": -step})
     life.end()
     assert scalars(tmp_path, "loss") == pytest.approx({1: 1, 2: 1 / 2, 3: 1 / 3, 4: -4, 5: -5, 6: -6, 7: -7})
 

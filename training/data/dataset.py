@@ -9,21 +9,16 @@ import hashlib
 import json
 import math
 import sys
-from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from training.config import BatchPlan
 from training.config.exit_codes import ExitCode, Refusal
 from training.data import packing
-from training.data.order import BLOCK, Order, permute
-
-__all__ = ["Batch", "DataError", "Loader", "PackedTokens", "permute", "step_samples"]
+from training.data.order import BLOCK, Order
 
 IGNORE = -100
 FORMAT = 1
@@ -238,76 +233,3 @@ def _require_sha256(path: Path, expected: str, folder: Path) -> None:
 
 def _mend(folder: Path) -> str:
     return f"make it with: python -m training.prepare_data --out {folder} ... (the quickstart's: make data)"
-
-
-def step_samples(samples_consumed: int, plan: BatchPlan, rank: int) -> list[np.ndarray]:
-    """Sample numbers of each micro-batch of one rank in the step that begins at samples_consumed.
-
-    Micro-batch m of all ranks together is a run of consecutive samples, so the samples of a step are the same
-    for any number of ranks.
-    """
-    width = plan.micro_batch_size
-    starts = [samples_consumed + (m * plan.world_size + rank) * width for m in range(plan.accumulation_steps)]
-    return [np.arange(start, start + width) for start in starts]
-
-
-def past(skipped: Iterable[tuple[int, int]], first: int, count: int) -> int:
-    """The first sample from `first` on from which `count` samples avoid every skipped (first, count) range."""
-    for start, length in sorted(skipped):
-        if first < start + length and start < first + count:
-            first = start + length
-    return first
-
-
-class Loader:
-    """Micro-batches of one rank, step after step, read ahead by threads.
-
-    The sequence is the same for any num_workers; 0 reads in line. skipped: (first, count) ranges of samples that no
-    step may touch. An error in a reader is raised by the
-    `next` that would have returned its batch, with its sample numbers.
-    """
-
-    def __init__(
-        self,
-        data: PackedTokens,
-        *,
-        samples_consumed: int,
-        plan: BatchPlan,
-        rank: int,
-        num_workers: int,
-        pin_memory: bool,
-        skipped: Sequence[tuple[int, int]] = (),
-    ) -> None:
-        self._data, self._pin = data, pin_memory
-        self._numbers = self._forever(samples_consumed, plan, rank, skipped)
-        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="loader") if num_workers else None
-        self._ahead: deque[Future[Batch]] = deque()
-        if self._pool is not None:
-            self._ahead.extend(self._pool.submit(self._read, next(self._numbers)) for _ in range(2 * num_workers))
-
-    @staticmethod
-    def _forever(consumed: int, plan: BatchPlan, rank: int, skipped: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
-        while True:
-            consumed = past(skipped, consumed, plan.global_batch_size)
-            yield from step_samples(consumed, plan, rank)
-            consumed += plan.global_batch_size
-
-    def _read(self, samples: np.ndarray) -> Batch:
-        try:
-            batch = self._data.batch(samples)
-        except Exception as err:
-            raise DataError(f"samples {samples[0]}..{samples[-1]} cannot be read: {type(err).__name__}: {err}") from err
-        return batch.pin_memory() if self._pin else batch
-
-    def __iter__(self) -> Loader:
-        return self
-
-    def __next__(self) -> Batch:
-        if self._pool is None:
-            return self._read(next(self._numbers))
-        self._ahead.append(self._pool.submit(self._read, next(self._numbers)))
-        return self._ahead.popleft().result()
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)

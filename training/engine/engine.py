@@ -212,7 +212,7 @@ class Engine:
         return boundary
 
     def gradient_squares(self) -> torch.Tensor | None:
-        """This rank's share of the squared gradient by part: training/engine/zero_internals.py. At a boundary, before `step`."""
+        """This rank's share of the squared gradient by part. Call it at a boundary, before `step`."""
         return gradient_squares(self.module, self._engine.optimizer, self.zero_stage)
 
     def update_sample(self) -> UpdateSample:

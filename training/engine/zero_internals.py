@@ -1,20 +1,16 @@
-"""Gradient norms by part, updates beside weights, and dropping a step's gradient, inside DeepSpeed's optimizers.
+"""What this project does inside the optimizers of DeepSpeed 0.19.8: gradient norms by part, update sizes, dropped steps.
 
-It knows the insides of DeepSpeed 0.19.8's three optimizers, and is given one, as training/engine/reshape.py is. Nothing here
-is a collective: the trainer sums what each rank finds with the numbers it sums anyway, and the rows' measures of
-health are made of the sums here.
+Each function is given one of DeepSpeed's three optimizers, as those of training/engine/reshape.py are. Nothing here is
+a collective: the loop adds up over ranks what each rank returns, together with the other numbers of the step.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
-
-from gsa.attention.probe import PROBES
 
 PARTS = ("indexer", "gates", "rest")
 """Parts of a model by the name of a parameter, for norms of the gradient."""
@@ -109,35 +105,3 @@ def drop_gradients(optimizer: Any, zero_stage: int) -> None:
         for number in optimizer.averaged_gradients:
             optimizer.averaged_gradients[number] = None
             optimizer.all_grad_tensors[number] = None
-
-
-def probe_metrics(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, object]:
-    """The row's PROBE_METRICS from sums over ranks, and how many ranks had each, (n_layers, len(PROBES)) twice.
-
-    A rank whose sequence has nothing to measure in a layer counts for nothing there; what no layer has is left out.
-    """
-    by_name = dict(zip(PROBES, (sums / counts).cpu().unbind(1), strict=True))
-    found = {
-        "indexer/coverage": by_name["coverage"].nanmean(),
-        "indexer/coverage_worst": by_name["coverage"].nan_to_num(torch.inf).min(),
-        "indexer/oracle": by_name["oracle"].nanmean(),
-        "indexer/recall": by_name["recall"].nanmean(),
-        "gate/value_saturation": by_name["value_saturation"].nanmean(),
-        "gate/output_saturation": by_name["output_saturation"].nanmean(),
-        "attention/first_token": by_name["first_token"].nanmean(),
-    }
-    layers = {
-        name: [value if math.isfinite(value) else None for value in column.tolist()] for name, column in by_name.items()
-    }
-    return {name: value.item() for name, value in found.items() if value.isfinite()} | {"layers": layers}
-
-
-def health_metrics(squares: torch.Tensor | None, updates: torch.Tensor) -> dict[str, float]:
-    """HEALTH_METRICS from what training/engine/zero_internals.py found, summed over ranks. squares: by part; updates: by group."""
-    row = {}
-    if squares is not None:
-        row |= {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, squares.tolist(), strict=True)}
-    for name, (change, weight) in zip(UPDATED, updates.tolist(), strict=True):
-        if weight > 0:
-            row[f"update_ratio/{name}"] = math.sqrt(change / weight)
-    return row

@@ -17,7 +17,8 @@ from gsa.attention.probe import PROBES
 from training.config import BatchPlan, TrainingConfig
 from training.data import Batch
 from training.data.order import permute
-from training.engine.zero_internals import UpdateSample, health_metrics, probe_metrics
+from training.engine.zero_internals import UpdateSample
+from training.observe.health import health_metrics, probe_metrics
 
 if TYPE_CHECKING:  # importing DeepSpeed takes seconds
     from training.engine.engine import Engine

@@ -19,11 +19,11 @@ from training.observe.banner import closing_summary, start_banner
 from training.observe.console import Console, LogLevel
 from training.observe.telemetry import SETTLED, Telemetry
 from training.observe.tracking.run_identity import identify_run
+from training.observe.tracking.tracker import Tracker
 from training.record.metrics_log import MetricsLog, iter_rows, rewind
 from training.record.replay_receipt import ReplayReceipt, describe
 from training.record.run_folder import PROJECT, RunFolder, version
 from training.record.spike_score import WINDOW
-from training.tracking import Tracker
 
 RECENT_STEPS = 100
 """Steps whose medians the closing summary shows."""
@@ -242,7 +242,7 @@ class Recorder(SilentRecorder):
     def _write(self, row: dict) -> None:
         self._log.write(row)
         if self._tracker is not None:
-            self._tracker.tell(row)
+            self._tracker.offer(row)
 
     def roll_back(self, row: dict, event: dict, step: int, checkpoint: str) -> None:
         """The run has gone back to `checkpoint` of `step`. row: the step that it does not keep; event: why."""

@@ -12,9 +12,10 @@ from gsa.model import flops_per_token
 from gsa.units import GIB
 from training.config.run_spec import RunSpec
 from training.engine.world import World
+from training.observe.gpu_monitor import Monitor
 from training.observe.step_clock import StepClock
 from training.planning.cost_model import memory_bytes, setting_of, step_time
-from training.planning.devices import Monitor, find_device, peak_tflops
+from training.planning.devices import find_device, peak_tflops
 
 SETTLED = 3
 """Steps after which a process has reached the memory and the pace of the run."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from training.record.metrics_log import as_written, is_timing
+from training.record.metric_schema import is_timing
+from training.record.metrics_log import as_written
 
 
 class ReplayReceipt:

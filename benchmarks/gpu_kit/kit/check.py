@@ -91,7 +91,8 @@ def _():
 
 @probe("the device is in the table of devices, and NVML answers every query")
 def _():
-    from training.planning.devices import Monitor, find_device
+    from training.observe.gpu_monitor import Monitor
+    from training.planning.devices import find_device
 
     if not GPU:
         return "no GPU"

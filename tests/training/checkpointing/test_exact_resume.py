@@ -17,7 +17,8 @@ from support.tiny_dataset import write_dataset
 
 from gsa.checkpoint import manifest
 from gsa.checkpoint.full_state import read_full_state, read_layout
-from training.record.metrics_log import TIME_METRICS, read_rows
+from training.record.metric_schema import TIME_METRICS
+from training.record.metrics_log import read_rows
 
 CELLS = [("zero0", "fp32")] + [(f"zero{z}", p) for z in (1, 2, 3) for p in ("bf16", "fp32")]
 RESUME = ("path", "step_2", "latest", "auto")

@@ -12,7 +12,8 @@ import pytest
 from support.launching import start_training
 
 from gsa.checkpoint import manifest
-from training.record.metrics_log import TIME_METRICS, read_rows
+from training.record.metric_schema import TIME_METRICS
+from training.record.metrics_log import read_rows
 
 KILLS = int(os.environ.get("SOAK_KILLS", "30"))
 """SOAK_KILLS=200 is the long form."""

@@ -12,7 +12,8 @@ from support.launching import ROOT, Case, run_cases
 
 from gsa.checkpoint.full_state import read_run_state
 from training.data import past
-from training.record.metrics_log import HEALTH_METRICS, is_timing, read_rows
+from training.record.metric_schema import HEALTH_METRICS, is_timing
+from training.record.metrics_log import read_rows
 from training.record.reader import read
 from training.record.replay_receipt import ReplayReceipt
 from training.record.spike_score import KNOWN, WINDOW, SpikeDetector

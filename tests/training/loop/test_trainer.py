@@ -25,7 +25,8 @@ from training.config import RunSpec, load_config, plan_batch
 from training.data import PackedTokens
 from training.engine.world import World
 from training.observe.telemetry import Telemetry
-from training.record.metrics_log import EVENTS, PROBE_METRICS, STEP_METRICS, TIME_METRICS, read_rows
+from training.record.metric_schema import EVENTS, PROBE_METRICS, STEP_METRICS, TIME_METRICS
+from training.record.metrics_log import read_rows
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 POISONED = 30

@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from training.observe import gpu_monitor
+from training.observe.gpu_monitor import GpuId, Monitor
 from training.planning import devices
-from training.planning.devices import DEVICES, GpuId, Monitor, find_device, measured_tflops, parse_device, peak_tflops
+from training.planning.devices import DEVICES, find_device, measured_tflops, parse_device, peak_tflops
 
 # -- the table ----------------------------------------------------------------------------------------
 
@@ -301,7 +303,7 @@ def test_every_name_the_monitor_calls_is_in_the_real_library():
         pynvml.nvmlClocksEventReasonHwThermalSlowdown,
         pynvml.nvmlClocksEventReasonHwPowerBrakeSlowdown,
     }
-    assert set(devices.THROTTLE_REASONS) == bits
+    assert set(gpu_monitor.THROTTLE_REASONS) == bits
     assert pynvml.NVML_CLOCK_SM == StandIn.NVML_CLOCK_SM
     assert pynvml.NVML_TEMPERATURE_GPU == StandIn.NVML_TEMPERATURE_GPU
     assert [field for field, _ in pynvml.c_nvmlUtilization_t._fields_] == ["gpu", "memory"]

@@ -8,7 +8,8 @@ import pytest
 from support.launching import ROOT
 
 from training.observe.console import Console, text_chart
-from training.record.metrics_log import MetricsLog, read_rows, rewind, schema
+from training.record.metric_schema import schema
+from training.record.metrics_log import MetricsLog, read_rows, rewind
 
 
 def write(path, rows, torn=""):

@@ -9,10 +9,9 @@ from gsa.checkpoint.full_state import read_run_state
 from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import RunState
 from training.config import RunConfig, config_changes, to_plain
-from training.observe.tracking.tracking_state import Parent
+from training.observe.tracking.tracking_state import Parent, new_run_id
 from training.record.metrics_log import iter_rows
 from training.record.run_folder import RunFolder
-from training.tracking import new_run_id
 
 
 class Identity(NamedTuple):

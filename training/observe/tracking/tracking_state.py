@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import secrets
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ from typing import Any
 from training.config import config_changes
 
 FILE = "tracking.json"
+
+
+def new_run_id() -> str:
+    """A tracking id; made once per run, stored in run.json and in every checkpoint."""
+    return secrets.token_hex(4)
 
 
 @dataclass(frozen=True)

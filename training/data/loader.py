@@ -1,0 +1,85 @@
+"""Micro-batches of one rank, step after step: which samples each step trains on, read ahead by threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from training.config import BatchPlan
+from training.data.dataset import Batch, DataError, PackedTokens
+
+
+def step_samples(samples_consumed: int, plan: BatchPlan, rank: int) -> list[np.ndarray]:
+    """Sample numbers of each micro-batch of one rank in the step that begins at samples_consumed.
+
+    Micro-batch m of all ranks together is a run of consecutive samples, so the samples of a step are the same
+    for any number of ranks.
+    """
+    width = plan.micro_batch_size
+    starts = [samples_consumed + (m * plan.world_size + rank) * width for m in range(plan.accumulation_steps)]
+    return [np.arange(start, start + width) for start in starts]
+
+
+def past(skipped: Iterable[tuple[int, int]], first: int, count: int) -> int:
+    """The first sample from `first` on from which `count` samples avoid every skipped (first, count) range."""
+    for start, length in sorted(skipped):
+        if first < start + length and start < first + count:
+            first = start + length
+    return first
+
+
+class Loader:
+    """Micro-batches of one rank, step after step, read ahead by threads.
+
+    The sequence is the same for any num_workers; 0 reads in line. skipped: (first, count) ranges of samples that no
+    step may touch. An error in a reader is raised by the
+    `next` that would have returned its batch, with its sample numbers.
+    """
+
+    def __init__(
+        self,
+        data: PackedTokens,
+        *,
+        samples_consumed: int,
+        plan: BatchPlan,
+        rank: int,
+        num_workers: int,
+        pin_memory: bool,
+        skipped: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        self._data, self._pin = data, pin_memory
+        self._numbers = self._forever(samples_consumed, plan, rank, skipped)
+        self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="loader") if num_workers else None
+        self._ahead: deque[Future[Batch]] = deque()
+        if self._pool is not None:
+            self._ahead.extend(self._pool.submit(self._read, next(self._numbers)) for _ in range(2 * num_workers))
+
+    @staticmethod
+    def _forever(consumed: int, plan: BatchPlan, rank: int, skipped: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
+        while True:
+            consumed = past(skipped, consumed, plan.global_batch_size)
+            yield from step_samples(consumed, plan, rank)
+            consumed += plan.global_batch_size
+
+    def _read(self, samples: np.ndarray) -> Batch:
+        try:
+            batch = self._data.batch(samples)
+        except Exception as err:
+            raise DataError(f"samples {samples[0]}..{samples[-1]} cannot be read: {type(err).__name__}: {err}") from err
+        return batch.pin_memory() if self._pin else batch
+
+    def __iter__(self) -> Loader:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._pool is None:
+            return self._read(next(self._numbers))
+        self._ahead.append(self._pool.submit(self._read, next(self._numbers)))
+        return self._ahead.popleft().result()
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
