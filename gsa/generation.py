@@ -31,10 +31,13 @@ def load_model(step_dir: Path, device: str = "cpu") -> GSAForCausalLM:
     """The model of a checkpoint folder, in float32 and evaluation mode, on `device`, with the fastest backend there.
 
     Prints a warning to stderr when Triton's kernels do not pass their check on a GPU and the chunked ones run instead.
-    Raises CheckpointError when the weights are missing or damaged.
+    Raises CheckpointError when the weights are missing or damaged, or their configuration describes no model.
     """
     config, weights = load_weights(step_dir)
-    c = ModelConfig(**config)
+    try:
+        c = ModelConfig(**config)
+    except (TypeError, ValueError) as err:
+        raise manifest.CheckpointError(f"{step_dir}: its config.json describes no model: {err}; restore it") from err
     model = GSAForCausalLM(c)
     model.load_state_dict(weights)
     shape = Shape(c.n_heads, c.n_kv_heads, c.d_head, c.n_indexer_heads, c.d_indexer, torch.float32)

@@ -1,4 +1,4 @@
-"""training.replay and the model's samples, on a real run."""
+"""The command training.replay, and the completions that a run logs, on a real run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from support.launching import ROOT, Case, run_cases
 
 from gsa.attention.cache import Cache
 from gsa.generation import load_model
+from training.config.command import run_command
 from training.record.metrics_log import read_rows
 from training.replay import main
 
@@ -35,7 +36,7 @@ def test_the_step_after_a_checkpoint_is_run_again_to_its_loss(a_run, capsys):
     assert len(re.findall(r"^    w\d+ w\d+", out, re.M)) == 8
 
 
-def test_a_step_of_a_segment_is_found(a_run, tmp_path, capsys):
+def test_a_step_of_a_discarded_branch_is_found(a_run, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(a_run, run)
     rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -51,12 +52,12 @@ def test_a_step_of_a_segment_is_found(a_run, tmp_path, capsys):
     "argv, code, words", [(["--step", "99"], 2, "no step 99"), (["--step", "2"], 3, "no checkpoint before step 2")]
 )
 def test_wrong_input_is_refused(a_run, argv, code, words, capsys):
-    assert main([str(a_run), *argv]) == code
+    assert run_command(main, [str(a_run), *argv]) == code
     assert words in capsys.readouterr().err
-    assert main([str(a_run / "step_3"), "--step", "1"]) == 2
+    assert run_command(main, [str(a_run / "step_3"), "--step", "1"]) == 2
 
 
-def test_a_step_is_run_again_as_its_own_launch_had_it(a_run, tmp_path, capsys):
+def test_a_step_is_run_again_with_the_configuration_of_its_own_launch(a_run, tmp_path, capsys):
     """config.yaml and run.json are of the newest launch, which may have another batch, length and number of ranks."""
     run = tmp_path / "run"
     shutil.copytree(a_run, run)
@@ -72,20 +73,20 @@ def test_a_step_is_run_again_as_its_own_launch_had_it(a_run, tmp_path, capsys):
 def test_each_training_of_a_step_can_be_shown(a_run, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(a_run, run)
-    dead = row_of(run, 5) | {"samples": 80, "loss": "nan"}
+    discarded = row_of(run, 5) | {"samples": 80, "loss": "nan"}
     (run / "segments").mkdir(exist_ok=True)
-    (run / "segments" / "metrics_0.jsonl").write_text(json.dumps(dead) + "\n")
+    (run / "segments" / "metrics_0.jsonl").write_text(json.dumps(discarded) + "\n")
     assert main([str(run), "--step", "5"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("also trained: --segment 0, loss nan, samples up to 79\nstep 5: ") and "samples 32..39" in out
     assert main([str(run), "--step", "5", "--segment", "0"]) == 0
     out = capsys.readouterr().out
     assert "also trained: in metrics.jsonl" in out and "step 5: loss nan then" in out and "samples 72..79" in out
-    assert main([str(run), "--step", "5", "--segment", "7"]) == 2
+    assert run_command(main, [str(run), "--step", "5", "--segment", "7"]) == 2
     assert "it is in metrics.jsonl, segment 0" in capsys.readouterr().err
 
 
-def test_what_is_missing_is_said(a_run, tmp_path, capsys):
+def test_a_missing_tokenizer_and_a_row_without_samples_are_refused(a_run, tmp_path, capsys):
     run = tmp_path / "run"
     shutil.copytree(a_run, run)
     source = Path(yaml.safe_load((run / "config.yaml").read_text())["data"]["data_dir"])
@@ -93,15 +94,15 @@ def test_what_is_missing_is_said(a_run, tmp_path, capsys):
     (tmp_path / "text" / "tokenizer.json").unlink()
     lines = (run / "metrics.jsonl").read_text().replace(json.dumps(str(source)), json.dumps(str(tmp_path / "text")))
     (run / "metrics.jsonl").write_text(lines)
-    assert main([str(run), "--step", "4"]) == 3
+    assert run_command(main, [str(run), "--step", "4"]) == 3
     assert "tokenizer.json is missing" in capsys.readouterr().err
     (run / "metrics.jsonl").write_text(lines.replace('"samples": 32, ', ""))
-    assert main([str(run), "--step", "4"]) == 2
+    assert run_command(main, [str(run), "--step", "4"]) == 2
     assert "has no samples" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
-def test_samples_are_what_the_checkpoint_says_greedily(stage, tmp_path, tiny_yaml):
+def test_logged_completions_are_the_greedy_ones_of_the_checkpoint(stage, tmp_path, tiny_yaml):
     run_cases(
         2,
         [
@@ -130,11 +131,11 @@ def test_samples_are_what_the_checkpoint_says_greedily(stage, tmp_path, tiny_yam
         tokens = [int(word[1:]) for word in row["prompt"].split()]
         with torch.no_grad():
             cache, new = Cache(model.config, 1, 32), tokens
-            said = []
+            words = []
             for _ in range(6):
                 token = int(model(torch.tensor([new]), cache=cache, last_only=True).logits[0, -1].argmax())
                 if token == 63:
                     break
-                said.append(f"w{token}")
+                words.append(f"w{token}")
                 new = [token]
-        assert row["text"].split() == said
+        assert row["text"].split() == words
