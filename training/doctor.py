@@ -36,7 +36,7 @@ def main(argv: Sequence[str]) -> int:
         return ExitCode.FINISHED
     found = {
         "run": str(args.run),
-        "status": record.run.get("status"),
+        "status": record.run_json.get("status"),
         "summary": asdict(summary),
         "budget": time_shares(summary),
         "verdicts": [asdict(verdict) for verdict in verdicts],

@@ -1,1 +1,1 @@
-"""report.html and report.md of a run: what its folder says (record), what follows (story), how it is shown."""
+"""Looks at a run afterwards: its analysis, the doctor's diagnosis, and the pages report.html and report.md."""

@@ -248,7 +248,7 @@ def _over_last(values: np.ndarray, steps: int, combine: np.ufunc) -> float | Non
 
 def _state(record: Record) -> tuple[State, str]:
     """What the run is doing: its state, and the same in words."""
-    run, stops = record.run, record.events_of("stop")
+    run, stops = record.run_json, record.events_of("stop")
     status, reason = run.get("status"), run.get("reason")
     why = f": {reason}" if reason and reason != status else ""
     if status in ("finished", "stopped", "failed"):
@@ -297,7 +297,7 @@ def _launches(record: Record, state: State, words: str) -> tuple[Launch, ...]:
         if began is None or until is None:  # without times, nobody knows which rows belong to the launch
             began, until = None, -math.inf
         within = [e for e in events if began is not None and began <= (finite(e, "time") or -math.inf) < until]
-        ending = _ending(within, record.run, state, words, last=following is None)
+        ending = _ending(within, record.run_json, state, words, last=following is None)
         found.append(_launch(record, row, within, began, until, ending))
     return tuple(found)
 

@@ -130,7 +130,7 @@ def time_shares(s: Summary) -> dict[str, float]:
 
 def render(record: Record, s: Summary, verdicts: Sequence[Verdict], notes: Sequence[str]) -> str:
     """The diagnosis as text for a terminal."""
-    c, run = s.settings, record.run
+    c, run = s.settings, record.run_json
     where = f"{_or_unknown(c.world_size)} x {s.device or 'device unknown'}, ZeRO {_or_unknown(c.zero_stage)}"
     batch = f"micro-batch {_or_unknown(c.micro_batch_size)} x {_or_unknown(c.accumulation_steps)}"
     live = run.get("status") == "running" and s.written is not None

@@ -116,10 +116,10 @@ def facts(run: Analysis) -> list[tuple[str, str]]:
         ("Began", moment(launches[0].began) if launches else NOTHING),
         ("Last line", moment(launches[-1].ended) if launches else NOTHING),
     ]
-    if parent := run.record.run.get("parent"):
+    if parent := run.record.run_json.get("parent"):
         found.append(("Forked from", brief(as_json(parent))))
-    if run.record.run.get("tracking_id"):
-        found.append(("Tracking id", brief(run.record.run["tracking_id"])))
+    if run.record.run_json.get("tracking_id"):
+        found.append(("Tracking id", brief(run.record.run_json["tracking_id"])))
     return found
 
 
@@ -490,7 +490,7 @@ def difference_table(runs: Sequence[Analysis]) -> Table:
 def _all_settings(run: Analysis) -> dict[str, object]:
     record = run.record
     zero = {"zero_optimization": mapping(record.ds_config.get("zero_optimization"))}
-    ran = {name: record.run[name] for name in ("world_size", "zero_stage", "backend") if name in record.run}
+    ran = {name: record.run_json[name] for name in ("world_size", "zero_stage", "backend") if name in record.run_json}
     return (
         flatten(record.config)
         | {f"ds_config: {key}": value for key, value in flatten(zero).items()}
