@@ -53,7 +53,7 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def step_row(step: int, at: float, random: np.random.Generator) -> dict:
-    """4 GPUs, dense until step 100; every field that the trainer knows."""
+    """A row with every field that the trainer writes: 4 GPUs, dense attention until step 100."""
     seconds = 7.0 + abs(random.normal(0, 0.05))
     row = {
         "step": step,
@@ -245,7 +245,7 @@ def long_run(
 
 @pytest.fixture(scope="module")
 def days(tmp_path_factory) -> Path:
-    """Copy before you change it."""
+    """A run of days that tests share: copy it before you change it."""
     return long_run(tmp_path_factory.mktemp("days") / "gsa-512m")
 
 
@@ -258,7 +258,7 @@ def copy(days, tmp_path) -> Path:
 
 
 class Elements(HTMLParser):
-    """Tags with their attributes, and the text between them, scripts and styles apart."""
+    """Tags with their attributes, and the text between them, without scripts and styles."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -325,7 +325,7 @@ def test_the_report_of_a_real_run(a_run, tmp_path, capsys):
     after = {
         path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and not path.name.startswith("report")
     }
-    assert after == before  # it reads only
+    assert after == before  # nothing else in the folder has changed
     run = analysis_of(a_run)
     assert run.state == "finished" and run.unsaved == 0 and run.launches[0].last == 6
     spent = run.budget.seconds
@@ -339,7 +339,7 @@ def test_the_report_of_a_real_run(a_run, tmp_path, capsys):
 
 
 def test_a_killed_run_and_its_resumption(a_run, tiny_yaml, tmp_path):
-    """The folder of a real run, cut off as by a kill after step 5, and then really resumed."""
+    """The folder of a real run is cut off as if it had been killed after step 5, and then the run is resumed."""
     folder = shutil.copytree(a_run, tmp_path / "run")
     shutil.rmtree(folder / "step_6")
     manifest.publish(folder, "step_3")
@@ -577,7 +577,7 @@ def test_fields_of_wrong_kinds_break_no_page(tmp_path, share):
         for path, all_rows in rows.items():
             write_rows(path, [spoilt(row, always) for row in all_rows])
         for path, content in files.items():
-            path.write_text(json.dumps(spoilt(content, set())))  # json is yaml too
+            path.write_text(json.dumps(spoilt(content, set())))  # JSON is YAML too
         write([run], tmp_path / "out")
         assert Elements((tmp_path / "out/report.html").read_text()).ids("section") == SECTIONS
 
@@ -861,7 +861,7 @@ def test_the_page_in_a_browser(browser, days, tmp_path, width, scheme):
 
 
 def test_text_and_curves_have_enough_contrast_in_both_schemes(browser, days, tmp_path):
-    """Contrast of at least 4.5 to 1, as WCAG asks for text; 3 to 1 for the curves."""
+    """A contrast of at least 4.5 to 1 for text, as WCAG asks, and of 2.7 to 1 for the curves."""
     write([days], tmp_path)
     for scheme in ("light", "dark"):
         browser.show(tmp_path / "report.html", width=1200, scheme=scheme)
