@@ -1,8 +1,9 @@
-"""The predecessor's checkpoints and its yaml: read, never written, and nothing in them is run.
+"""Checkpoints and yaml files of the legacy trainer: the `gsa` code whose step_5000 checkpoint this project had to
+rescue. They are read, never written, and nothing in them is executed.
 
 `<output_dir>/step_N/checkpoint_N.pt` holds model_state_dict, optimizer_state_dict, scheduler_state_dict, step,
-config and extra_state.epoch. Its config is the training section, as a dict, or, in the older variant, an
-OmegaConf node that drags its whole configuration along. Format: docs/checkpoints.md, "The predecessor's".
+config and extra_state.epoch. The config is the training section, as a dict or, in the older variant, as an OmegaConf
+node whose `_parent` is the whole configuration. Format: docs/checkpoints.md, "Legacy checkpoints".
 """
 
 from __future__ import annotations
@@ -32,17 +33,18 @@ _FILE = re.compile(r"checkpoint_(\d+)\.pt")
 _STEP = re.compile(r"step_(\d+)|final")
 
 DECIDED: dict[str, Any] = {"model.tie_embeddings": False, "model.indexer_rope": False}
-"""What a checkpoint of the predecessor's decides, whatever the yaml says."""
+"""Keys of the configuration in which a legacy checkpoint takes precedence over the yaml, and their values."""
 
 ANNOUNCED = frozenset({"training.max_seq_len", "training.micro_batch_size", "training.gradient_accumulation_steps"})
-"""Keys whose change at the import is announced, not refused: the tuned configuration changes them."""
+"""Keys that the import may change without --allow_config_change, because the tuned configuration changes them."""
 
 
 @dataclass(frozen=True)
 class LegacyRun:
-    """step and epoch of the import. training, model: its keys by our names; model None where the file has none.
+    """What a legacy checkpoint records about its run.
 
-    next_learning_rate: of the step that would have followed; None where the schedule does not say.
+    training, model: the sections of its configuration, under this project's key names; model is None when the file has
+    none. next_learning_rate: that of the step that would have followed; None when the schedule does not record it.
     """
 
     file: Path
@@ -57,12 +59,12 @@ class LegacyRun:
 
 
 def is_legacy(step_dir: Path) -> bool:
-    """Whether a folder is a checkpoint of the predecessor's."""
+    """Whether a folder is a legacy checkpoint."""
     return not (step_dir / "manifest.json").exists() and _file_of(step_dir) is not None
 
 
 def newest_legacy(output_dir: Path) -> Path | None:
-    """The predecessor's checkpoint of the highest step under its output folder; contents are not looked at."""
+    """The legacy checkpoint of the highest step in an output folder, or None. Looks at names only."""
     found = [path for path in output_dir.glob("*") if _STEP.fullmatch(path.name) and is_legacy(path)]
     return max(found, key=lambda path: _number(_file_of(path)), default=None)
 
@@ -87,19 +89,19 @@ _RENAMED: dict[str, str] = {
     "logging.save_interval": "training.save_interval",
 }
 _DROPPED = ("data.dataset", "data.tokenizer", "data.use_packing")
-"""Where its text came from; here data.data_dir is a prepared dataset."""
+"""Keys of the legacy data section that have no meaning here, where data.data_dir is a prepared dataset."""
 
 
-def translate(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted keys of the predecessor's yaml as dotted keys of ours; unknown ones unchanged, to be refused by name.
+def translate(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A legacy configuration under this project's key names. Unknown keys stay, so that they are refused by name.
 
-    said: "section.key" -> value, "model.gsa" a mapping. A dict without "model.gsa" is ours already.
-    Raises ValueError for an optimizer other than AdamW.
+    config: "section.key" -> value, where "model.gsa" is a mapping. Without a "model.gsa" it is not a legacy
+    configuration and is returned as it is. Raises ValueError for an optimizer other than AdamW.
     """
-    if not isinstance(said.get("model.gsa"), Mapping):
-        return dict(said)
-    flat = {key: value for key, value in said.items() if key != "model.gsa"}
-    flat.update({f"model.gsa.{key}": value for key, value in said["model.gsa"].items()})
+    if not isinstance(config.get("model.gsa"), Mapping):
+        return dict(config)
+    flat = {key: value for key, value in config.items() if key != "model.gsa"}
+    flat.update({f"model.gsa.{key}": value for key, value in config["model.gsa"].items()})
     ours: dict[str, Any] = dict(DECIDED)
     for key, value in flat.items():
         if key == "model.gsa.use_adaptive_k":
@@ -113,6 +115,7 @@ def translate(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """ "section.key" -> value. Unlike `gsa.units.flatten` it leaves mappings below a section whole, as data.mixture."""
     return {
         f"{section}.{key}": value
         for section, keys in config.items()
@@ -122,7 +125,7 @@ def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _model_section(config: Mapping[str, Any], whose: str) -> dict[str, Any]:
-    """The model's section of a configuration in either layout, by our names."""
+    """The model section of a legacy configuration or of one of this project, under this project's key names."""
     try:
         ours = translate(_flat(config))
     except ValueError as err:
@@ -134,11 +137,11 @@ def _model_section(config: Mapping[str, Any], whose: str) -> dict[str, Any]:
 
 
 class _Node:
-    """In place of an OmegaConf node: keeps the fields of the pickle, runs none of its code."""
+    """Stands in for an OmegaConf node: takes the fields from the pickle and has no code."""
 
 
 class _Name:
-    """In place of typing.Any, which the file only mentions."""
+    """Stands in for typing.Any, which the file only names."""
 
 
 _STAND_INS = (
@@ -155,7 +158,7 @@ _STAND_INS = (
 
 
 def _plain(node: object) -> Any:
-    """The value that an OmegaConf node stood for."""
+    """The plain value of an OmegaConf node."""
     if not isinstance(node, _Node):
         return node
     held = vars(node)
@@ -172,38 +175,41 @@ def _plain(node: object) -> Any:
 def _load(step_dir: Path) -> tuple[Path, dict[str, Any]]:
     file = _file_of(step_dir)
     if file is None:
-        raise CheckpointError(f"{step_dir}: holds no checkpoint_N.pt of the predecessor's")
+        raise CheckpointError(f"{step_dir}: holds no legacy checkpoint_N.pt; give the step_N folder of one")
     data = safe_load.load(file, extra_allowed=_STAND_INS, mmap=True)
     needed = {"step": int, "model_state_dict": dict, "optimizer_state_dict": dict, "scheduler_state_dict": dict}
     wrong = [key for key, kind in needed.items() if not isinstance(data, dict) or not isinstance(data.get(key), kind)]
     if wrong or "config" not in data:
-        raise CheckpointError(f"{file}: lacks {', '.join(wrong or ['config'])}, so it is not a whole checkpoint")
+        raise CheckpointError(
+            f"{file}: lacks {', '.join(wrong or ['config'])}, so it is not a whole checkpoint; restore it from a copy"
+        )
     return file, data
 
 
 def require_whole(step_dir: Path) -> None:
-    """Reads every byte of the predecessor's file against the checksums that its zip carries.
+    """Reads every byte of a legacy checkpoint and compares it with the checksums in its zip file.
 
-    It has no manifest, and a flipped bit in a tensor loads in silence. Raises CheckpointError when one is wrong.
+    A legacy checkpoint has no manifest, and torch.load does not notice a flipped bit in a tensor. Raises
+    CheckpointError when a checksum is wrong.
     """
     file = _file_of(step_dir)
     if file is None:
-        raise CheckpointError(f"{step_dir}: holds no checkpoint_N.pt of the predecessor's")
+        raise CheckpointError(f"{step_dir}: holds no legacy checkpoint_N.pt; give the step_N folder of one")
     try:
         with zipfile.ZipFile(file) as archive:
             bad = archive.testzip()
-    except Exception as err:  # a stranger's bytes: what they can make the reader raise has no bound
+    except Exception as err:  # untrusted bytes can make the reader raise anything
         raise CheckpointError(f"{file}: damaged: {err or type(err).__name__}; restore it from a copy") from err
     if bad is not None:
         raise CheckpointError(f"{file}: damaged: {bad} in it does not have its checksum; restore it from a copy")
 
 
 def read_legacy_run(step_dir: Path) -> LegacyRun:
-    """What the checkpoint says of its run. Raises CheckpointError when it is damaged, unsafe or incomplete."""
+    """What a legacy checkpoint records about its run. Raises CheckpointError when it is damaged or unsafe."""
     file, data = _load(step_dir)
     config, model = data["config"], None
     if isinstance(config, _Node):
-        whole = _plain(vars(config).get("_parent"))  # a node keeps the configuration it was cut from
+        whole = _plain(vars(config).get("_parent"))  # the configuration that the training section is part of
         config = _plain(config)
         if isinstance(whole, dict) and "model" in whole:
             model = _model_section(whole, f"{file}: its configuration")
@@ -211,7 +217,7 @@ def read_legacy_run(step_dir: Path) -> LegacyRun:
         raise CheckpointError(f"{file}: its config is {type(config).__name__}, not a mapping")
     optimizer = config.get("optimizer", "adamw")
     if str(optimizer).lower() != "adamw":
-        raise CheckpointError(f"{file}: made with training.optimizer={optimizer}; only adamw can be taken up")
+        raise CheckpointError(f"{file}: made with training.optimizer={optimizer}; only adamw can be imported")
     training = {key: value for key, value in config.items() if key != "optimizer"}
     _require_counts(file, training)
     extra = data.get("extra_state")
@@ -227,7 +233,7 @@ _COUNTS = ("micro_batch_size", "gradient_accumulation_steps", "global_batch_size
 
 
 def _require_counts(file: Path, training: Mapping[str, Any]) -> None:
-    """The position in the data and the end of the schedule follow from these."""
+    """Checks the settings from which the position in the data and the end of the schedule follow."""
     for key in _COUNTS:
         value = training.get(key)
         if value is not None and (type(value) is not int or value < 1):
@@ -262,11 +268,11 @@ _TOP = {
     "lm_head.weight": "head.weight",
 }
 _NEW = "attention.indexer.log_alpha"
-"""The one parameter that the predecessor did not have; it starts at its initial value."""
+"""The only parameter that legacy models lack; an import sets it to its initial value."""
 
 
 def our_name(name: str) -> str | None:
-    """The predecessor's parameter name in this project's terms; None for an unknown one."""
+    """The name in this project of a legacy parameter; None when it is unknown."""
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
     if layer is None:
         return _TOP.get(name)
@@ -275,10 +281,10 @@ def our_name(name: str) -> str | None:
 
 
 def read_legacy(step_dir: Path, config: ModelConfig, state: RunState | None) -> FullState:
-    """Weights, AdamW's moments and step, for any engine to take up; the schedule's position is the step.
+    """Weights, AdamW's moments and its step count, which any engine can load; the schedule starts at that step.
 
-    config: of the model that takes them. state: of the run that goes on, if any does. The indexer was never
-    trained: its moments are zero. Raises CheckpointError naming what does not fit.
+    config: of the model that loads them. state: of the run that continues, or None. The legacy trainer never trained
+    the indexer, so its moments are zero. Raises CheckpointError, naming what does not fit.
     """
     file, data = _load(step_dir)
     weights = _require_shapes(file, data["model_state_dict"], config)
@@ -297,9 +303,9 @@ def read_legacy(step_dir: Path, config: ModelConfig, state: RunState | None) -> 
 
 
 def _moments(file: Path, data: dict) -> dict[str, dict]:
-    """Adam's step, a float, and moments, by our names.
+    """Adam's step, a float, and its two moments, by parameter name of this project.
 
-    Its numbers run through the groups, and in a group in the model's order.
+    The legacy optimizer numbers parameters through its groups, within a group in the order of the model.
     """
     names = sorted(data["model_state_dict"], key=_group)  # stable: the model's order stays within a group
     try:
@@ -323,12 +329,12 @@ def _moments(file: Path, data: dict) -> dict[str, dict]:
 
 
 def _group(name: str) -> int:
-    """Number of the predecessor's parameter group: weights, biases and norms, and the same of the indexer."""
+    """Number of the legacy parameter group: 0 weights, 1 biases and norms, 2 and 3 the same for the indexer."""
     return 2 * ("indexer" in name) + ("bias" in name or "norm" in name)
 
 
 def _fresh_parameters(config: ModelConfig) -> dict[str, torch.Tensor]:
-    """Of a new model, in its order; only the parameter that the predecessor lacked has a value that matters."""
+    """Parameters of a new model, in its order, on the meta device, except the one that legacy models lack."""
     with torch.device("meta"):
         model = GSAForCausalLM(config)
     initial = torch.tensor([math.log(INITIAL_ALPHA)])
@@ -339,7 +345,7 @@ def _fresh_parameters(config: ModelConfig) -> dict[str, torch.Tensor]:
 
 
 def _require_shapes(file: Path, saved: Mapping[str, torch.Tensor], config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The weights by our names, float32. Raises CheckpointError with every disagreement, and the key to blame."""
+    """The weights under this project's names, float32. Raises CheckpointError listing every misfit and its settings."""
     wanted = {name: tuple(p.shape) for name, p in _fresh_parameters(config).items() if not name.endswith(_NEW)}
     found, wrong = {}, []
     for name, tensor in saved.items():
@@ -351,11 +357,13 @@ def _require_shapes(file: Path, saved: Mapping[str, torch.Tensor], config: Model
         else:
             found[ours] = tensor.detach().to(torch.float32)
             if ours not in wanted:
-                wrong.append(f"{name}: in the checkpoint, switched off in the configuration{_blame(ours)}")
+                wrong.append(f"{name}: in the checkpoint, switched off in the configuration{_settings_of(ours)}")
             elif wanted[ours] != tuple(tensor.shape):
                 shape = tuple(tensor.shape)
-                wrong.append(f"{name}: {shape} in the checkpoint, {wanted[ours]} by the configuration{_blame(ours)}")
-    wrong += [f"{name}: missing from the checkpoint{_blame(name)}" for name in wanted if name not in found]
+                wrong.append(
+                    f"{name}: {shape} in the checkpoint, {wanted[ours]} by the configuration{_settings_of(ours)}"
+                )
+    wrong += [f"{name}: missing from the checkpoint{_settings_of(name)}" for name in wanted if name not in found]
     if wrong:
         more = f"\n  and {len(wrong) - 8} more" if len(wrong) > 8 else ""
         raise CheckpointError(f"{file} does not fit the configuration:\n  " + "\n  ".join(wrong[:8]) + more)
@@ -377,7 +385,8 @@ _KEYS = {
 }
 
 
-def _blame(name: str) -> str:
+def _settings_of(name: str) -> str:
+    """The settings that decide the shape of a parameter, in parentheses."""
     parts = name.split(".")
     order = ("indexer", "value_gate", "output_gate", "q_proj", "k_proj", "v_proj", "o_proj", "ffn", "embed", "head")
     key = next((part for part in order if part in parts), "layers" if "layers" in parts else "embed")
@@ -385,11 +394,12 @@ def _blame(name: str) -> str:
 
 
 def load_legacy_model(step_dir: Path | str, config: Path | str | Mapping[str, Any] | None = None) -> GSAForCausalLM:
-    """The predecessor's model alone, float32, on the CPU, in evaluation mode and the sparse stage.
+    """The model of a legacy checkpoint, float32, on the CPU, in evaluation mode and the sparse stage.
 
-    config: its yaml, or ours, as a path or a mapping. The older variant carries its own; the newer holds no
-    architecture, and without a config is refused. Raises CheckpointError when the two disagree. Warns where
-    the model computes something else than the predecessor did (adaptive k).
+    config: a legacy configuration or one of this project, as a path or a mapping. Checkpoints of the older variant
+    hold their own; the newer variant holds no architecture and needs it. Raises CheckpointError when it is missing or
+    disagrees with the checkpoint. Warns when the model computes something else than the legacy trainer did (adaptive
+    k).
     """
     step_dir = Path(step_dir)
     model_config = legacy_model_config(step_dir, _read_yaml(config) if isinstance(config, (str, Path)) else config)
@@ -402,7 +412,11 @@ def load_legacy_model(step_dir: Path | str, config: Path | str | Mapping[str, An
 
 
 def legacy_model_config(step_dir: Path, config: Mapping[str, Any] | None) -> ModelConfig:
-    """The architecture, from the checkpoint where it has one, else from `config`, sections in either layout."""
+    """The architecture: that of the checkpoint when it holds one, else that of `config`.
+
+    config: a legacy configuration or one of this project; None: the checkpoint must hold one. Raises CheckpointError
+    when there is none, when the two disagree, or when no model can have it.
+    """
     run = read_legacy_run(step_dir)
     given = None if config is None else _model_section(config, "the given configuration")
     if run.model is None and given is None:
@@ -427,15 +441,16 @@ def legacy_model_config(step_dir: Path, config: Mapping[str, Any] | None) -> Mod
     try:
         model_config = ModelConfig(**chosen)
     except (ValueError, TypeError) as err:
-        raise CheckpointError(f"{run.file}: its architecture cannot be: {err}") from err
+        raise CheckpointError(f"{run.file}: no model can have its architecture: {err}") from err
     if model_config.adaptive_k != "off":
         warnings.warn(ADAPTIVE_WARNING, stacklevel=2)
     return model_config
 
 
 ADAPTIVE_WARNING = (
-    "the predecessor's use_adaptive_k normalised the score variance over the batch and over later positions, so the "
-    "future moved the past; it is mapped to adaptive_k=variance, which does not, and logits differ from the old ones"
+    "the legacy trainer's use_adaptive_k normalised the score variance over the batch and over later positions, so "
+    "that later tokens changed earlier outputs; it is mapped to adaptive_k=variance, which does not do that, so logits "
+    "differ from the legacy ones"
 )
 
 

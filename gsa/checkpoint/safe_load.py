@@ -1,4 +1,4 @@
-"""Reading torch.save files without running anything that is in them."""
+"""Reads files of torch.save without executing anything in them."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Allowed = type | Callable[..., object] | tuple[type | Callable[..., object], str
 
 
 def load(path: str | Path, *, extra_allowed: Sequence[Allowed] = (), mmap: bool = False) -> object:
-    """What `torch.save` wrote, on the CPU: tensors, plain containers and numbers.
+    """The content of a file of `torch.save`, on the CPU: tensors, plain containers and numbers.
 
-    extra_allowed: classes and functions the file may name beyond torch's own allow-list; (stand-in, name)
-    puts a class of ours where the file names another.
-    mmap: tensors are read from the file when touched, and the file must stay as it is while they live.
-    Raises CheckpointError, with nothing in the file run, when it is missing, damaged, older than torch 1.6,
+    extra_allowed: classes and functions that the file may name besides torch's own allow-list; (stand-in, name) puts
+    the stand-in where the file names that class. mmap: tensors are read from the file when they are first used; the
+    file must not change as long as they exist.
+    Raises CheckpointError, before anything in the file is executed, when it is missing, damaged, older than torch 1.6,
     or names anything else.
     """
     try:
@@ -32,21 +32,21 @@ def load(path: str | Path, *, extra_allowed: Sequence[Allowed] = (), mmap: bool 
             magic = file.read(len(_ZIP_MAGIC))
     except OSError as err:
         raise CheckpointError(f"{path}: cannot be read: {err.strerror}; {_MEND}") from err
-    # torch would hand anything else to its reader of old formats: a pickle, or a tar of them
+    # torch would read anything else as one of its old formats: a pickle, or a tar archive of pickles
     if magic != _ZIP_MAGIC:
         raise CheckpointError(f"{path}: not a file of torch.save (torch 1.6 or later), or damaged; {_MEND}")
-    # torch has one allow-list per process, and a load that ends takes its names off it
+    # torch has one allow-list per process, and safe_globals removes its names at the end
     with _allow_list_lock, safe_globals(list(extra_allowed)):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except Exception as err:  # a stranger's bytes: what they can make torch raise has no bound
+        except Exception as err:  # untrusted bytes can make torch raise anything
             raise CheckpointError(f"{path}: {_explain(path, err)}") from err
 
 
 def _explain(path: str | Path, err: Exception) -> str:
     try:
         refused = sorted(get_unsafe_globals_in_checkpoint(path))  # reads the pickle as data
-    except Exception:  # the same bytes again
+    except Exception:  # untrusted bytes, as above
         refused = []
     if not refused:
         return f"damaged, or not made of tensors and plain values ({type(err).__name__}); {_MEND}"
@@ -56,6 +56,6 @@ def _explain(path: str | Path, err: Exception) -> str:
             f"restore; save OmegaConf.to_container(config, resolve=True) instead"
         )
     return (
-        f"refused, and nothing in it was run: it names {', '.join(refused)}, and a checkpoint is made of "
+        f"refused, and nothing in it was run: it names {', '.join(refused)}, but a checkpoint holds only "
         f"tensors and plain values. Do not trust where it came from; {_MEND}"
     )
