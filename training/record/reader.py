@@ -118,7 +118,7 @@ class Record:
 
     steps, events: of metrics.jsonl. discarded_steps, discarded_events: of segments/.
     launches: start and resume events in metrics.jsonl.
-    run, config, ds_config, env: run.json, config.yaml, ds_config.json, env.json.
+    run_json, config, ds_config, env: run.json, config.yaml, ds_config.json, env.json.
     notes: what is missing or broken. damage: the first line inside metrics.jsonl that is not JSON, and how to mend it.
     read_at: unix s.
     """
@@ -130,7 +130,7 @@ class Record:
     launches: int
     discarded_steps: Steps
     discarded_events: tuple[dict, ...]
-    run: dict
+    run_json: dict
     config: dict
     ds_config: dict
     env: dict
@@ -149,9 +149,9 @@ class Record:
         started = next((row for row in reversed(self.events) if row["event"] in ("start", "resume")), {})
         places = [mapping(zero.get(part)).get("device") for part in ("offload_optimizer", "offload_param")]
         return Settings(
-            world_size=_count(self.run.get("world_size")) or _count(started.get("world_size")),
-            zero_stage=_count(zero.get("stage", self.run.get("zero_stage"))),
-            backend=_text(self.run.get("backend")) or _text(training.get("backend")),
+            world_size=_count(self.run_json.get("world_size")) or _count(started.get("world_size")),
+            zero_stage=_count(zero.get("stage", self.run_json.get("zero_stage"))),
+            backend=_text(self.run_json.get("backend")) or _text(training.get("backend")),
             micro_batch_size=_count(self.ds_config.get("train_micro_batch_size_per_gpu"))
             or _count(training.get("micro_batch_size")),
             accumulation_steps=_count(self.ds_config.get("gradient_accumulation_steps")),
@@ -241,7 +241,7 @@ def read(folder: Path, label: str | None = None, *, newest: int | None = None) -
         curve.launches,
         discarded.steps(),
         tuple(discarded.events),
-        run=_mapping(folder / "run.json", json.loads, notes),
+        run_json=_mapping(folder / "run.json", json.loads, notes),
         config=_mapping(folder / "config.yaml", _yaml, notes),
         ds_config=_mapping(folder / "ds_config.json", json.loads, notes),
         env=_mapping(folder / "env.json", json.loads, notes),
