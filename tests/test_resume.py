@@ -1,7 +1,6 @@
 """Is a checkpoint fit to resume from? `python3 tests/test_resume.py [CHECKPOINT] [--config YAML]`
 
-Without a checkpoint, the newest under outputs/. --config: the run's yaml, which a checkpoint of the predecessor's may
-need. The same as `python -m training.verify`. Under pytest, the script is run on good and bad checkpoints.
+Without a checkpoint, the newest under outputs/ is checked. --config: the run's yaml, which a legacy checkpoint may need. The same as `python -m training.verify`. Under pytest, the script is run on good and bad checkpoints.
 """
 
 from __future__ import annotations
@@ -15,7 +14,20 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from training.verify import newest_under, verify_and_tell  # noqa: E402
+from gsa.checkpoint import legacy, manifest  # noqa: E402
+from training.checkpointing.verification import verify  # noqa: E402
+
+
+def newest_under(outputs: Path) -> Path | None:
+    """The checkpoint that was finished last in any run folder under `outputs`, legacy ones among them."""
+    finished = {}
+    for path in outputs.glob("*/*"):
+        proof = path / manifest.MANIFEST
+        if path.name.startswith("step_") and proof.exists():
+            finished[path] = proof.stat().st_mtime
+        elif legacy.is_legacy(path):
+            finished[path] = path.stat().st_mtime
+    return max(finished, key=finished.get, default=None)
 
 
 def main(argv: list[str]) -> int:
@@ -28,7 +40,7 @@ def main(argv: list[str]) -> int:
         print("✗ no checkpoint under outputs/: give one, e.g. python3 tests/test_resume.py outputs/mine/step_300")
         return 1
     print(checkpoint)
-    return 0 if verify_and_tell(checkpoint, config=args.config) else 1
+    return 0 if verify(checkpoint, config=args.config) else 1
 
 
 def script(*argv: str) -> subprocess.CompletedProcess:
@@ -53,14 +65,14 @@ def test_the_script_passes_a_good_checkpoint_and_finds_the_newest(a_run, tmp_pat
     assert main([]) == 0 and capsys.readouterr().out.splitlines()[0].endswith("step_6")
 
 
-def test_the_script_says_what_is_wrong(tmp_path, monkeypatch, capsys):
+def test_the_script_reports_what_is_wrong(tmp_path, monkeypatch, capsys):
     done = script(str(tmp_path / "step_3"))
     assert done.returncode == 1 and done.stdout.splitlines()[-1].startswith("✗") and "Traceback" not in done.stderr
     monkeypatch.chdir(tmp_path)
     assert main([]) == 1 and "no checkpoint under outputs/" in capsys.readouterr().out
 
 
-def test_the_newest_may_be_the_predecessors_and_what_is_torn_is_none(tmp_path):
+def test_the_newest_may_be_a_legacy_one_and_an_interrupted_save_does_not_count(tmp_path):
     assert newest_under(tmp_path) is None
     ours, theirs = tmp_path / "a" / "step_3", tmp_path / "b" / "final"
     for number, (folder, name) in enumerate([(ours, "manifest.json"), (theirs, "checkpoint_5.pt")]):
@@ -73,7 +85,7 @@ def test_the_newest_may_be_the_predecessors_and_what_is_torn_is_none(tmp_path):
     assert newest_under(tmp_path) == ours
 
 
-def test_the_script_takes_the_yaml_of_an_old_checkpoint(tmp_path):
+def test_the_script_takes_the_yaml_of_a_legacy_checkpoint(tmp_path):
     (tmp_path / "step_5").mkdir()
     (tmp_path / "step_5" / "checkpoint_5.pt").write_bytes(b"?")
     assert main([str(tmp_path / "step_5"), "--config", "run.yaml"]) == 1  # understood, and refused as damaged

@@ -129,13 +129,7 @@ def _wing(parts: list[str]) -> str | None:
     return parts[0] if (ROOT / "training" / parts[0]).is_dir() else None
 
 
-PENDING = {
-    "training/checkpoints.py",
-}
-"""Files that still go through a wall, each until it is divided."""
-
-
-@pytest.mark.parametrize("file", [file for file in FILES if file not in PENDING])
+@pytest.mark.parametrize("file", FILES)
 def test_imports_stay_within_the_walls(file):
     assert not broken_walls((ROOT / file).read_text(), file)
 

@@ -1,17 +1,16 @@
 """Manages the checkpoints of a run: `python -m training.checkpoints list|verify|prune|pin|unpin|diff ...`.
 
-    list   RUN                          what there is: step, epoch, tokens, size, layout, whole or torn, pinned
-    verify RUN                          training.verify for all of them
+    list   RUN                          every checkpoint: step, epoch, tokens, size, layout, complete or torn, pinned
+    verify RUN                          proves that each of them can be used, as `training.verify --all RUN` does
     prune  RUN --keep_last N [--keep_every M] [--yes [--force]]   shows what would go, and with --yes deletes it
     pin    STEP_DIR      unpin STEP_DIR a pinned checkpoint is never deleted
     diff   STEP_DIR STEP_DIR            configuration, position, and how far weights and moments have moved
 
-Exit code 1 when something is wrong with a checkpoint, 2 when the command is.
+Exit codes: 0 done; 2 refused argument; 3 a checkpoint is missing or not good, or could not be deleted.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,45 +20,43 @@ import torch
 from gsa.checkpoint import legacy, manifest
 from gsa.checkpoint.full_state import read_full_state, read_run_state
 from gsa.checkpoint.manifest import CheckpointError
-from training import verify
+from gsa.units import MIB
+from training.checkpointing.verification import verify_all
 from training.config import config_changes
+from training.config.changes import EFFECT_WORDS
+from training.config.command import add_run, command_parser, run_command
+from training.config.exit_codes import ExitCode, Refusal
 from training.record.run_folder import RunFolder
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="training.checkpoints", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("checkpoints", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("list", "verify"):
-        commands.add_parser(name).add_argument("run", type=Path)
+        add_run(commands.add_parser(name))
     prune = commands.add_parser("prune")
-    prune.add_argument("run", type=Path)
-    prune.add_argument("--keep_last", type=int, required=True, help="newest checkpoints that stay, at least 1")
+    add_run(prune)
+    prune.add_argument("--keep_last", type=int, required=True, help="how many of the newest stay, at least 1")
     prune.add_argument("--keep_every", type=int, help="steps that are multiples of this stay")
     prune.add_argument("--yes", action="store_true", help="delete; without it, only show")
-    prune.add_argument("--force", action="store_true", help="also where run.json says that the run goes on")
+    prune.add_argument("--force", action="store_true", help="also where run.json says that the run is still training")
     for name in ("pin", "unpin"):
-        commands.add_parser(name).add_argument("checkpoint", type=Path)
+        commands.add_parser(name).add_argument("checkpoint", type=Path, metavar="STEP_DIR")
     diff = commands.add_parser("diff")
-    diff.add_argument("old", type=Path)
-    diff.add_argument("new", type=Path)
+    diff.add_argument("old", type=Path, metavar="STEP_DIR")
+    diff.add_argument("new", type=Path, metavar="STEP_DIR")
     args = parser.parse_args(argv)
-    try:
-        match args.command:
-            case "list":
-                return _list(args.run)
-            case "verify":
-                return verify.main([str(args.run), "--all"])
-            case "prune":
-                return _prune(args.run, args.keep_last, args.keep_every, delete=args.yes, force=args.force)
-            case "pin" | "unpin":
-                return _pin(args.checkpoint, pinned=args.command == "pin")
-            case _:
-                return _diff(args.old, args.new)
-    except (CheckpointError, ValueError) as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 1 if isinstance(err, CheckpointError) else 2
+    match args.command:
+        case "list":
+            return _list(args.run)
+        case "verify":
+            return ExitCode.FINISHED if verify_all(args.run) else ExitCode.REFUSED_INPUT
+        case "prune":
+            return _prune(args.run, args.keep_last, args.keep_every, delete=args.yes, force=args.force)
+        case "pin" | "unpin":
+            return _pin(args.checkpoint, pinned=args.command == "pin")
+        case _:
+            return _diff(args.old, args.new)
 
 
 def _list(run: Path) -> int:
@@ -71,26 +68,28 @@ def _list(run: Path) -> int:
     for f in found:
         notes = [word for word, so in (("latest", f.tag == latest), ("pinned", (f.path / manifest.PIN).exists())) if so]
         if legacy.is_legacy(f.path):
-            print(f"{f.tag:<14}{'':>36}  {'the predecessor':<18}{', '.join(['not verifiable', *notes])}")
+            print(f"{f.tag:<14}{'':>36}  {'legacy trainer':<18}{', '.join(['not verifiable', *notes])}")
         elif not f.complete:
             print(f"{f.tag:<14}{'':>36}  {'':<18}{', '.join([*notes, f.reason])}")
         else:
             state = read_run_state(f.path)
-            size = sum(entry.bytes for entry in manifest.read(f.path).files.values()) / 2**20
+            size = sum(entry.bytes for entry in manifest.read(f.path).files.values()) / MIB
             made = f"{state.world_size} x ZeRO {state.zero_stage}"
             print(
                 f"{f.tag:<14}{state.epoch:>9.3f}{state.tokens_seen:>16,}{size:>11,.1f}  {made:<18}"
                 f"{', '.join(['complete', *notes])}"
             )
-    return 0
+    return ExitCode.FINISHED
 
 
 def _prune(run: Path, keep_last: int, keep_every: int | None, *, delete: bool, force: bool) -> int:
     if delete and not force and RunFolder(run).read_run().get("status") == "running":
-        raise ValueError(
-            f"{run / 'run.json'} says that the run goes on, and only one process may delete there: it prunes by "
-            f"training.keep_last itself. If it was killed, add --force"
+        raise Refusal(
+            f"{run / 'run.json'} says that the run is still training, and only one process may delete there: the run "
+            f"itself prunes by training.keep_last. If it was killed, add --force"
         )
+    if keep_last < 1 or (keep_every is not None and keep_every < 1):
+        raise Refusal("--keep_last and --keep_every must be at least 1")
     removed = manifest.retain(run, keep_last, keep_every, dry_run=not delete)
     for one in removed:
         print(one if delete else f"would remove {one.tag}: {one.reason}")
@@ -98,7 +97,8 @@ def _prune(run: Path, keep_last: int, keep_every: int | None, *, delete: bool, f
         print("nothing to remove")
     elif not delete:
         print("nothing was deleted; add --yes")
-    return 1 if any(one.error is not None for one in removed) else 0
+    failed = any(one.error is not None for one in removed)
+    return ExitCode.REFUSED_INPUT if failed else ExitCode.FINISHED
 
 
 def _pin(checkpoint: Path, *, pinned: bool) -> int:
@@ -108,7 +108,7 @@ def _pin(checkpoint: Path, *, pinned: bool) -> int:
     else:
         (checkpoint / manifest.PIN).unlink(missing_ok=True)
     print(f"{checkpoint} is {'pinned: it is never deleted' if pinned else 'no longer pinned'}")
-    return 0
+    return ExitCode.FINISHED
 
 
 def _diff(old: Path, new: Path) -> int:
@@ -119,7 +119,7 @@ def _diff(old: Path, new: Path) -> int:
         a, b = getattr(before.run, name), getattr(after.run, name)
         print(f"{name:<18}{a!s:.24}" + ("" if a == b else f" -> {b!s:.24}"))
     for change in config_changes(before.run.config, after.run.config):
-        print(f"{change.key}: {change.old!r} -> {change.new!r} ({change.effect})")
+        print(f"{change.key}: {change.old!r} -> {change.new!r} ({EFFECT_WORDS[change.effect]})")
     both = [name for name in before.parameters if name in after.parameters]
     for name in sorted(before.parameters.keys() ^ after.parameters.keys()):
         print(f"{name}: only in {(old if name in before.parameters else new).name}")
@@ -132,8 +132,8 @@ def _diff(old: Path, new: Path) -> int:
                 moved[name] = float((a - b).norm() / a.norm().clamp_min(1e-30))
         worst = max(moved, key=moved.get, default=None)
         print(f"{what:<12}{len(both) - len(moved):>16}{moved.get(worst, 0.0):>18.3e}  {worst or ''}")
-    return 0
+    return ExitCode.FINISHED
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main))

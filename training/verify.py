@@ -1,183 +1,33 @@
-"""Proves that a checkpoint can be used: `python -m training.verify STEP_DIR [--all]`, on a CPU, without a launcher.
+"""Proves that a checkpoint can be used: `python -m training.verify STEP_DIR`, on a CPU, without a launcher.
 
-Checks that every file is there and unchanged, loads model and optimizer without running anything that is in
-the files, compares shapes with the configuration and working weights with masters, and runs a forward pass.
-Prints what it finds; exit code 1 when anything is wrong. --all takes a run's folder and checks all of it.
+Checks that every file is there and unchanged, loads model and optimizer without running anything that is in the files,
+compares shapes with the configuration and working weights with masters, and runs a forward pass. `--all RUN` checks
+every checkpoint of a run's folder, as `python -m training.checkpoints verify RUN` does. Exit codes: 0 all good;
+3 a checkpoint is missing or not good.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from gsa import GSAForCausalLM, ModelConfig
-from gsa.checkpoint import legacy, manifest
-from gsa.checkpoint.full_state import FullState, read_full_state, read_layout, require_own_name
-from gsa.checkpoint.manifest import CheckpointError
-from gsa.checkpoint.state import read_config_json
-from gsa.weights import load_weights
-
-PROBE_TOKENS = 32
-
-Say = Callable[[str], None]
+from training.checkpointing.verification import verify, verify_all
+from training.config.command import command_parser, run_command
+from training.config.exit_codes import ExitCode
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="training.verify", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser("verify", __doc__)
     parser.add_argument(
         "path", type=Path, help="a checkpoint such as outputs/mine/step_300; with --all, a run's folder"
     )
-    parser.add_argument("--all", action="store_true", help="every checkpoint of the run in this folder")
-    parser.add_argument("--config", type=Path, help="the run's yaml, which a checkpoint of the predecessor's may need")
+    parser.add_argument("--all", action="store_true", help="check every checkpoint of the run in this folder")
+    parser.add_argument("--config", type=Path, help="the run's yaml, which a legacy checkpoint may need")
     args = parser.parse_args(argv)
-    if not args.all:
-        return 0 if verify_and_tell(args.path, config=args.config) else 1
-    found = [f.path for f in manifest.list_checkpoints(args.path)]
-    if not found:
-        print(f"✗ {args.path}: no step_N folder in it; give a run's folder, such as outputs/mine")
-        return 1
-    good = []
-    for number, path in enumerate(found):
-        print(("\n" if number else "") + f"{path}")
-        good.append(verify_and_tell(path, config=args.config))
-    print(f"\n{sum(good)} of {len(good)} checkpoints are good")
-    return 0 if all(good) else 1
-
-
-def verify_and_tell(step_dir: Path, *, config: Path | None = None, say: Say = print) -> bool:
-    """Checks one checkpoint, says what it found line by line, and returns whether it is good."""
-    try:
-        check = _check_legacy if legacy.is_legacy(step_dir) else _check
-        check(step_dir, config, say)
-    except CheckpointError as err:
-        say(f"✗ {err}")
-        return False
-    say("✓ All checkpoint resume tests passed!")
-    return True
-
-
-def _check(step_dir: Path, config: Path | None, say: Say) -> None:
-    if not step_dir.is_dir():
-        raise CheckpointError(f"{step_dir} does not exist; give a checkpoint such as outputs/mine/step_300")
-    if not (step_dir / manifest.MANIFEST).exists() and manifest.list_checkpoints(step_dir):
-        raise CheckpointError(f"{step_dir} is a run's folder: add --all, or give one of its step_N")
-    manifest.verify(step_dir)
-    files = manifest.read(step_dir).files
-    say(f"  {len(files)} files, {sum(f.bytes for f in files.values()) / 2**20:,.1f} MiB, every sha256 as sealed")
-    state = read_full_state(step_dir)
-    layout, run = read_layout(step_dir), state.run
-    require_own_name(step_dir, run)
-    say("✓ Checkpoint loaded successfully")
-    say(f"  step {run.step:,}, epoch {run.epoch:.3f}, {run.samples_consumed:,} samples, {run.tokens_seen:,} tokens")
-    say(f"  saved by {run.world_size} rank(s) at ZeRO {run.zero_stage} ({layout})")
-    say(f"  config type {type(run.config).__name__}, versions {', '.join(f'{k} {v}' for k, v in run.versions.items())}")
-    if read_config_json(step_dir) != run.config:
-        raise CheckpointError(f"{step_dir}: config.json is not the configuration in the shards; restore it from a copy")
-    fields, weights = load_weights(step_dir)
-    model = _fresh_model(step_dir, fields)
-    _compare(step_dir, state, model, weights)
-    model.load_state_dict(weights)
-    _forward(step_dir, model)
-    say("✓ Model state loaded successfully")
-    say(
-        f"  {sum(p.numel() for p in model.parameters()):,} parameters, shapes as configured, one forward pass is finite"
-    )
-    say("✓ Optimizer state loaded successfully")
-    steps = sorted({int(p.step) for p in state.parameters.values()})
-    say(f"  masters and both moments of every parameter; Adam has taken {', '.join(map(str, steps))} update(s)")
-
-
-def _check_legacy(step_dir: Path, config: Path | None, say: Say) -> None:
-    legacy.require_whole(step_dir)
-    run = legacy.read_legacy_run(step_dir)
-    say("✓ Checkpoint loaded successfully")
-    say(f"  of the predecessor's, every checksum of its file right: step {run.step:,}, epoch {run.epoch}")
-    say(f"  config type {type(run.training).__name__}, {'with' if run.model else 'without'} the architecture")
-    model = legacy.load_legacy_model(step_dir, config)
-    state = legacy.read_legacy(step_dir, model.config, None)
-    _finite(step_dir, state)
-    _forward(step_dir, model)
-    say("✓ Model state loaded successfully")
-    say(
-        f"  {sum(p.numel() for p in model.parameters()):,} parameters, shapes as configured, one forward pass is finite"
-    )
-    trained = [p for p in state.parameters.values() if p.pieces["exp_avg"]]
-    say("✓ Optimizer state loaded successfully")
-    say(f"  moments of {len(trained)} of {len(state.parameters)} parameters; the indexer was never trained")
-
-
-def _fresh_model(step_dir: Path, fields: dict) -> GSAForCausalLM:
-    try:
-        return GSAForCausalLM(ModelConfig(**fields))
-    except (ValueError, TypeError) as err:
-        raise CheckpointError(f"{step_dir / 'config.json'}: its model section cannot be: {err}") from err
-
-
-def _compare(step_dir: Path, state: FullState, model: GSAForCausalLM, weights: dict[str, torch.Tensor]) -> None:
-    """Names and shapes against the configuration; working weights against the masters they are rounded from."""
-    wanted = {name: p.shape for name, p in model.named_parameters()}
-    saved = {name: p.shape for name, p in state.parameters.items()}
-    for name in sorted(wanted.keys() | saved.keys()):
-        if wanted.get(name) != saved.get(name):
-            raise CheckpointError(
-                f"{step_dir}: {name} is {_shape(saved.get(name))} in the shards and {_shape(wanted.get(name))} by the "
-                f"configuration; take another checkpoint"
-            )
-    own = model.state_dict()
-    for name in sorted(own.keys() | weights.keys()):
-        shapes = [_shape(t[name].shape if name in t else None) for t in (weights, own)]
-        if shapes[0] != shapes[1]:
-            raise CheckpointError(
-                f"{step_dir / 'model.safetensors'}: {name} is {shapes[0]}, by the configuration {shapes[1]}"
-            )
-    _finite(step_dir, state)
-    for name, parameter in state.parameters.items():
-        if not torch.equal(parameter.full("master").to(weights[name].dtype), weights[name]):
-            raise CheckpointError(
-                f"{step_dir / 'model.safetensors'}: {name} is not what the float32 masters in the shards round to; "
-                f"the files are of different saves"
-            )
-
-
-def _finite(step_dir: Path, state: FullState) -> None:
-    for name, parameter in state.parameters.items():
-        for what in ("master", "exp_avg", "exp_avg_sq"):
-            if not parameter.full(what).isfinite().all():
-                raise CheckpointError(f"{step_dir}: {what} of {name} is not finite; take an earlier checkpoint")
-
-
-def _shape(shape: torch.Size | None) -> str:
-    return "missing" if shape is None else str(tuple(shape))
-
-
-def _forward(step_dir: Path, model: GSAForCausalLM) -> None:
-    length = min(PROBE_TOKENS, model.config.max_position_embeddings)
-    tokens = torch.arange(length)[None] * 7919 % model.config.vocab_size
-    with torch.no_grad():
-        logits = model.float().eval()(tokens).logits
-    if not logits.isfinite().all():
-        raise CheckpointError(
-            f"{step_dir}: a forward pass gives logits that are not finite; take an earlier checkpoint"
-        )
-
-
-def newest_under(outputs: Path) -> Path | None:
-    """The checkpoint that was finished last in any run folder under `outputs`, the predecessor's among them."""
-    finished = {}
-    for path in outputs.glob("*/*"):
-        proof = path / manifest.MANIFEST
-        if path.name.startswith("step_") and proof.exists():
-            finished[path] = proof.stat().st_mtime
-        elif legacy.is_legacy(path):
-            finished[path] = path.stat().st_mtime
-    return max(finished, key=finished.get, default=None)
+    good = (verify_all if args.all else verify)(args.path, config=args.config)
+    return ExitCode.FINISHED if good else ExitCode.REFUSED_INPUT
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(run_command(main))

@@ -24,7 +24,9 @@ from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import CLIENT_KEY, VERSION
 from gsa.weights import load_weights, save_weights
 from training import checkpoints, train, verify
+from training.checkpointing import verification
 from training.config import ConfigError
+from training.config.command import run_command
 from training.record.metrics_log import read_rows
 
 MODEL = "mp_rank_00_model_states.pt"
@@ -120,7 +122,7 @@ class Evil:
 def refused(step_dir: Path, capsys, argv, stage: int, *names: str) -> None:
     """By verify, with all of the names in what it prints, and by resume, by path."""
     capsys.readouterr()
-    assert verify.main([str(step_dir)]) == 1
+    assert run_command(verify.main, [str(step_dir)]) == 3
     out = capsys.readouterr()
     assert "✗" in out.out and "Traceback" not in out.out + out.err
     with pytest.raises(CheckpointError) as by_resume:
@@ -165,7 +167,7 @@ def test_one_bad_checkpoint_among_all_is_an_exit_code(copy, capsys):
     run = copy(2)
     assert verify.main([str(run), "--all"]) == 0
     (run / "step_1" / "config.json").write_text("{}")
-    assert verify.main([str(run), "--all"]) == 1
+    assert run_command(verify.main, [str(run), "--all"]) == 3
     assert "1 of 2 checkpoints are good" in capsys.readouterr().out
 
 
@@ -174,7 +176,7 @@ def test_one_bad_checkpoint_among_all_is_an_exit_code(copy, capsys):
 
 def not_verified(step_dir: Path) -> str:
     said: list[str] = []
-    assert not verify.verify_and_tell(step_dir, say=said.append)
+    assert not verification.verify(step_dir, report=said.append)
     assert said[-1].startswith("✗")
     return said[-1]
 
@@ -340,7 +342,7 @@ def test_changed_rates_are_what_runs_although_deepspeed_brings_back_the_old(live
 
 def test_a_checkpoint_of_the_first_version_is_verified_and_goes_on_like_one_of_this(lives):
     base, _ = lives
-    assert verify.verify_and_tell(base / "first_version" / "step_2", say=lambda line: None)
+    assert verification.verify(base / "first_version" / "step_2", report=lambda line: None)
     assert read_run_state(base / "first_version" / "step_2").indexer_start == 0
     ours, theirs = (manifest.read(base / name / "step_3").files for name in ("first_version", "straight"))
     same = ["model.safetensors", *OPTIMIZER]
@@ -423,22 +425,22 @@ def test_infinity_is_refused_before_it_could_spoil_the_first_save(argv, tmp_path
 def test_list_prune_pin_and_diff(copy, capsys):
     run = copy(2)
     one, two = run / "step_1", run / "step_2"
-    assert checkpoints.main(["list", str(run)]) == 0
+    assert run_command(checkpoints.main, ["list", str(run)]) == 0
     assert "step_2" in (out := capsys.readouterr().out) and "complete, latest" in out and "2 x ZeRO 2" in out
-    assert checkpoints.main(["pin", str(one)]) == 0
-    assert checkpoints.main(["prune", str(run), "--keep_last", "1", "--yes"]) == 0
+    assert run_command(checkpoints.main, ["pin", str(one)]) == 0
+    assert run_command(checkpoints.main, ["prune", str(run), "--keep_last", "1", "--yes"]) == 0
     assert one.exists()
-    assert checkpoints.main(["unpin", str(one)]) == 0
+    assert run_command(checkpoints.main, ["unpin", str(one)]) == 0
     capsys.readouterr()
-    assert checkpoints.main(["diff", str(one), str(two)]) == 0
+    assert run_command(checkpoints.main, ["diff", str(one), str(two)]) == 0
     assert "1 -> 2" in capsys.readouterr().out
-    assert checkpoints.main(["prune", str(run), "--keep_last", "1"]) == 0
+    assert run_command(checkpoints.main, ["prune", str(run), "--keep_last", "1"]) == 0
     assert one.exists() and "would remove step_1" in capsys.readouterr().out
     (run / "run.json").write_text('{"status": "running"}')
-    assert checkpoints.main(["prune", str(run), "--keep_last", "1"]) == 0  # looking is free
-    assert checkpoints.main(["prune", str(run), "--keep_last", "1", "--yes"]) == 2
-    assert one.exists() and "says that the run goes on" in capsys.readouterr().err
-    assert checkpoints.main(["prune", str(run), "--keep_last", "1", "--yes", "--force"]) == 0
+    assert run_command(checkpoints.main, ["prune", str(run), "--keep_last", "1"]) == 0  # looking is free
+    assert run_command(checkpoints.main, ["prune", str(run), "--keep_last", "1", "--yes"]) == 2
+    assert one.exists() and "says that the run is still training" in capsys.readouterr().err
+    assert run_command(checkpoints.main, ["prune", str(run), "--keep_last", "1", "--yes", "--force"]) == 0
     assert not one.exists()
-    assert checkpoints.main(["verify", str(run)]) == 0
-    assert checkpoints.main(["list", str(run / "nothing")]) == 1
+    assert run_command(checkpoints.main, ["verify", str(run)]) == 0
+    assert run_command(checkpoints.main, ["list", str(run / "nothing")]) == 3

@@ -1,6 +1,6 @@
-"""Which checkpoint a run continues, what has changed since, and where in the data it goes on.
+"""Chooses the checkpoint that a run continues, reports what has changed since, and where in the data it goes on.
 
-All on rank 0, before any process group exists.
+All of this happens on rank 0, before any process group exists.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from training.record.run_folder import FolderError, RunFolder
 
 @dataclass(frozen=True)
 class Start:
-    """A verified checkpoint, and the state of the run that goes on from it, in this run's units.
+    """A verified checkpoint, and the state that the run goes on from, in this run's units.
 
-    legacy: it is one of the predecessor's.
+    legacy: the checkpoint was written by the legacy trainer.
     """
 
     checkpoint: Path
@@ -33,16 +33,16 @@ class Start:
 
 
 def find_checkpoint(resume_from: str, folder: RunFolder) -> Path | None:
-    """The checkpoint a person means, every byte verified; None when "auto" finds none and the run starts afresh.
+    """The checkpoint that --resume_from names, every byte verified; None when "auto" finds none and a new run starts.
 
-    Prints what it passes over. Raises CheckpointError or FolderError.
+    Prints each checkpoint that it passes over, with the reason. Raises CheckpointError or FolderError.
     """
     if resume_from == "auto":
         found, passed_over = manifest.newest_good(folder.path)
         for line in passed_over:
             print(f"passed over: {line}", flush=True)
         if found is None and (old := legacy.newest_legacy(folder.path)) is not None:
-            print(f"no checkpoint of this project under {folder.path}, but one of its predecessor's", flush=True)
+            print(f"no checkpoint of this project under {folder.path}, but a legacy one", flush=True)
             return old
         if found is None:
             print(f"no good checkpoint under {folder.path}: starting afresh", flush=True)
@@ -60,7 +60,7 @@ def find_checkpoint(resume_from: str, folder: RunFolder) -> Path | None:
 
 
 def decided_by(checkpoint: Path, cfg: RunConfig) -> RunConfig:
-    """`cfg` with the keys set that the checkpoint decides over the yaml: those of an imported architecture."""
+    """`cfg` with the keys in which the checkpoint takes precedence over the yaml: those of an imported architecture."""
     decided = legacy.DECIDED if legacy.is_legacy(checkpoint) else read_run_state(checkpoint).decided
     plain = to_plain(cfg)
     for key, value in decided.items():
@@ -76,10 +76,8 @@ def start_from(
 ) -> Start:
     """Compares the checkpoint's configuration, text and layout with this run's, and prints every difference.
 
-    quiet: not those that change no number.
-
-    Raises ConfigError for a change that is impossible, or bends the curve and is not allowed; CheckpointError
-    for a file that is refused.
+    quiet: harmless differences are not printed. Raises ConfigError for a change that is impossible, or that changes
+    the curve without allow_change; CheckpointError for a file that is refused; DataError for other text.
     """
     cfg, plan, ds_config = spec.cfg, spec.plan, spec.ds_config
     if legacy.is_legacy(checkpoint):
@@ -90,34 +88,38 @@ def start_from(
     changes = changes_on_resume(state.config, state.world_size, read_ds_config(checkpoint), spec, same_text=same_text)
     _refuse_or_print(checkpoint, changes, allow_change, quiet)
     if not same_text:
-        said = (
+        message = (
             f"{checkpoint.name} was trained on other text: the data's fingerprint is {data.fingerprint[:16]}, "
             f"the checkpoint's {state.data_fingerprint[:16]}"
         )
         if not allow_change:
-            raise DataError(f"{said}; restore the dataset, or accept with --allow_config_change")
-        print(said, flush=True)
+            raise DataError(f"{message}; restore the dataset, or accept with --allow_config_change")
+        print(message, flush=True)
     layout, zero_stage = read_layout(checkpoint), ds_config["zero_optimization"]["stage"]
     if (state.world_size, state.zero_stage) != (plan.world_size, zero_stage):
         print(
             f"{checkpoint.name} was saved by {state.world_size} rank(s) at ZeRO {state.zero_stage} ({layout}); "
-            f"taking it up on {plan.world_size} at ZeRO {zero_stage}",
+            f"this run has {plan.world_size} at ZeRO {zero_stage}",
             flush=True,
         )
     length = state.config["training"]["max_seq_len"]
-    return Start(checkpoint, replace(state, samples_consumed=_carried(state.samples_consumed, length, cfg)), False)
+    return Start(checkpoint, replace(state, samples_consumed=_position_in(state.samples_consumed, length, cfg)), False)
 
 
 def _start_from_legacy(checkpoint: Path, spec: RunSpec, data: PackedTokens, allow_change: bool, quiet: bool) -> Start:
     cfg, plan = spec.cfg, spec.plan
     legacy.require_whole(checkpoint)
     old = legacy.read_legacy_run(checkpoint)
-    said = to_plain(cfg)
-    theirs = {**said, "training": {**said["training"], **old.training}, "model": {**said["model"], **(old.model or {})}}
+    plain = to_plain(cfg)
+    theirs = {
+        **plain,
+        "training": {**plain["training"], **old.training},
+        "model": {**plain["model"], **(old.model or {})},
+    }
     total = windows_per_step({"training": old.training}, plan.world_size)
-    changes = with_batch_size(config_changes(theirs, said), total, plan.global_batch_size)
+    changes = with_batch_size(config_changes(theirs, plain), total, plan.global_batch_size)
     changes = [replace(c, effect="harmless") if c.key in legacy.ANNOUNCED else c for c in changes]
-    print(f"{checkpoint} is a checkpoint of the predecessor's: step {old.step}, epoch {old.epoch}", flush=True)
+    print(f"{checkpoint} is a legacy checkpoint: step {old.step}, epoch {old.epoch}", flush=True)
     _refuse_or_print(checkpoint, changes, allow_change, quiet)
     if cfg.model.adaptive_k != "off":
         print(f"warning: {legacy.ADAPTIVE_WARNING}", flush=True)
@@ -125,17 +127,17 @@ def _start_from_legacy(checkpoint: Path, spec: RunSpec, data: PackedTokens, allo
         ours = cfg.training.learning_rate * schedule_factor(cfg.training)(old.step)
         print(
             f"the learning rate of step {old.step + 1} is {ours:.6e} here, {old.next_learning_rate:.6e} there: the "
-            f"schedule stands at the same step, and rounds its ends otherwise (docs/checkpoints.md)",
+            f"schedule is at the same step, but its formula differs at the ends (docs/checkpoints.md)",
             flush=True,
         )
     length = old.training.get("max_seq_len") or cfg.training.max_seq_len
-    samples = _carried(old.step * total, length, cfg)
+    samples = _position_in(old.step * total, length, cfg)
     state = RunState(
         step=old.step,
         epoch=float(old.epoch),
         samples_consumed=samples,
         tokens_seen=old.step * total * length,
-        config=said,
+        config=plain,
         data_fingerprint=data.fingerprint,
         tracking_id=None,
         stage="sparse",
@@ -147,11 +149,8 @@ def _start_from_legacy(checkpoint: Path, spec: RunSpec, data: PackedTokens, allo
         indexer_start=old.step,
         decided=dict(legacy.DECIDED),
     )
-    legacy.read_legacy(checkpoint, cfg.model, state)  # refuses now what does not fit
+    legacy.read_legacy(checkpoint, cfg.model, state)  # refuses now what does not fit the model
     return Start(checkpoint, state, True)
-
-
-# -- what has changed --------------------------------------------------------------------------------------
 
 
 def _refuse_or_print(checkpoint: Path, changes: list[Change], allow_change: bool, quiet: bool) -> None:
@@ -169,13 +168,13 @@ def _refuse_or_print(checkpoint: Path, changes: list[Change], allow_change: bool
     curve = [f"{c.key} ({c.old!r} there, {c.new!r} here)" for c in changes if c.effect == "curve"]
     if curve and not allow_change:
         raise ConfigError(
-            f"{', '.join(curve)} differ from those of {checkpoint} and would bend the curve; "
+            f"{', '.join(curve)} differ from those of {checkpoint} and would change the curve; "
             f"restore the value(s), or accept with --allow_config_change"
         )
 
 
-def _carried(samples: int, length: int, cfg: RunConfig) -> int:
-    """The position in the data as a number of windows of this run's length: the same number of tokens, rounded up."""
+def _position_in(samples: int, length: int, cfg: RunConfig) -> int:
+    """The position in the data, in windows of this run's length: after the same number of tokens, rounded up."""
     now = cfg.training.max_seq_len
     if now == length:
         return samples

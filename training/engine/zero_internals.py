@@ -1,4 +1,4 @@
-"""What this project does inside the optimizers of DeepSpeed 0.19.8: gradient norms by part, update sizes, dropped steps.
+"""Work inside the optimizers of DeepSpeed 0.19.8: gradient norms by part, sizes of updates, dropped gradients.
 
 Each function is given one of DeepSpeed's three optimizers, as those of training/engine/reshape.py are. Nothing here is
 a collective: the loop adds up over ranks what each rank returns, together with the other numbers of the step.

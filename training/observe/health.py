@@ -32,7 +32,7 @@ def probe_metrics(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, object]
 
 
 def health_metrics(squares: torch.Tensor | None, updates: torch.Tensor) -> dict[str, float]:
-    """HEALTH_METRICS from the sums of training/engine/zero_internals.py over ranks. squares: by part; updates: by group."""
+    """HEALTH_METRICS of the row. squares: by part; updates: by group; both summed over ranks."""
     row = {}
     if squares is not None:
         row |= {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, squares.tolist(), strict=True)}

@@ -1,4 +1,4 @@
-"""The predecessor's checkpoints: recognised, read without running them, resumed at any stage.
+"""Legacy checkpoints: recognised, read without running them, resumed at any stage.
 
 A writer makes small files of its layout; the real ones are used where ../shared/fixtures is there.
 """
@@ -22,7 +22,8 @@ from gsa import GSAForCausalLM
 from gsa.checkpoint import legacy, manifest
 from gsa.checkpoint.full_state import read_full_state
 from gsa.checkpoint.manifest import CheckpointError
-from training import train, verify
+from training import train
+from training.checkpointing import verification
 from training.config import ConfigError
 from training.record.metrics_log import read_rows
 
@@ -84,7 +85,7 @@ def write_legacy(
     step: int = 5000,
     epoch: int = 51,
 ) -> dict:
-    """A checkpoint of the predecessor's layout with random weights and moments; returns what is in it.
+    """A checkpoint in the legacy layout with random weights and moments; returns what is in it.
 
     training: what the older variant says of its run, if it is not what `config` does.
     """
@@ -206,7 +207,7 @@ def test_the_model_alone_has_the_weights(imported, variant):
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_a_resumed_predecessor_goes_on_at_its_step_epoch_and_tokens(imported, stage):
+def test_a_resumed_legacy_run_goes_on_at_its_step_epoch_and_tokens(imported, stage):
     base = imported[0]
     rows = [row for row in read_rows(base / f"zero{stage}" / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in rows] == [5001, 5002, 5003]
@@ -269,12 +270,12 @@ def test_torchrun_resumes_it(imported, tmp_path):
 
 def test_auto_does_not_start_afresh_beside_an_old_checkpoint(imported):
     base, output = imported[0], imported[3]
-    assert f"no checkpoint of this project under {base / 'beside'}, but one of its predecessor's" in output
+    assert f"no checkpoint of this project under {base / 'beside'}, but a legacy one" in output
     assert [r["step"] for r in read_rows(base / "beside" / "metrics.jsonl") if "loss" in r] == [5001]
     assert (base / "beside" / "step_5000" / "checkpoint_5000.pt").exists()  # retention is for our own
 
 
-@pytest.mark.skipif(not FIXTURES.exists(), reason="the predecessor's real checkpoints are not beside this clone")
+@pytest.mark.skipif(not FIXTURES.exists(), reason="the real legacy checkpoints are not beside this clone")
 @pytest.mark.parametrize("variant", ["legacy_dict", "legacy_dictconfig"])
 def test_the_real_ones_resume(imported, variant):
     base, output = imported[0], imported[3]
@@ -305,7 +306,7 @@ def resume(base: Path, folder: Path, *extra: str):
 def refused(base: Path, folder: Path, words: str) -> None:
     """By verify and at the import, in the same words, and without a traceback."""
     said: list[str] = []
-    assert not verify.verify_and_tell(folder / "step_5000", config=base / "run.yaml", say=said.append)
+    assert not verification.verify(folder / "step_5000", config=base / "run.yaml", report=said.append)
     assert said[-1].startswith("✗") and words in said[-1], said
     with pytest.raises(CheckpointError) as err:
         resume(base, folder)
@@ -321,7 +322,7 @@ def old(imported, tmp_path) -> Path:
 def test_a_good_one_is_verified_and_a_flipped_bit_anywhere_in_its_numbers_is_found(imported, old):
     base = imported[0]
     said: list[str] = []
-    assert verify.verify_and_tell(old / "step_5000", config=base / "run.yaml", say=said.append), said
+    assert verification.verify(old / "step_5000", config=base / "run.yaml", report=said.append), said
     assert resume(base, old).state.step == 5000
     file = old / "step_5000" / "checkpoint_5000.pt"
     data = file.read_bytes()
@@ -402,7 +403,7 @@ def test_the_old_adaptive_k_is_mapped_with_a_warning(imported, tmp_path, capsys)
         model = legacy.load_legacy_model(tmp_path / "old" / "step_5000")
     assert model.config.adaptive_k == "variance"
     resume(tmp_path, tmp_path / "old")
-    assert "warning: the predecessor's use_adaptive_k normalised the score variance" in capsys.readouterr().out
+    assert "warning: the legacy trainer's use_adaptive_k normalised the score variance" in capsys.readouterr().out
 
 
 def test_a_configuration_that_does_not_fit_is_refused_with_the_key(imported):
@@ -432,7 +433,7 @@ def test_a_malicious_file_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.skipif(not FIXTURES.exists(), reason="the predecessor's real checkpoints are not beside this clone")
+@pytest.mark.skipif(not FIXTURES.exists(), reason="the real legacy checkpoints are not beside this clone")
 @pytest.mark.parametrize("variant", ["legacy_dict", "legacy_dictconfig"])
 def test_the_real_ones_give_their_logits(variant):
     config = FIXTURES / "pretrain_tiny.yaml" if variant == "legacy_dict" else None
