@@ -17,7 +17,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from gsa.attention.gated_sparse import Stage
+from gsa.attention.gated_sparse import AttentionStage
 from training.config import BatchPlan, RunConfig, load_config, plan_batch
 from training.config.command import command_parser
 from training.config.deepspeed import resolve_ds_config
@@ -125,7 +125,7 @@ class Bench:
         gc.freeze()
         gc.disable()  # as in a run, which collects garbage between steps
 
-    def step(self, stage: Stage, *, first: bool) -> None:
+    def step(self, stage: AttentionStage, *, first: bool) -> None:
         """One optimizer step with the trainer's one collective and one wait at its end.
 
         first: whether it is the first step of its stage. Such a step has the long timeout, since it compiles; and it
