@@ -1,4 +1,4 @@
-"""The outcome of a trial, and how running out of memory is told apart from other failures."""
+"""The outcome of a trial, and how running out of memory is distinguished from other failures."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_each_step_is_as_slow_as_its_slowest_rank_and_the_peak_is_the_highest_of
         ),
     ],
 )
-def test_running_out_of_memory_is_told_apart_from_failing(tmp_path, monkeypatch, programs, verdict, words):
+def test_running_out_of_memory_is_distinguished_from_failing(tmp_path, monkeypatch, programs, verdict, words):
     """The other rank, which would wait for ever, is ended."""
     monkeypatch.setattr(trial_ranks, "PEERS_GRACE_S", 0.5)
     outcome = end_of_ranks(tmp_path, programs)
