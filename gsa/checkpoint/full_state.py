@@ -1,9 +1,9 @@
-"""A whole training state, parameter by parameter, out of the shards of any checkpoint of this project.
+"""Reads a whole training state, parameter by parameter, from the shards of any checkpoint of this project.
 
-DeepSpeed cuts float32 masters and Adam's moments into shards that fit one number of ranks and one ZeRO
-stage. Here they are seen as whole parameters again: memory maps of the shards, read when touched, so that
-an engine of another shape takes them up with one parameter in memory at a time. Nothing in the files is
-run, and DeepSpeed need not be installed. Layout of the files: docs/checkpoints.md.
+DeepSpeed cuts float32 masters and Adam's moments into shards for one number of ranks and one ZeRO stage. This module
+presents them as whole parameters again. The shards are memory maps that are read on first use, so that an engine with
+another number of ranks or stage can load them with one parameter in memory at a time. Nothing in the files is executed,
+and DeepSpeed need not be installed. Layout of the files: docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ What = Literal["master", "exp_avg", "exp_avg_sq"]
 
 
 class _Inert:
-    """Takes the place of a class of DeepSpeed's that a file names: holds the fields, runs nothing."""
+    """Stands in for a class of DeepSpeed that a file names: takes its fields and has no code."""
 
     def __init__(self, *args: object) -> None:
         self.args = args
@@ -53,10 +53,10 @@ _NOT_OURS = "not laid out as DeepSpeed 0.19.8 lays out a checkpoint of this proj
 
 @dataclass(frozen=True)
 class Layout:
-    """How the shards of a checkpoint are cut.
+    """How a checkpoint is cut into shards.
 
-    family: 0 (whole), 2 (ZeRO 1 and 2, which are alike) or 3. ranks: shards; 1 for a whole one. order: names of
-    the parameters as they follow each other, by group of DeepSpeed's.
+    family: 0 (not cut), 2 (ZeRO 1 and 2, which cut in the same way) or 3. ranks: number of shards; 1 for family 0.
+    order: names of the parameters in the order of the shards, one tuple per DeepSpeed group.
     """
 
     family: int
@@ -70,15 +70,15 @@ class Layout:
 
 
 def family(zero_stage: int) -> int:
-    """Of Layout."""
+    """The `family` of Layout for a ZeRO stage."""
     return 2 if zero_stage == 1 else zero_stage
 
 
 @dataclass
 class ParameterState:
-    """One parameter as the optimizer knows it, whole, float32, on the CPU.
+    """The optimizer's state of one whole parameter, float32, on the CPU.
 
-    step: Adam's own count of updates. A moment that the optimizer has not made yet is zero.
+    step: Adam's count of updates of it. A moment that the optimizer has not created yet is zero.
     """
 
     shape: torch.Size
@@ -86,25 +86,27 @@ class ParameterState:
     pieces: dict[str, list[torch.Tensor]] = field(
         default_factory=lambda: {"master": [], "exp_avg": [], "exp_avg_sq": []}
     )
-    """flat and consecutive, by what they hold"""
+    """consecutive flat parts of the master and of each moment"""
 
     def full(self, what: What) -> torch.Tensor:
-        """The whole tensor, copied out of the files; zeros for a moment that does not exist."""
+        """The whole tensor, copied from the files; zeros for a moment that does not exist."""
         parts = self.pieces[what]
         if not parts:
             return torch.zeros(self.shape)
         return torch.cat([part.to(torch.float32) for part in parts]).reshape(self.shape)
 
     def numel(self, what: What) -> int:
+        """How many elements the files hold."""
         return sum(part.numel() for part in self.pieces[what])
 
 
 @dataclass(frozen=True)
 class FullState:
-    """parameters: by name, in the order of the model. groups: hyper-parameters by group name.
+    """The state of a run, independent of ZeRO stage and number of ranks.
 
-    buffers: by name. schedule: the learning-rate scheduler's state dict, or None to start from the step.
-    run: what the trainer saved.
+    parameters: by name, in the order of the model. groups: hyper-parameters by group name. buffers: by name.
+    schedule: the learning-rate scheduler's state dict; None: the schedule starts at the run's step. run: the state
+    that the trainer saved; None: a model without a run.
     """
 
     parameters: Mapping[str, ParameterState]
@@ -115,44 +117,46 @@ class FullState:
 
 
 def read_layout(step_dir: Path) -> Layout:
-    """How a checkpoint is cut. Raises CheckpointError when its files tell none, or a shard is not there."""
+    """How a checkpoint is cut. Raises CheckpointError when its files fit no layout, or a shard is missing."""
     names = {path.name for path in step_dir.iterdir()} if step_dir.is_dir() else set()
     optimizer_ranks = sorted(int(m[1]) for name in names if (m := _OPTIMIZER_SHARD.fullmatch(name)))
     model_ranks = sorted(int(m[1]) for name in names if (m := _MODEL_SHARD.fullmatch(name)))
     if optimizer_ranks != list(range(len(optimizer_ranks))):
         raise CheckpointError(f"{step_dir}: optimizer shards of ranks {optimizer_ranks} only; restore the others")
     if model_ranks and model_ranks != optimizer_ranks:
-        raise CheckpointError(f"{step_dir}: model shards of ranks {model_ranks}, optimizer's of {optimizer_ranks}")
+        raise CheckpointError(
+            f"{step_dir}: model shards of ranks {model_ranks}, optimizer's of {optimizer_ranks}; restore the rest"
+        )
     if not model_ranks and _MODEL not in names:
         raise CheckpointError(f"{step_dir}: no {_MODEL} and no model shards; is it a checkpoint?")
     cut = 3 if model_ranks else 2 if optimizer_ranks else 0
     path = _model_file(step_dir)
     model = _load(path)
-    with _understanding(path):
+    with _naming_the_file(path):
         order = tuple(tuple(group) for group in model["param_shapes"] or ())
     precision = "bf16" if any(name.startswith("bf16_") for name in names) else "fp32"
     return Layout(cut, max(1, len(optimizer_ranks)), precision, order)
 
 
 def read_run_state(step_dir: Path) -> RunState:
-    """What the trainer saved. Raises CheckpointError when the file is missing, damaged or unsafe."""
+    """The state that the trainer saved. Raises CheckpointError when the file is missing, damaged or unsafe."""
     return _run_state(step_dir, _load(_model_file(step_dir)))
 
 
 def read_ds_config(step_dir: Path) -> dict[str, Any]:
-    """What DeepSpeed was told when it saved, as it writes it beside the weights; empty where it did not."""
-    held = _load(_model_file(step_dir)).get("ds_config")
-    return held if isinstance(held, dict) else {}
+    """The DeepSpeed configuration of the engine that saved, which it writes beside the weights; empty without one."""
+    config = _load(_model_file(step_dir)).get("ds_config")
+    return config if isinstance(config, dict) else {}
 
 
 def require_own_name(step_dir: Path, run: RunState) -> None:
-    """Raises CheckpointError when a folder is not called after the step it holds: DeepSpeed goes by the name."""
+    """Raises CheckpointError unless a folder is named after the step in it: DeepSpeed relies on the name."""
     if step_dir.name != f"step_{run.step}":
-        raise CheckpointError(f"{step_dir} holds step {run.step}: it was renamed; give it its name back")
+        raise CheckpointError(f"{step_dir} holds step {run.step}: it was renamed; name it step_{run.step} again")
 
 
 def read_full_state(step_dir: Path) -> FullState:
-    """The whole state; the files must have been verified, and must stay while it is used.
+    """The whole state of a verified checkpoint, whose files must not change as long as the state is used.
 
     Raises CheckpointError, naming the file, when one is unsafe or does not hold what it should.
     """
@@ -160,7 +164,7 @@ def read_full_state(step_dir: Path) -> FullState:
     model_file = _model_file(step_dir)
     model = _load(model_file)
     run = _run_state(step_dir, model)
-    with _understanding(model_file):
+    with _naming_the_file(model_file):
         shapes = _shapes(model)
         schedule = model["lr_scheduler"]
         buffer_names = list(model["buffer_names"])
@@ -170,23 +174,25 @@ def read_full_state(step_dir: Path) -> FullState:
         raise CheckpointError(f"{step_dir / WEIGHTS}: lacks {', '.join(missing[:5])}; restore it from a copy")
     parameters = {name: ParameterState(shape) for name, shape in shapes.items()}
     if layout.family == 3:
-        for rank in range(1, layout.ranks):  # nothing new in them, but an engine will read them
+        for rank in range(1, layout.ranks):  # they hold nothing new, but must be safe: an engine will read them
             _load(step_dir / f"zero_pp_rank_{rank}_{_MODEL}")
     if layout.family == 0:
-        with _understanding(model_file):
-            groups = _take_whole(model, parameters)
+        with _naming_the_file(model_file):
+            groups = _add_whole(model, parameters)
     else:
         shards = [_load(path) for path in _optimizer_files(step_dir, layout.ranks)]
         for number, (path, shard) in enumerate(zip(_optimizer_files(step_dir, layout.ranks), shards, strict=True)):
-            with _understanding(path):
+            with _naming_the_file(path):
                 state = shard["optimizer_state_dict"]
                 count = state["partition_count"]
                 if (count if isinstance(count, int) else max(count)) != layout.ranks:
-                    raise CheckpointError(f"of {count} ranks, and {layout.ranks} are here; restore the rest")
+                    raise CheckpointError(
+                        f"one shard of {count} ranks, of which {layout.ranks} are here; restore the rest"
+                    )
                 if layout.family == 2:
-                    groups = _take_flat_partition(state, parameters)
+                    groups = _add_flat_partition(state, parameters)
                 else:
-                    groups = _take_cut_parameters(state, model["param_shapes"], number, layout.ranks, parameters)
+                    groups = _add_cut_parameters(state, model["param_shapes"], number, layout.ranks, parameters)
     for name, parameter in parameters.items():
         for what in ("master", "exp_avg", "exp_avg_sq"):
             found = parameter.numel(what)
@@ -198,11 +204,11 @@ def read_full_state(step_dir: Path) -> FullState:
     return FullState(parameters, groups, {name: weights[name] for name in buffer_names}, schedule, run)
 
 
-# -- the three ways to cut ---------------------------------------------------------------------------------
+# -- the three layouts --------------------------------------------------------------------------------------
 
 
-def _take_whole(model: dict, parameters: dict[str, ParameterState]) -> dict[str, dict]:
-    """ZeRO 0: torch's own optimizer state, parameters numbered through the groups."""
+def _add_whole(model: dict, parameters: dict[str, ParameterState]) -> dict[str, dict]:
+    """ZeRO 0: the state dict of a torch optimizer, which numbers the parameters through its groups."""
     state, groups = model["optimizer"]["state"], model["optimizer"]["param_groups"]
     for group in groups:
         for name, number in zip(group["param_names"], group["params"], strict=True):
@@ -210,8 +216,8 @@ def _take_whole(model: dict, parameters: dict[str, ParameterState]) -> dict[str,
     return _hyperparameters(groups)
 
 
-def _take_flat_partition(state: dict, parameters: dict[str, ParameterState]) -> dict[str, dict]:
-    """ZeRO 1 and 2: a group is one flat tensor, each rank has a run of it, and says which parts are whose."""
+def _add_flat_partition(state: dict, parameters: dict[str, ParameterState]) -> dict[str, dict]:
+    """ZeRO 1 and 2: a group is one flat tensor, of which each rank has a range, and a map of the parameters in it."""
     base = state["base_optimizer_state"]
     flats, mappings = state["single_partition_of_fp32_groups"], state["param_slice_mappings"]
     for number, (flat, mapping) in enumerate(zip(flats, mappings, strict=True)):
@@ -221,10 +227,10 @@ def _take_flat_partition(state: dict, parameters: dict[str, ParameterState]) -> 
     return _hyperparameters(base["param_groups"])
 
 
-def _take_cut_parameters(
+def _add_cut_parameters(
     state: dict, shapes: list[dict], rank: int, ranks: int, parameters: dict[str, ParameterState]
 ) -> dict[str, dict]:
-    """ZeRO 3: each parameter is cut into equal parts, the last one padded; a sub-group is a run of such parts."""
+    """ZeRO 3: a parameter is cut into equal parts, the last one padded; a sub-group is a sequence of such parts."""
     base = state["optimizer_state_dict"]
     for number, (flat, sub_group) in enumerate(zip(state["fp32_flat_groups"], shapes, strict=True)):
         offset = 0
@@ -246,7 +252,7 @@ def _add(name: str, parameter: ParameterState, master: torch.Tensor, adam: Mappi
         step = float(adam["step"])
         if parameter.pieces["exp_avg"] and step != parameter.step:
             raise CheckpointError(
-                f"Adam has taken {step:.0f} updates of {name} here, {parameter.step:.0f} in the shards before it: they "
+                f"Adam has done {step:.0f} updates of {name} here, {parameter.step:.0f} in the shards before it: they "
                 f"are of different saves; restore them from a copy, or take another checkpoint"
             )
         parameter.step = step
@@ -255,15 +261,15 @@ def _add(name: str, parameter: ParameterState, master: torch.Tensor, adam: Mappi
 
 
 def _hyperparameters(groups: list[dict]) -> dict[str, dict]:
-    kept = ("lr", "initial_lr", "weight_decay", "betas", "eps")
-    return {group["name"]: {key: group[key] for key in kept} for group in groups}
+    keys = ("lr", "initial_lr", "weight_decay", "betas", "eps")
+    return {group["name"]: {key: group[key] for key in keys} for group in groups}
 
 
 # -- files -------------------------------------------------------------------------------------------------
 
 
 def _shapes(model: dict) -> dict[str, torch.Size]:
-    """Of all parameters, in the order of the model."""
+    """The shape of every parameter, in the order of the model."""
     buffers = set(model["buffer_names"])
     names = [name for name in model["module"] if name not in buffers]
     if model["param_shapes"] is None:
@@ -296,8 +302,8 @@ def _load(path: Path) -> dict:
 
 
 @contextmanager
-def _understanding(path: Path) -> Iterator[None]:
-    """Turns what a strange but safe file makes this reader stumble over into a CheckpointError that names the file."""
+def _naming_the_file(path: Path) -> Iterator[None]:
+    """Turns an error that the content of a safe file causes in this reader into a CheckpointError with its name."""
     try:
         yield
     except CheckpointError as err:

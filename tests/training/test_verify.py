@@ -231,13 +231,13 @@ def test_ranks_that_have_taken_other_numbers_of_updates_are_found(copy, argv):
     step_dir = copy(2) / "step_2"
     forge_shard(step_dir, 1, lambda state: state["base_optimizer_state"]["state"][0]["step"].add_(1))
     said = not_verified(step_dir)
-    assert OPTIMIZER[1] in said and "Adam has taken 3 updates of " in said and "here, 2 in the shards before it" in said
+    assert OPTIMIZER[1] in said and "Adam has done 3 updates of " in said and "here, 2 in the shards before it" in said
 
 
 def test_a_renamed_folder_is_refused_by_verify_and_by_resume(copy, argv, capsys):
     run = copy(2)
     (run / "step_2").rename(run / "step_20")
-    refused(run / "step_20", capsys, argv, 2, "step_20 holds step 2: it was renamed; give it its name back")
+    refused(run / "step_20", capsys, argv, 2, "step_20 holds step 2: it was renamed; name it step_2 again")
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
