@@ -1,0 +1,1 @@
+"""The workshop: turns text and a configuration into checkpoints. A file directly in it is a command."""

@@ -20,7 +20,8 @@ from support.launching import ROOT, Case, free_port, rank_environment, run_cases
 from support.tiny_dataset import write_dataset
 
 from gsa.checkpoint import manifest
-from training import launch, train
+from training import train
+from training.engine.launcher import true_code
 from training.observe.terminal import Terminal
 from training.record.metrics_log import read_rows
 
@@ -436,5 +437,5 @@ def test_a_signal_before_there_is_a_rank_ends_the_launch(wrapped):
 
 def test_a_run_json_that_cannot_be_read_is_no_run_that_ended_in_order(tmp_path):
     (tmp_path / "run.json").write_bytes(b"")
-    assert launch.true_code(0, 0, tmp_path) == 1 and launch.true_code(0, 0, tmp_path / "none") == 0
-    assert launch.true_code(241, 0, tmp_path) == launch.true_code(-15, 0, tmp_path) == 143
+    assert true_code(0, 0, tmp_path) == 1 and true_code(0, 0, tmp_path / "none") == 0
+    assert true_code(241, 0, tmp_path) == true_code(-15, 0, tmp_path) == 143

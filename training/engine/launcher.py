@@ -1,0 +1,133 @@
+"""The `deepspeed` launcher as a child process: signals for its ranks, what it leaves behind, the exit code it hides."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+"""Signals that the ranks receive."""
+AS_SIGTERM = (signal.SIGINT, signal.SIGHUP)
+"""Signals that the ranks receive as SIGTERM: Ctrl-C, and a terminal that was closed."""
+ORPHAN_GRACE_S = 5.0
+"""Seconds that processes which the launcher left behind have to end after SIGTERM, before they are killed."""
+POLL_S = 1.0
+
+
+class Launch:
+    """The launcher's process and its ranks. ended_by: a signal that came before there were ranks, or 0."""
+
+    def __init__(self) -> None:
+        self.ended_by = 0
+        self._launcher: subprocess.Popen | None = None
+        self._ranks_seen = False
+
+    @property
+    def session(self) -> int:
+        return self._launcher.pid
+
+    def start(self, command: list[str]) -> None:
+        """Starts the launcher in a session of its own."""
+        self._launcher = subprocess.Popen(command, start_new_session=True)
+        if self.ended_by:
+            self._launcher.terminate()
+
+    def wait(self) -> int:
+        """Waits for the launcher to end; its exit code."""
+        while not self._ranks_seen:
+            try:
+                return self._launcher.wait(timeout=POLL_S)
+            except subprocess.TimeoutExpired:
+                self._ranks_seen = self._ranks_seen or bool(ranks(self.session))
+        return self._launcher.wait()
+
+    def forward(self, number: int, frame: FrameType | None) -> None:
+        """The signal handler: sends the signal to the ranks; before there are any, it ends the launch."""
+        # only to the ranks: the launcher itself answers SIGTERM by killing them one after another
+        found = [] if self._launcher is None else ranks(self.session)
+        self._ranks_seen = self._ranks_seen or bool(found)
+        for process in found:
+            _try(lambda process=process: process.send_signal(signal.SIGTERM if number in AS_SIGTERM else number))
+        if not self._ranks_seen:  # nothing has been trained that could be saved
+            self.ended_by = number
+            if self._launcher is not None:
+                self._launcher.terminate()
+
+
+def ranks(session: int) -> list[psutil.Process]:
+    """The training processes of a session: those with a RANK whose parent has none."""
+    found: dict[int, tuple[psutil.Process, int]] = {}
+    for process in psutil.process_iter():
+        try:
+            if _session(process.pid) == session and "RANK" in process.environ():
+                found[process.pid] = (process, process.ppid())
+        except (psutil.Error, OSError):
+            continue
+    return [process for process, parent in found.values() if parent not in found]
+
+
+def _session(pid: int) -> int:
+    # fields after the command's closing bracket: state, ppid, pgrp, session
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[3])
+
+
+def end_session(session: int) -> int:
+    """Ends every process the launcher left behind, and returns how many ranks were among them."""
+    orphans = len(ranks(session))
+    for end in (psutil.Process.terminate, psutil.Process.kill):  # the second round also ends what was started meanwhile
+        left = [process for process in psutil.process_iter() if _belongs(process, session)]
+        for process in left:
+            _try(lambda process=process, end=end: end(process))
+        psutil.wait_procs(left, timeout=ORPHAN_GRACE_S)
+    return orphans
+
+
+def _belongs(process: psutil.Process, session: int) -> bool:
+    try:
+        return _session(process.pid) == session
+    except OSError:
+        return False
+
+
+def _try(action: Callable[[], None]) -> None:
+    try:
+        action()
+    except psutil.NoSuchProcess:
+        return
+
+
+def output_dir(argv: list[str]) -> Path | None:
+    """The run's folder, read from the arguments of training/train.py."""
+    for i, word in enumerate(argv):
+        if word == "--output_dir" and i + 1 < len(argv):
+            return Path(argv[i + 1])
+        if word.startswith("--output_dir="):
+            return Path(word.partition("=")[2])
+    return None
+
+
+def true_code(code: int, orphans: int, folder: Path | None) -> int:
+    """The exit code of the ranks, from that of the launcher.
+
+    The launcher turns a signal -s into 256 - s, and returns 0 when the process that watched the ranks was killed: then
+    ranks were left over, or run.json still says "running". orphans: how many ranks were left over.
+    """
+    if code == 0:
+        unfinished = folder is not None and (folder / "run.json").exists() and _status(folder) == "running"
+        return 1 if orphans or unfinished else 0
+    if code < 0:
+        return 128 - code
+    return 128 + 256 - code if code > 255 - 65 else code
+
+
+def _status(folder: Path) -> str:
+    try:
+        return json.loads((folder / "run.json").read_text())["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "running"  # a run that ends in order leaves a complete file
