@@ -1,8 +1,8 @@
-"""A folder is a checkpoint when its manifest exists, and a good one when every file agrees with it.
+"""A folder is a checkpoint when it has a manifest, and a good checkpoint when every file agrees with the manifest.
 
-The manifest lists the size and sha256 of every file. It is written last, so that a save cut short at any
-moment leaves a folder without one: torn, never mistaken for a checkpoint. Each run folder has one process
-that seals, publishes, retains and clears; any number may read. Format: docs/checkpoints.md.
+The manifest lists the size and sha256 of every file. It is written last: a save that is interrupted at any moment
+leaves a folder without one, which is called torn and never mistaken for a checkpoint. One process per run folder
+calls seal, publish, retain and clear_torn; any number of processes may read. Format: docs/checkpoints.md.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
 PIN = "pinned"
-"""An empty file of this name in a checkpoint's folder keeps `retain` from deleting it."""
+"""`retain` does not delete a checkpoint whose folder has a file of this name."""
 
 _TAG = re.compile(r"step_(0|[1-9][0-9]*)")
 _TEMPORARY = ".tmp"
 _OURS = re.compile(r".*_(?:model|optim)_states\.pt|model\.safetensors|config\.json|pinned|.*\.tmp")
-"""What a save leaves when it is interrupted."""
+"""Names of the files that an interrupted save can leave."""
 _TRASH = ".trash-"
 _BLOCK_BYTES = 8 * 2**20
 _HASHING_THREADS = 4
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read, written or found; the message names the file and says how to mend it."""
+    """A checkpoint cannot be read, written or found. The message names the file and says how to mend it."""
 
 
 @dataclass(frozen=True)
@@ -48,19 +48,22 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """files: by path relative to the checkpoint's folder, with forward slashes. created: ISO 8601, UTC."""
+    """The content of manifest.json.
+
+    files: by path relative to the checkpoint's folder, with forward slashes. created: ISO 8601, UTC.
+    """
 
     files: Mapping[str, FileEntry]
     created: str
 
     @property
     def digest(self) -> str:
-        """sha256 of the rest of the manifest. It finds damage, not forgery: anyone can seal a folder."""
+        """sha256 of the rest of the manifest. It detects damage but not forgery: anyone can seal a folder."""
         canonical = json.dumps(self._body(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def render(self) -> bytes:
-        """The one file content that means this manifest."""
+        """The content of the file; any other bytes are not this manifest."""
         return (json.dumps({**self._body(), "digest": self.digest}, sort_keys=True, indent=1) + "\n").encode()
 
     def _body(self) -> dict:
@@ -73,7 +76,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class Found:
-    """A `step_N` folder. complete: names and sizes agree with the manifest, reason says why not."""
+    """A `step_N` folder. complete: names and sizes agree with the manifest; if not, reason says why."""
 
     tag: str
     step: int
@@ -84,7 +87,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Removed:
-    """error: what the disk said against deleting it; None when it is gone, or would go."""
+    """A checkpoint that was deleted, or in a dry run would be.
+
+    error: why the operating system refused to delete it, or None.
+    """
 
     tag: str
     reason: str
@@ -102,18 +108,18 @@ class Removed:
 def seal(
     step_dir: Path, files: Collection[str] | None = None, *, hashes: Mapping[str, tuple[int, str]] | None = None
 ) -> Manifest:
-    """Makes a checkpoint of a finished folder: every file forced to disk, then the manifest.
+    """Makes a finished folder a checkpoint: forces every file to disk, then writes the manifest.
 
-    files: relative paths the checkpoint must consist of; None takes what is there.
-    hashes: (bytes, sha256) by relative path, from writers that hashed what they wrote; the rest is read.
-    Sealing again replaces the manifest. Raises CheckpointError, before a manifest is written, when a file is
-    missing, not asked for, not a regular file or not as long as its writer said, and when the disk refuses.
+    files: the relative paths of which the checkpoint must consist; None: whatever is there.
+    hashes: (bytes, sha256) by relative path, from writers that hashed while writing; the other files are read.
+    Sealing again replaces the manifest. Raises CheckpointError, before a manifest is written, when a file is missing,
+    unexpected, not a regular file or not as long as its writer reported, or when the disk refuses.
     """
     hashes = hashes or {}
     present = _contents(step_dir)
     wanted = set(present if files is None else files) | set(hashes)
     wrong = [f"{name}: missing; is the folder shared by all ranks?" for name in sorted(wanted - set(present))]
-    wrong += [f"{name}: not among the files to seal; delete it" for name in sorted(set(present) - wanted)]
+    wrong += [f"{name}: not one of the files to seal; delete it" for name in sorted(set(present) - wanted)]
     if not wanted:
         wrong = ["there is no file in it"]
     if wrong:
@@ -145,14 +151,14 @@ def seal(
 
 
 def publish(output_dir: Path, tag: str) -> None:
-    """Makes `latest` name a sealed checkpoint, in one step. Raises CheckpointError when it is not sealed."""
+    """Makes `latest` name a sealed checkpoint, atomically. Raises CheckpointError when it is not sealed."""
     read(output_dir / tag)
     write_durably(output_dir / LATEST, f"{tag}\n".encode())
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what the operating system says against writing `path` into a CheckpointError."""
+    """Turns an OSError while `path` is written into a CheckpointError."""
     try:
         yield
     except OSError as err:
@@ -181,17 +187,17 @@ def replace_durably(temporary: Path, path: Path) -> None:
 
 
 def clear_torn(step_dir: Path) -> None:
-    """Removes what an interrupted save left, so that the step can be saved again; nothing there is fine.
+    """Removes what an interrupted save left, so that the step can be saved again. The folder need not exist.
 
-    Raises CheckpointError when the folder has a manifest, good or damaged, or files that no save of ours leaves:
-    that is for a person to move.
+    Raises CheckpointError when the folder has a manifest, good or damaged, or files that no save of this project
+    leaves: a person has to move it.
     """
     if (step_dir / MANIFEST).exists():
         raise CheckpointError(f"{step_dir} holds a checkpoint already and is not overwritten; move it away")
     if step_dir.exists():
         if not step_dir.is_dir() or not is_torn(step_dir):
-            raise CheckpointError(f"{step_dir} is or holds what is not of this project; move it away")
-        shutil.rmtree(step_dir)  # half removed, it is still torn
+            raise CheckpointError(f"{step_dir} is or holds a file that is not of this project; move it away")
+        shutil.rmtree(step_dir)  # interrupted half-way, it leaves a torn folder
 
 
 def retain(
@@ -203,14 +209,15 @@ def retain(
     threads: int = _HASHING_THREADS,
     dry_run: bool = False,
 ) -> list[Removed]:
-    """Deletes old checkpoints, after the newest has been read back and found good.
+    """Deletes old checkpoints, after it has read back the newest one and found it good.
 
-    Kept: the newest `keep_last` (at least 1), those whose step is a multiple of `keep_every`, those tagged in
-    `pinned` or holding a file `pinned`, the one `latest` names, linked folders, and damaged ones, which are
-    for a person to look at. What interrupted saves of this project left, older than the newest checkpoint, is
-    deleted too; a folder with anything else in it is not ours to judge. threads: that read the newest back.
-    dry_run: only says what would go. What the disk refuses to delete is among the results, with its error.
-    Raises CheckpointError, with no checkpoint deleted, when the newest is not good.
+    These stay: the newest `keep_last` (at least 1), those whose step is a multiple of `keep_every`, those tagged in
+    `pinned` or holding a file `pinned`, the one that `latest` names, linked folders, and damaged ones, which a person
+    should look at. Torn folders older than the newest checkpoint are deleted too, unless they hold files that no save
+    of this project writes.
+    threads: how many read the newest one. dry_run: delete nothing and return what would be deleted.
+    Returns what was deleted, and with its error what the operating system refused to delete. Raises CheckpointError,
+    before any checkpoint is deleted, when the newest is not good.
     """
     if keep_last < 1 or (keep_every is not None and keep_every < 1):
         raise ValueError(f"keep_last={keep_last} and keep_every={keep_every} must be at least 1")
@@ -220,36 +227,36 @@ def retain(
     if not complete:
         return stuck
     newest = complete[-1]
-    kept = {*pinned, latest_tag(output_dir), *(f.tag for f in complete[-keep_last:])}
-    condemned = []
+    protected = {*pinned, latest_tag(output_dir), *(f.tag for f in complete[-keep_last:])}
+    removable = []
     for f in found[: found.index(newest)]:
-        if f.tag in kept or (f.path / PIN).exists() or f.path.is_symlink():
+        if f.tag in protected or (f.path / PIN).exists() or f.path.is_symlink():
             continue
         if is_torn(f.path):
-            condemned.append(Removed(f.tag, "torn: its save was interrupted"))
+            removable.append(Removed(f.tag, "torn: its save was interrupted"))
         elif f.complete and (keep_every is None or f.step % keep_every):
-            condemned.append(Removed(f.tag, f"older than the {keep_last} newest; {newest.tag} is good"))
-    if condemned:
+            removable.append(Removed(f.tag, f"older than the {keep_last} newest; {newest.tag} is good"))
+    if removable:
         verify(newest.path, threads=threads)
-    return stuck + (condemned if dry_run else [_deleted(output_dir, one, _discard) for one in condemned])
+    return stuck + (removable if dry_run else [_deleted(output_dir, one, _discard) for one in removable])
 
 
 def _finish_deletions(output_dir: Path) -> list[Removed]:
-    """Deletes what interrupted deletions have left, and returns what the disk refuses to let go."""
+    """Deletes what interrupted deletions left; returns what the operating system refused to delete."""
     left = [Removed(path.name, "its deletion was interrupted") for path in output_dir.glob(f"{_TRASH}*")]
     return [done for one in left if (done := _deleted(output_dir, one, shutil.rmtree)).error is not None]
 
 
-def _deleted(output_dir: Path, condemned: Removed, delete: Callable[[Path], None]) -> Removed:
+def _deleted(output_dir: Path, removable: Removed, delete: Callable[[Path], None]) -> Removed:
     try:
-        delete(output_dir / condemned.tag)
+        delete(output_dir / removable.tag)
     except OSError as err:
-        return replace(condemned, error=str(err))
-    return condemned
+        return replace(removable, error=str(err))
+    return removable
 
 
 def free_bytes(path: Path) -> int:
-    """Bytes that may still be written where `path` is, or will be."""
+    """Bytes that can still be written on the disk of `path`, which need not exist yet."""
     while not path.exists():
         path = path.absolute().parent
     return shutil.disk_usage(path).free
@@ -269,7 +276,7 @@ def require_space(path: Path, bytes_needed: int) -> None:
 
 
 def read(step_dir: Path) -> Manifest:
-    """The manifest alone. Raises CheckpointError when it is missing, edited, or of a newer format."""
+    """Reads the manifest only. Raises CheckpointError when it is missing, edited, or of a newer format."""
     manifest, wrong = _read(step_dir)
     if manifest is None:
         raise _refused(step_dir, [wrong])
@@ -292,7 +299,7 @@ def is_complete(step_dir: Path) -> bool:
 
 
 def latest_tag(output_dir: Path) -> str | None:
-    """The tag in `latest`; None before the first. Raises CheckpointError when something else stands there."""
+    """The tag in `latest`; None before the first checkpoint. Raises CheckpointError when it holds no tag."""
     path = output_dir / LATEST
     if not path.exists():
         return None
@@ -303,7 +310,7 @@ def latest_tag(output_dir: Path) -> str | None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Found]:
-    """Every `step_N` folder, complete or not, by step."""
+    """Every `step_N` folder, complete or not, ordered by step."""
     found = []
     for path in output_dir.iterdir() if output_dir.is_dir() else ():
         if _TAG.fullmatch(path.name) and path.is_dir():
@@ -314,7 +321,7 @@ def list_checkpoints(output_dir: Path) -> list[Found]:
 
 
 def newest_good(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every byte is right, and a line for each newer folder passed over."""
+    """The newest checkpoint whose every byte agrees with its manifest, and one line for each newer, bad folder."""
     passed_over = []
     for found in reversed(list_checkpoints(output_dir)):
         wrong = _wrong(found.path, hashes=True)
@@ -325,10 +332,10 @@ def newest_good(output_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def resolve(resume_from: str, output_dir: Path) -> Path | None:
-    """The checkpoint a person means by a tag of `output_dir`, a path, "latest", or "auto".
+    """The checkpoint that `resume_from` names: a tag in `output_dir`, a path, "latest", or "auto".
 
-    "auto" is the newest good one, every byte verified, or None when there is none. Of the others only the
-    manifest has been read: `verify` before loading. Raises CheckpointError saying what there is instead.
+    "auto" is the newest good one, every byte verified, or None when there is none. For the others only the manifest is
+    read: call `verify` before loading. Raises CheckpointError, listing what there is, when it does not exist.
     """
     if resume_from == "auto":
         return newest_good(output_dir)[0]
@@ -342,11 +349,11 @@ def resolve(resume_from: str, output_dir: Path) -> Path | None:
 
 
 def named(resume_from: str, output_dir: Path) -> Path:
-    """The folder that a tag of `output_dir`, a path or "latest" means, whether it is there or not."""
+    """The folder that a tag in `output_dir`, a path or "latest" names, whether it exists or not."""
     tag = latest_tag(output_dir) if resume_from == LATEST else resume_from
     if tag is None:
         raise CheckpointError(f"{output_dir / LATEST} does not exist: {_choices(output_dir)}")
-    # an absolute path has a last part, which is the tag, also for "." and ".."
+    # made absolute, so that its last part is the tag also for "." and ".."
     return output_dir / tag if _TAG.fullmatch(tag) else Path(os.path.abspath(tag))
 
 
@@ -354,14 +361,14 @@ def named(resume_from: str, output_dir: Path) -> Path:
 
 
 def is_torn(step_dir: Path) -> bool:
-    """No manifest, and nothing but what a save of this project writes before it."""
+    """Whether a folder has no manifest, and no file but those that a save of this project writes before it."""
     if (step_dir / MANIFEST).exists():
         return False
     return all(path.is_dir() or _OURS.fullmatch(path.name) for path in step_dir.rglob("*"))
 
 
 def _contents(step_dir: Path) -> dict[str, Path]:
-    """What a manifest answers for, by relative path: all but folders, itself, the pin and temporaries."""
+    """The files that a manifest lists, by relative path: all but itself, the pin and temporaries; no folders."""
     return {
         name: path
         for path in step_dir.rglob("*")
@@ -387,14 +394,14 @@ def _read(step_dir: Path) -> tuple[Manifest | None, str]:
         manifest = Manifest({name: FileEntry(**entry) for name, entry in data["files"].items()}, data["created"])
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         pass  # not the shape of a manifest
-    # byte for byte: an edit that json does not see is an edit
+    # compared byte for byte: an edit that json does not notice is an edit, too
     if manifest is None or manifest.render() != raw:
         return None, f"{MANIFEST}: edited or damaged: it does not agree with its own digest"
     return manifest, ""
 
 
 def _wrong(step_dir: Path, *, hashes: bool, threads: int = _HASHING_THREADS) -> list[str]:
-    """One line for every bad file; none when the folder is what was sealed."""
+    """One line for every bad file; none when the folder is exactly what was sealed."""
     manifest, wrong = _read(step_dir)
     if manifest is None:
         return [wrong]
@@ -437,15 +444,15 @@ def _choices(output_dir: Path) -> str:
 
 
 def _discard(step_dir: Path) -> None:
-    """Deletes a folder; killed half-way, what is left no longer has a checkpoint's name."""
+    """Deletes a folder. It is renamed first, so that what a kill leaves no longer has a checkpoint's name."""
     trash = step_dir.with_name(_TRASH + step_dir.name)
     os.replace(step_dir, trash)
-    _fsync(trash.parent)  # a power cut must not bring the name back to half a folder
+    _fsync(trash.parent)  # a power cut must not restore the name of a half-deleted folder
     shutil.rmtree(trash)
 
 
 def sha256_of(path: Path) -> str:
-    """Of a file's content, read in blocks."""
+    """The hexadecimal sha256 of a file, which is read in blocks."""
     sha, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
     with open(path, "rb", buffering=0) as file:
         while count := file.readinto(block):

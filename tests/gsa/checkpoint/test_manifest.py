@@ -387,7 +387,7 @@ def test_a_file_that_a_rank_wrote_elsewhere_or_in_part_is_not_sealed(tmp_path):
         manifest.seal(tmp_path, hashes={"rank_9.pt": (1, "0" * 64)})
     with pytest.raises(CheckpointError, match="700 bytes on disk, 701 were written"):
         manifest.seal(tmp_path, hashes={next(iter(FILES)): (701, "0" * 64)})
-    with pytest.raises(CheckpointError, match="empty_optim_states.pt: not among the files"):
+    with pytest.raises(CheckpointError, match="empty_optim_states.pt: not one of the files"):
         manifest.seal(tmp_path, files=[name for name in FILES if name != "empty_optim_states.pt"])
     assert not (tmp_path / "manifest.json").exists()
     manifest.seal(tmp_path, files=list(FILES))

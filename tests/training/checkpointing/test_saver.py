@@ -562,5 +562,5 @@ def test_what_lies_after_the_step_resumed_from_is_set_aside_whatever_it_is(tmp_p
     assert (tmp_path / "segments" / "step_9.0").read_text() == "a file of somebody's"
     assert not list(tmp_path.glob("step_*"))
     (tmp_path / "step_7").touch()
-    with pytest.raises(CheckpointError, match="step_7 is or holds what is not of this project"):
+    with pytest.raises(CheckpointError, match="step_7 is or holds a file that is not of this project"):
         manifest.clear_torn(tmp_path / "step_7")
