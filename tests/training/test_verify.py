@@ -163,7 +163,7 @@ def test_files_swapped_between_ranks_are_refused(copy, capsys, argv, stage, kind
     assert one != other or kind == "model_states"
 
 
-def test_one_bad_checkpoint_among_all_is_an_exit_code(copy, capsys):
+def test_one_bad_checkpoint_of_a_run_decides_the_exit_code(copy, capsys):
     run = copy(2)
     assert verify.main([str(run), "--all"]) == 0
     (run / "step_1" / "config.json").write_text("{}")
@@ -181,7 +181,7 @@ def not_verified(step_dir: Path) -> str:
     return said[-1]
 
 
-def test_a_configuration_beside_the_weights_that_is_not_the_shards_is_found(copy):
+def test_a_config_json_that_differs_from_the_shards_is_found(copy):
     step_dir = copy(2) / "step_2"
     config = json.loads((step_dir / "config.json").read_text())
     config["training"]["seed"] = 8
@@ -200,7 +200,7 @@ def test_shapes_are_compared_with_the_configuration(copy, argv):
     assert "ffn.down_proj.weight is (32, 64) in the shards and (32, 32) by the configuration" in said
 
 
-def test_weights_for_use_that_are_not_the_masters_are_found(copy):
+def test_a_model_safetensors_that_differs_from_the_masters_is_found(copy):
     step_dir = copy(2) / "step_2"
     _, weights = load_weights(step_dir)
     weights["norm.weight"] = weights["norm.weight"] + 1e-3
@@ -227,7 +227,7 @@ def test_a_number_that_is_not_finite_is_found(copy, what):
     assert f"{what} of " in (said := not_verified(step_dir)) and "is not finite" in said
 
 
-def test_ranks_that_have_taken_other_numbers_of_updates_are_found(copy, argv):
+def test_ranks_with_different_numbers_of_updates_are_found(copy, argv):
     step_dir = copy(2) / "step_2"
     forge_shard(step_dir, 1, lambda state: state["base_optimizer_state"]["state"][0]["step"].add_(1))
     said = not_verified(step_dir)
@@ -241,7 +241,7 @@ def test_a_renamed_folder_is_refused_by_verify_and_by_resume(copy, argv, capsys)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
-def test_a_pickle_under_the_name_of_a_file_that_is_none_is_refused_and_not_run(copy, tmp_path, name):
+def test_a_pickle_in_place_of_a_file_of_another_format_is_refused_and_not_run(copy, tmp_path, name):
     step_dir, marker = copy(2) / "step_2", tmp_path / "ran"
     for content in (pickle.dumps(Evil(marker)), None):
         if content is None:
@@ -315,7 +315,7 @@ def test_a_malicious_pickle_in_any_file_is_refused_and_not_run(lives, argv):
     assert not (base / "ran").exists()
 
 
-def test_auto_passes_a_damaged_checkpoint_over(lives):
+def test_auto_skips_a_damaged_checkpoint(lives):
     base, output = lives
     assert f"passed over: step_2: {OPTIMIZER[0]}" in output
     assert (base / "damaged" / "latest").read_text().strip() == "step_2"  # trained and saved again
@@ -323,7 +323,7 @@ def test_auto_passes_a_damaged_checkpoint_over(lives):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_changed_rates_are_what_runs_although_deepspeed_brings_back_the_old(lives, stage):
+def test_changed_rates_apply_although_deepspeed_restores_the_old_ones(lives, stage):
     """As many ranks and the same stage: DeepSpeed's own loader restores rate, decay and clipping."""
     base, output = lives
     assert "training.learning_rate: 0.003 -> 0.001 (changes the curve)" in output
@@ -340,7 +340,7 @@ def test_changed_rates_are_what_runs_although_deepspeed_brings_back_the_old(live
         assert shard["optimizer_state_dict"]["clip_grad"] == 0.5
 
 
-def test_a_checkpoint_of_the_first_version_is_verified_and_goes_on_like_one_of_this(lives):
+def test_a_checkpoint_of_version_1_verifies_and_resumes_like_a_present_one(lives):
     base, _ = lives
     assert verification.verify(base / "first_version" / "step_2", report=lambda line: None)
     assert read_run_state(base / "first_version" / "step_2").indexer_start == 0
@@ -351,7 +351,7 @@ def test_a_checkpoint_of_the_first_version_is_verified_and_goes_on_like_one_of_t
     assert state["version"] == VERSION > 1 and state["decided"] == {}
 
 
-def test_another_window_length_carries_the_position_over_in_tokens(lives):
+def test_with_another_window_length_the_position_is_the_same_number_of_tokens(lives):
     row = [r for r in read_rows(lives[0] / "length" / "metrics.jsonl") if "loss" in r][-1]
     assert row["samples"] == 2 * 8 * 2 + 8 and row["tokens"] == 2 * 8 * 32 + 8 * 16
 
@@ -364,7 +364,7 @@ def start(argv, folder: Path, *extra: str):
     return train.prepare(train.parse([*argv(2, folder, "--resume_from", "step_2", *extra)])).start
 
 
-def test_what_bends_the_curve_needs_a_word_and_what_is_impossible_has_none(copy, argv):
+def test_a_change_of_the_curve_needs_the_flag_and_an_impossible_one_is_always_refused(copy, argv):
     run = copy(2)
     with pytest.raises(ConfigError, match=r"training.weight_decay \(0.1 there, 0.3 here\)"):
         start(argv, run, *RATES)
@@ -374,7 +374,7 @@ def test_what_bends_the_curve_needs_a_word_and_what_is_impossible_has_none(copy,
             start(argv, run, "model.d_ffn=32", *allowed)
 
 
-def test_the_same_global_batch_made_up_otherwise_is_harmless(copy, argv, capsys):
+def test_the_same_global_batch_from_other_factors_is_harmless(copy, argv, capsys):
     run = copy(2)
     unset = ("training.global_batch_size=null", "training.gradient_accumulation_steps=4")
     assert start(argv, run, *unset).state.step == 2
@@ -393,7 +393,7 @@ def test_the_same_text_in_another_place_is_harmless(copy, argv, corpus, tmp_path
         start(argv, copy(2), half)
 
 
-def test_a_deepspeed_configuration_that_changes_the_numbers_needs_a_word(copy, argv, tmp_path, capsys):
+def test_a_deepspeed_configuration_that_changes_the_numbers_needs_the_flag(copy, argv, tmp_path, capsys):
     json_file, run = tmp_path / "ds.json", copy(2)
     ours = ("--deepspeed_config", str(json_file))
     zero = {"stage": 2, "reduce_bucket_size": 1000}
@@ -414,7 +414,7 @@ def test_a_deepspeed_configuration_that_changes_the_numbers_needs_a_word(copy, a
     assert start(argv, run, *ours, "--allow_config_change").state.step == 2
 
 
-def test_infinity_is_refused_before_it_could_spoil_the_first_save(argv, tmp_path):
+def test_infinity_in_the_configuration_is_refused_at_the_start(argv, tmp_path):
     with pytest.raises(ConfigError, match="configuration.training.grad_clip is inf"):
         train.prepare(train.parse([*argv(2, tmp_path / "run", "training.grad_clip=.inf")]))
 

@@ -26,7 +26,7 @@ REFUSED = {
     "gradient_accumulation_dtype": "set it as data_types.grad_accum_dtype",
     "zero_allow_untested_optimizer": "set by this project",
     "zero_force_ds_cpu_optimizer": "set by this project: torch's AdamW serves offload too, and needs no compiler",
-    "timers": "metrics.jsonl has the seconds of every phase; DeepSpeed's timers wait for the device all the time",
+    "timers": "metrics.jsonl has the seconds of every phase; DeepSpeed's timers wait for the device in every micro-batch",
     "elasticity": "removed from DeepSpeed 0.19.8; this project resizes by itself",
     "curriculum_learning": "removed from DeepSpeed 0.19.8",
     "compression_training": "removed from DeepSpeed 0.19.8",
@@ -53,14 +53,14 @@ ALLOWED = (
     "compile",
     "sparse_gradients",
 )
-"""Top-level sections that a json may set. DeepSpeed itself ignores an unknown one in silence."""
+"""Top-level sections that a json may set. DeepSpeed itself silently ignores an unknown one."""
 
 
 def resolve_ds_config(path: Path | None, cfg: RunConfig, plan: BatchPlan, config_path: Path) -> dict[str, Any]:
     """A complete DeepSpeed configuration, nothing "auto".
 
-    path: a ds_configs/*.json, or None for ZeRO 2. A key that the run's yaml owns may be left out there, be
-    "auto", or say the same; another value is a ConfigError that names both files.
+    path: a ds_configs/*.json, or None for ZeRO 2. config_path: the run's yaml, for messages. A key that the yaml owns
+    may be left out of the json, be "auto", or have the same value; another value is a ConfigError that names both files.
     """
     path = path or DEFAULT
     given = _read(path)
@@ -85,8 +85,8 @@ def resolve_ds_config(path: Path | None, cfg: RunConfig, plan: BatchPlan, config
         if key in owned:
             if _differs(value, owned[key]):
                 raise ConfigError(
-                    f"{path} says {key}={json.dumps(value)}, but {sources[key]} of {config_path} makes it "
-                    f'{json.dumps(owned[key])}; leave {key!r} out of the json, or say "auto"'
+                    f"{path} sets {key}={json.dumps(value)}, but {sources[key]} of {config_path} makes it "
+                    f'{json.dumps(owned[key])}; leave {key!r} out of the json, or set it to "auto"'
                 )
         elif key in ALLOWED or key in ("steps_per_print", "wall_clock_breakdown"):
             result[key] = value
@@ -136,12 +136,12 @@ def _read(path: Path) -> dict[str, Any]:
     return given
 
 
-def _differs(said: Any, owned: Any) -> bool:
-    if said == "auto":
+def _differs(given: Any, owned: Any) -> bool:
+    if given == "auto":
         return False
     if isinstance(owned, dict):
-        return not isinstance(said, dict) or any(_differs(value, owned.get(key)) for key, value in said.items())
-    return said != owned
+        return not isinstance(given, dict) or any(_differs(value, owned.get(key)) for key, value in given.items())
+    return given != owned
 
 
 def _refuse_auto(section: dict[str, Any], path: Path, prefix: str = "") -> None:
@@ -149,7 +149,7 @@ def _refuse_auto(section: dict[str, Any], path: Path, prefix: str = "") -> None:
         if isinstance(value, dict):
             _refuse_auto(value, path, f"{prefix}{key}.")
         elif value == "auto":
-            # DeepSpeed would put its default there, and say nothing
+            # DeepSpeed would silently use its default
             raise ConfigError(f'{path}: {prefix}{key} is "auto", which nobody resolves; give a value or leave it out')
 
 

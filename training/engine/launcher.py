@@ -11,7 +11,9 @@ from types import FrameType
 
 import psutil
 
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+from training.config.signals import STOP_SIGNALS
+
+FORWARDED = (*STOP_SIGNALS, signal.SIGHUP)
 """Signals that the ranks receive."""
 AS_SIGTERM = (signal.SIGINT, signal.SIGHUP)
 """Signals that the ranks receive as SIGTERM: Ctrl-C, and a terminal that was closed."""

@@ -46,7 +46,9 @@ class SignalCheck:
         self._number = 0
 
     def __enter__(self) -> SignalCheck:
-        self._before = {number: signal.signal(number, self._record) for number in HANDLED_SIGNALS}
+        # nohup ignores SIGHUP, and whoever started this process under it wants it to go on
+        handled = [number for number in HANDLED_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._record) for number in handled}
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -46,7 +46,7 @@ def refusal(path: Path, *overrides: str) -> str:
 # -- reading ----------------------------------------------------------------------------------------------
 
 
-def test_overrides_stand_over_yaml_over_defaults(tmp_path):
+def test_overrides_take_precedence_over_the_yaml_and_the_yaml_over_defaults(tmp_path):
     path = written(tmp_path, "training:\n  max_steps: 70\n  learning_rate: 3e-4\nmodel: {d_model: 192, n_heads: 6}\n")
     cfg = load_config(
         path, ["training.max_steps=80", "training.stop_at_step=${training.max_steps}", "logging.wandb=true"]
@@ -114,7 +114,7 @@ def test_the_mixture_is_read_and_checked(tmp_path):
         ("{}", "training.hang_timeout_s=0", ["must be above 0"]),
     ],
 )
-def test_what_is_wrong_is_said_with_its_place(tmp_path, text, override, words):
+def test_a_refusal_names_the_file_and_line_or_the_override(tmp_path, text, override, words):
     message = refusal(written(tmp_path, text), *([override] if override else []))
     for word in words:
         assert word in message, message
@@ -205,7 +205,7 @@ def test_an_indivisible_batch_lists_what_fits():
 
 @pytest.mark.parametrize("yaml_path", YAMLS, ids=lambda p: p.stem)
 @pytest.mark.parametrize("json_path", JSONS, ids=lambda p: p.stem)
-def test_every_shipped_pair_resolves_or_is_refused_with_its_reason(yaml_path, json_path):
+def test_every_shipped_yaml_resolves_with_every_shipped_json_or_is_refused_with_a_reason(yaml_path, json_path):
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     cfg = load_config(yaml_path, [])
@@ -226,7 +226,7 @@ def test_every_shipped_pair_resolves_or_is_refused_with_its_reason(yaml_path, js
     [
         (
             '{"gradient_clipping": 0.5}',
-            ["zero.json says gradient_clipping=0.5", "training.grad_clip of", "quickstart.yaml", "1.0"],
+            ["zero.json sets gradient_clipping=0.5", "training.grad_clip of", "quickstart.yaml", "1.0"],
         ),
         ('{"train_batch_size": 99}', ["train_batch_size=99", "training.global_batch_size"]),
         ('{"bf16": {"enabled": true}}', ["training.precision", "false"]),
@@ -244,7 +244,7 @@ def test_every_shipped_pair_resolves_or_is_refused_with_its_reason(yaml_path, js
         ("[]", ["is a JSON object"]),
     ],
 )
-def test_a_json_that_oversteps_is_refused(tmp_path, content, words):
+def test_a_json_that_sets_what_the_yaml_owns_is_refused(tmp_path, content, words):
     path = tmp_path / "zero.json"
     path.write_text(content)
     cfg = load_config(QUICKSTART, [])
@@ -254,7 +254,7 @@ def test_a_json_that_oversteps_is_refused(tmp_path, content, words):
         assert word in str(caught.value)
 
 
-def test_owned_keys_may_be_auto_or_agree(tmp_path):
+def test_keys_that_the_yaml_owns_may_be_auto_or_have_the_same_value(tmp_path):
     path = tmp_path / "zero.json"
     path.write_text(
         '{"train_batch_size": "auto", "gradient_clipping": 1.0, "bf16": {"enabled": "auto"}, "zero_optimization": {"stage": 1}}'
@@ -316,7 +316,7 @@ def test_the_page_of_all_keys_is_made_from_them():
     assert page == markdown_table(), "run python scripts/write_docs.py"
 
 
-def test_changes_are_sorted_into_their_effects():
+def test_each_change_has_the_effect_of_its_key():
     old = to_plain(load_config(QUICKSTART, ["training.global_batch_size=16"]))
     new = to_plain(
         load_config(
@@ -345,7 +345,7 @@ def test_changes_are_sorted_into_their_effects():
     assert "training.seed" not in {c.key for c in config_changes(old, new)}
 
 
-def test_the_global_batch_is_told_from_its_parts_when_it_is_not_set():
+def test_windows_per_step_follow_from_accumulation_when_no_global_batch_is_set():
     plain = to_plain(load_config(QUICKSTART, ["training.global_batch_size=16"]))
     assert global_batch_size(plain, 4) == 16
     plain["training"].update(global_batch_size=None, micro_batch_size=3, gradient_accumulation_steps=None)
