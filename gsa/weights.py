@@ -1,4 +1,4 @@
-"""Weights for use: model.safetensors and config.json, without a pickle. Format: docs/checkpoints.md."""
+"""The weights for use, model.safetensors with config.json; no pickle is involved. Format: docs/checkpoints.md."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ WEIGHTS = "model.safetensors"
 
 
 def save_weights(state_dict: Mapping[str, torch.Tensor], config: dict[str, Any], dir: Path) -> None:
-    """Writes both files, each whole or not at all; a file that stood there before is replaced.
+    """Writes both files into `dir`, each whole or not at all; existing files are replaced.
 
-    state_dict: any dtypes, each kept; a tensor under several names is stored once.
-    config: of JSON types, TypeError otherwise; its "model" section holds the fields of ModelConfig. In a
-    checkpoint it is the whole configuration of the run.
+    state_dict: tensors keep their dtypes; a tensor under several names is stored once.
+    config: the configuration of the run, or any mapping with a "model" section that holds the fields of ModelConfig.
+    Raises TypeError when config has values that are not of JSON types, and CheckpointError when the disk refuses.
     """
     assert "model" in config
     header = {"format": FORMAT, **require_plain(config, "config")}
@@ -38,7 +38,7 @@ def save_weights(state_dict: Mapping[str, torch.Tensor], config: dict[str, Any],
             tied[name] = owner
             continue
         tensor = tensor.detach().cpu().contiguous()
-        # safetensors takes one tensor per storage: another view of it is stored on its own
+        # safetensors accepts one tensor per storage: a second view of it is stored as a copy
         stored[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in storages else tensor
         storages.add(tensor.untyped_storage().data_ptr())
     with writing(dir / WEIGHTS):
@@ -47,21 +47,21 @@ def save_weights(state_dict: Mapping[str, torch.Tensor], config: dict[str, Any],
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
-            # one metadata key: safetensors writes several in random order, and equal weights are to be equal files
+            # one metadata key only: safetensors writes several in random order, and equal weights must be equal files
             save_file(stored, temporary, metadata={"format": "pt"})
-        except SafetensorError as err:  # its word for what the operating system said
+        except SafetensorError as err:  # safetensors raises it in place of OSError
             raise OSError(str(err)) from err
-        temporary.chmod(mode)  # safetensors takes everyone else's right to read
+        temporary.chmod(mode)  # safetensors removes the read permission of group and others
         replace_durably(temporary, dir / WEIGHTS)
     header["tied"] = tied
     write_durably(dir / CONFIG, (json.dumps(header, indent=2) + "\n").encode())
 
 
 def load_weights(dir: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The ModelConfig fields and the state dict, on the CPU, under all names; tied names share one tensor.
+    """The fields of ModelConfig, and the state dict on the CPU under all names; tied names share one tensor.
 
-    Raises CheckpointError when a file is missing, damaged, or of a newer format. Contents are not hashed:
-    in a checkpoint, `manifest.verify` does that.
+    Raises CheckpointError when a file is missing, damaged, or of a newer format. Hashes are not compared: in a
+    checkpoint, `manifest.verify` does that.
     """
     header = read_json_object(dir / CONFIG)
     version, config = header.get("format"), header.get("model")
