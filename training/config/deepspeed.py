@@ -26,7 +26,7 @@ REFUSED = {
     "gradient_accumulation_dtype": "set it as data_types.grad_accum_dtype",
     "zero_allow_untested_optimizer": "set by this project",
     "zero_force_ds_cpu_optimizer": "set by this project: torch's AdamW serves offload too, and needs no compiler",
-    "timers": "metrics.jsonl has the seconds of every phase; DeepSpeed's timers wait for the device in every micro-batch",
+    "timers": "metrics.jsonl has the seconds of every phase; DeepSpeed's timers wait for the device each micro-batch",
     "elasticity": "removed from DeepSpeed 0.19.8; this project resizes by itself",
     "curriculum_learning": "removed from DeepSpeed 0.19.8",
     "compression_training": "removed from DeepSpeed 0.19.8",
@@ -60,7 +60,7 @@ def resolve_ds_config(path: Path | None, cfg: RunConfig, plan: BatchPlan, config
     """A complete DeepSpeed configuration, nothing "auto".
 
     path: a ds_configs/*.json, or None for ZeRO 2. config_path: the run's yaml, for messages. A key that the yaml owns
-    may be left out of the json, be "auto", or have the same value; another value is a ConfigError that names both files.
+    may be left out of the json, be "auto", or have the same value; another is a ConfigError that names both files.
     """
     path = path or DEFAULT
     given = _read(path)

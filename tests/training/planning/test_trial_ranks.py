@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ def end_of_ranks(tmp_path: Path, programs: list[str], *, patience_s: float = 60.
     script = (
         "import json, os, sys, time\nrank = int(os.environ['RANK'])\nfolder = sys.argv[1]\nexec(sys.argv[2 + rank])\n"
     )
-    with SignalCheck() as signals:
+    with trial_ranks.SignalCheck() as signals:
         command = [sys.executable, "-c", script, str(tmp_path), *programs]
         codes = run_ranks(command, len(programs), tmp_path, patience_s=patience_s, signals=signals)
     return combined_outcome(read_ends(tmp_path, codes, capped=capped))
