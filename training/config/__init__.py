@@ -1,4 +1,4 @@
-"""What a run is told: its configuration, batch arithmetic, what a change means on resume, the one DeepSpeed dict."""
+"""The configuration of a run: its keys, batch arithmetic, what a change means on resume, the one DeepSpeed dict."""
 
 from gsa.config import Effect
 from training.config.batch import BatchPlan, plan_batch, windows_per_step

@@ -11,7 +11,7 @@ from training.config.schema import RunConfig
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What a run is told: its configuration, how its batch is divided over ranks, and the one DeepSpeed dict.
+    """What a run was started with: its configuration, how its batch is divided over ranks, and the one DeepSpeed dict.
 
     ds_config is complete, with nothing left "auto"; all three agree on batch, clipping and precision.
     """

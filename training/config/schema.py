@@ -231,7 +231,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that a run is told, apart from the ZeRO settings in ds_configs/*.json."""
+    """The whole configuration of a run, apart from the ZeRO settings in ds_configs/*.json."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
