@@ -4,7 +4,7 @@
 
 tuned: training/configs/pretrain_512m_low_memory.yaml as it is, micro-batch 8 x 2048, accumulation 8, ZeRO 2 over one
     rank, its sparse stage.   untuned: pretrain_512m_untuned.yaml, 1 x 1024, accumulation 64.
-naive: untuned, with the predecessor's manner of attention (benchmarks/layers.py) and adaptive_k off, which that needs.
+naive: untuned, with the attention of the legacy layer (benchmarks/layers.py) and adaptive_k off, which that needs.
 dense: tuned, model.sparse=false.   flash: the same on torch's fused attention.
 recomputed: tuned, with training.gradient_checkpointing.   compiled: tuned, with training.compile.
 

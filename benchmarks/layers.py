@@ -2,11 +2,11 @@
 
     python -m benchmarks.layers naive_gather|flash <arguments of training/train.py>
 
-`naive_gather` is the predecessor's manner: the whole score matrix, the top k_base keys of a row, and every query's
-own copy of its keys and values. Only selection and attention are replaced; the alignment loss, which the predecessor
-did not have, stays. It needs model.adaptive_k=off. `flash` is torch's fused dense attention for model.sparse=false:
-the trainer's own kernel also keeps documents of a window apart, so this one is right only where every window is a
-single document, and refuses to start on others.
+`naive_gather` computes attention as the legacy layer did: the whole score matrix, the top k_base keys of a row, and a
+copy of its keys and values for every query. Only selection and attention are replaced; the alignment loss, which the
+legacy layer did not have, stays. It needs model.adaptive_k=off. `flash` is torch's fused dense attention for
+model.sparse=false. The trainer's own kernel also separates the documents of a window; `flash` is right only when every
+window is a single document, and refuses other data.
 """
 
 from __future__ import annotations

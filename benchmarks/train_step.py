@@ -10,7 +10,7 @@ watching: steps that measure the indexer (training.probe_interval) or the gradie
     (training.health_interval) against the plain step before each, in one run of the trainer.
 zero: ZeRO 1 and 2 against torch's DistributedDataParallel with AdamW (in bf16 on float32 masters) on the same
     micro-batches, clipping and schedule included, as bare loops.
-tuned: the tuned against the untuned configuration, and against the untuned one with the predecessor's manner of
+tuned: the tuned against the untuned configuration, and against the untuned one with the legacy layer's way of
     attention (benchmarks/layers.py), as bare loops. On a CPU scaled down: a small model, an eighth of the lengths and
     of the number of keys, a quarter of the accumulation.
 
