@@ -8,7 +8,7 @@ setup: .venv/.installed
 
 .venv/.installed: requirements.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --upgrade pip "setuptools<81" wheel
+	$(PY) -m pip install --quiet --upgrade pip "setuptools>=77,<81" wheel
 	$(PY) -m pip install --quiet -r requirements.txt
 	$(PY) -m pip install --quiet --no-build-isolation -e ".[dev]"
 	touch $@
