@@ -109,7 +109,7 @@ def dense_kinds(device: str) -> list[SDPBackend]:
 
 
 def naive_gather(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: kernels.Index) -> torch.Tensor:
-    """Attention as the legacy layer computed it: the whole score matrix, and a copy of its keys and values per query."""
+    """Attention as the legacy layer computed it: the whole score matrix, a copy of its keys and values per query."""
     B, T, H, D = q.shape
     scores = kernels.index_scores(*(x.detach() for x in index))
     causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
