@@ -153,7 +153,7 @@ class Saver:
         began = time.perf_counter()
         self.finish()
         tag = f"step_{state.step}"
-        refused = self._world.broadcast(self._refusal(self._dir / tag) if self._world.is_main else None)
+        refused = self._world.from_main(lambda: self._refusal(self._dir / tag))
         if refused is not None:
             raise CheckpointError(refused)
         snapshot = self._engine.snapshot(self._dir, tag, state.to_dict(), buffers=self._buffers)

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,6 +291,19 @@ class Slow:
         return dict, ()
 
 
+@dataclass(frozen=True)
+class ThreadWorld(World):
+    """A rank that is a thread: its collectives meet the other threads."""
+
+    meet: Callable[[int, object], list]
+
+    def gather(self, value: object) -> list:
+        return self.meet(self.rank, value)
+
+    def broadcast(self, value: object) -> object:
+        return self.gather(value)[0]
+
+
 class Ranks:
     """So many savers, each to be used by a thread of its own; what they published, and how often each gave a sign."""
 
@@ -298,14 +313,7 @@ class Ranks:
         self.savers = [
             Saver(
                 SimpleNamespace(snapshot=lambda *_, buffers, rank=rank: self._snapshot(folder, rank, files[rank])),
-                SimpleNamespace(
-                    size=self.size,
-                    rank=rank,
-                    is_main=rank == 0,
-                    device=torch.device("cpu"),
-                    gather=lambda value, rank=rank: self.gather(rank, value),
-                    broadcast=lambda value, rank=rank: self.gather(rank, value)[0],
-                ),
+                ThreadWorld(rank, self.size, rank, self.size, torch.device("cpu"), self.gather),
                 folder,
                 background=True,
                 retention=Retention(keep_last, None),
@@ -535,7 +543,7 @@ def test_run_json_is_on_disk_before_it_has_its_name_and_a_damaged_one_is_said_on
     folder.run_json.write_bytes(b"")  # a power cut, on a disk that lies
     assert folder.read_run() == {} == folder.read_run() and folder.holds_a_run()
     said = capsys.readouterr().out
-    assert said.count("run.json: not JSON") == 1 and "going on without" in said
+    assert said.count("run.json: not JSON") == 1 and "continuing without" in said
     folder.update_run(step=4)
     assert folder.read_run()["step"] == 4
 
