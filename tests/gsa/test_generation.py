@@ -40,7 +40,7 @@ def continued(model, prompt=(1, 2, 3), n=12, eod_id=-1, **sampling) -> list[int]
     return list(generate(model, list(prompt), max_new_tokens=n, eod_id=eod_id, sampling=Sampling(**sampling)))
 
 
-def test_greedy_text_is_that_of_the_full_forward(model):
+def test_greedy_tokens_equal_those_of_full_forward_passes(model):
     text = [1, 2, 3]
     for _ in range(12):
         text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
@@ -74,8 +74,8 @@ def test_top_k_keeps_k_candidates_though_many_tie():
     torch.testing.assert_close(kept.sum(), torch.tensor(1.0))
 
 
-def test_on_a_device_it_takes_the_fastest_backend_and_says_why_not_a_faster_one(tmp_path, monkeypatch, capsys, model):
-    """On a CPU there is no choice; elsewhere it is that of `backend: auto`."""
+def test_loading_takes_the_fastest_backend_and_reports_why_not_a_faster_one(tmp_path, monkeypatch, capsys, model):
+    """On a CPU there is no choice; elsewhere the choice is that of `backend: auto`."""
     save_weights(model.state_dict(), {"model": asdict(CONFIG)}, tmp_path)
     assert load_model(tmp_path).layers[0].attention.backend == "chunked" and not capsys.readouterr().err
     for answer, warned in ((("triton", None), ""), (("chunked", "its q is off"), "not on Triton's: its q is off")):
@@ -84,7 +84,7 @@ def test_on_a_device_it_takes_the_fastest_backend_and_says_why_not_a_faster_one(
         assert warned in capsys.readouterr().err
 
 
-def test_text_longer_than_the_model_sees_goes_on_from_its_newest_part(model):
+def test_text_beyond_the_model_s_length_continues_from_its_newest_part(model):
     text = continued(model, prompt=range(20), n=30, temperature=0)
     assert len(text) == 30
     whole = [*range(20), *text]
@@ -93,7 +93,7 @@ def test_text_longer_than_the_model_sees_goes_on_from_its_newest_part(model):
     assert text[5] == int(again)
 
 
-def test_it_ends_before_the_end_of_document(model):
+def test_generation_stops_before_the_end_of_document(model):
     text = continued(model, temperature=0)
     assert continued(model, temperature=0, eod_id=text[4]) == text[: text.index(text[4])]
 

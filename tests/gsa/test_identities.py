@@ -1,5 +1,5 @@
-"""The identities of docs/gsa.md, 9, on whole models and both backends in PyTorch, and wrong layers that each is shown
-to catch; then sections 4, 5 and 8 in numbers. tests/gsa/kernels/test_triton_identities.py has the Triton backend.
+"""The identities of docs/gsa.md, 9, for whole models on both PyTorch backends, and wrong layers on which they fail; then
+sections 4, 5 and 8 in numbers. tests/gsa/kernels/test_triton_identities.py has the Triton backend.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WAYS = {"reference": Way("reference", reference), "chunked": Way("chunked", chun
 
 @pytest.fixture(params=WAYS, scope="module")
 def way(request) -> Way:
-    """Chunks of 8 queries, so that these short sequences have several, and ragged ones."""
+    """With chunks of 8 queries, so that these short sequences have several, and a shorter last one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "CHUNK", 8)
         yield WAYS[request.param]
@@ -73,7 +73,7 @@ def test_identity_in_either_stage(check, way, stage, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", ["dense", "sparse"])
-def test_a_model_is_that_of_the_reference(stage, kind):
+def test_losses_and_gradients_equal_those_on_the_reference(stage, kind):
     at_random_sizes(
         lambda way, size: checks.check_as_the_reference(way, size, stage), WAYS["chunked"], *kind, examples=2
     )
@@ -84,8 +84,8 @@ def test_a_wrong_layer_is_caught(fault, way):
     check_is_caught(fault, way)
 
 
-def test_a_few_keys_and_closed_gates_are_something_else(way):
-    """What the identities of limits would not see, were selection and gates of no effect."""
+def test_selection_and_gates_change_the_output(way):
+    """The identities about limits (all keys, open gates) would also hold if selection and gates had no effect."""
     tokens = tokens_of(way, PLAIN)
     few = checks.logits_of(make(way), tokens)
     for changes in ({"sparse": False}, {"value_gate": False}, {"output_gate": False}):
@@ -102,7 +102,7 @@ def test_parts_that_are_off_have_no_parameters(way):
     assert out.indexer_loss == 0 and out.loss > 0
 
 
-def test_alignment_loss_falls_when_trained_and_sees_only_the_sampled_rows(way):
+def test_the_alignment_loss_falls_when_trained_and_covers_the_sampled_rows_only(way):
     way = replace(way, dtype=torch.float32)
     model = make(way)
     model.set_stage("dense")
@@ -125,7 +125,7 @@ def test_decoding_a_dense_model(way):
     checks.check_decoding(way, Size(group=4), sparse=False)
 
 
-def test_what_is_kept_serves_a_second_backward_pass(way):
+def test_saved_results_serve_a_second_backward_pass(way):
     model = make(way)
     model.set_activation_checkpointing("block")
     out = checks.losses_of(way, model, Size())
@@ -188,7 +188,7 @@ def test_two_halves_with_the_whole_count_give_the_whole_gradient(way):
             torch.testing.assert_close(p.grad, wanted[name], rtol=1e-9, atol=1e-12)
 
 
-def test_nothing_to_predict_is_a_loss_of_zero(way):
+def test_the_loss_without_targets_is_zero(way):
     out = make(way)(tokens_of(way, PLAIN), torch.full((1, T), -100))
     assert out.loss == 0
 
@@ -219,8 +219,8 @@ def test_forward_measures_and_does_not_move_v_ref(way):
 
 
 @pytest.mark.parametrize("scale, k", [(0.0, 9), (1.0, 6), (3.0, 4), (1e9, 3)])
-def test_flat_scores_buy_more_keys(scale, k):
-    """m = 1/2 + 1/(1 + v / v_ref): 1.5 for flat scores, 1 at the reference, 1/2 for very sharp ones."""
+def test_flat_scores_select_more_keys(scale, k):
+    """m = 1/2 + 1/(1 + v / v_ref) is 1.5 for flat scores, 1 at v_ref and 1/2 for very sharp scores."""
     n, v_ref = torch.tensor([40]), torch.tensor(0.25)
     variance = torch.tensor([0.25 * scale])
     assert reference.keys_per_query(n, variance, v_ref, kernels.SelectionRule("variance", 1.0, 6, 1, 30)).item() == k
@@ -252,7 +252,7 @@ def selected(way, scores: torch.Tensor, doc_start=None, mode="off", v_ref=0.0, k
     return kernels.unpack(choice.bits, S), choice.k
 
 
-def test_unset_reference_gives_k_base_and_bounds_hold(way):
+def test_an_unset_v_ref_gives_k_base_and_bounds_hold(way):
     _, k = selected(way, torch.rand(1, T, T), mode="variance")
     assert k[0].tolist() == [min(t + 1, 6) for t in range(T)]
     _, k = selected(way, torch.ones(1, T, T), mode="entropy")
@@ -277,7 +277,7 @@ def by_hand(scores: list[float], visible: list[int], k: int, heads: int) -> set[
     k=st.integers(1, 45),
     levels=st.sampled_from([1, 2, 5, 100000]),
 )
-def test_the_selected_set_is_exact_ties_to_the_more_recent(way, data, length, queries, k, levels):
+def test_the_selected_set_is_exact_and_ties_go_to_the_more_recent_key(way, data, length, queries, k, levels):
     random = torch.Generator().manual_seed(data.draw(st.integers(0, 10**6)))
     queries = min(queries, length)  # the last of them, as in decoding
     scores = (torch.randint(0, levels, (1, queries, length), generator=random).double() + 0.5) / levels * 2
@@ -293,7 +293,7 @@ def test_the_selected_set_is_exact_ties_to_the_more_recent(way, data, length, qu
 
 @trials(40)
 @given(rows=st.integers(1, 9), width=st.integers(1, 130), seed=st.integers(0, 999))
-def test_bits_hold_every_set(rows, width, seed):
+def test_packing_is_lossless(rows, width, seed):
     mask = torch.rand(2, rows, width, generator=torch.Generator().manual_seed(seed)) < 0.5
     bits = kernels.pack(mask)
     assert bits.dtype == torch.int32 and bits.shape == (2, rows, -(-width // 32))
@@ -301,8 +301,8 @@ def test_bits_hold_every_set(rows, width, seed):
     assert torch.equal(chunked._pack(mask), bits)
 
 
-def test_the_oracle_ranks_attention_exactly_below_a_sink():
-    """A sink of 0.99 leaves a hundredth to the others: in steps of 1/65535 of the sink many of them would tie."""
+def test_the_oracle_is_exact_beside_an_attention_sink():
+    """A sink of 0.99 leaves 0.01 for the other keys: in steps of 1/65535 of the sink many of them would tie."""
     random = torch.Generator().manual_seed(0)
     rest = torch.rand(1, 1, 999, generator=random, dtype=torch.float64).square()
     p = torch.cat([torch.tensor([[[0.99]]]).double(), 0.01 * rest / rest.sum()], -1)
@@ -315,7 +315,7 @@ def test_the_oracle_ranks_attention_exactly_below_a_sink():
     assert largest(p, seen, size)[0, 0].nonzero().min() >= 500
 
 
-def test_a_probe_in_blocks_of_rows_is_the_same_probe(way, monkeypatch):
+def test_a_probe_does_not_depend_on_its_blocks_of_rows(way, monkeypatch):
     model, rows = make(way, Size(length=T)), torch.arange(1, T, 2)
     with torch.no_grad():
         tokens, start = tokens_of(way, Size()), checks.starts_of(way, Size())

@@ -1,4 +1,4 @@
-"""Size, cost, refusals, and the loss head."""
+"""Number of parameters, FLOPs, refused settings, and the loss head."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def problem(n=50, d=8, v=33, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("columns", [1, 7, 33, 1000])
-def test_the_loss_and_its_gradients_are_those_of_the_plain_loss(columns, monkeypatch):
+def test_the_loss_and_its_gradients_equal_the_plain_loss(columns, monkeypatch):
     hidden, weight, targets = problem()
     monkeypatch.setattr(loss_module, "BLOCK_BYTES", columns * 50 * 8)
     ours = linear_cross_entropy(hidden, weight, targets, (targets >= 0).sum())
@@ -102,7 +102,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_plain_loss(columns, monkeyp
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
 
 
-def test_in_float32_it_is_as_near_to_the_truth_as_the_plain_loss():
+def test_in_float32_the_loss_is_as_accurate_as_the_plain_loss():
     hidden, weight, targets = problem(300, 64, 5000, torch.float32)
     exact = F.cross_entropy(hidden.double() @ weight.double().t(), targets)
     wanted = torch.autograd.grad(exact, (hidden, weight))
@@ -118,20 +118,20 @@ def test_rows_without_a_target_have_no_gradient():
     assert (hidden.grad[targets < 0] == 0).all() and (hidden.grad[targets >= 0].abs().sum(-1) > 0).all()
 
 
-def test_gradcheck_also_with_a_frozen_side():
+def test_gradcheck_also_with_frozen_weights():
     hidden, weight, targets = problem(9, 4, 6)
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets, 5.0), (hidden, weight))
     frozen = weight.detach()
     assert torch.autograd.gradcheck(lambda h: linear_cross_entropy(h, frozen, targets, 5.0), (hidden,))
 
 
-def test_bf16_value_is_exact_in_float32():
+def test_the_loss_of_bf16_inputs_is_exact_in_float32():
     hidden, weight, targets = problem(300, 64, 5000, torch.bfloat16)
     ours = linear_cross_entropy(hidden, weight, targets, (targets >= 0).sum())
     assert ours.dtype == torch.float32
     exact = F.cross_entropy(hidden.double() @ weight.double().t(), targets)
     assert ours.item() == pytest.approx(exact.item(), rel=1e-6)
-    # logits that were rounded to bf16 on the way would be seen
+    # with logits rounded to bf16 the error would exceed the bound
     rounded = F.cross_entropy((hidden @ weight.t()).double(), targets)
     assert abs(rounded.item() - exact.item()) > 20e-6 * exact.item()
     for mine, theirs in zip(
@@ -140,7 +140,7 @@ def test_bf16_value_is_exact_in_float32():
         assert (mine.double() - theirs.double()).abs().max() <= 1e-2 * theirs.double().abs().max()
 
 
-def test_nothing_to_divide_by_is_no_loss():
+def test_zero_targets_give_a_zero_loss_and_no_gradient():
     hidden, weight, targets = problem()
     loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100), 0)
     loss.backward()
@@ -149,16 +149,16 @@ def test_nothing_to_divide_by_is_no_loss():
 
 def test_a_gradient_costs_two_passes_and_evaluation_one():
     hidden, weight, targets = problem(64, 8, 300, torch.float32)
-    with torch.no_grad(), LargestTensor() as seen:
+    with torch.no_grad(), LargestTensor() as created:
         linear_cross_entropy(hidden, weight, targets, 1.0)
-    assert seen.products == 1
-    with LargestTensor() as seen:
+    assert created.products == 1
+    with LargestTensor() as created:
         linear_cross_entropy(hidden, weight, targets, 1.0).backward()
-    assert seen.products == 4
+    assert created.products == 4
 
 
 class LargestTensor(TorchDispatchMode):
-    """Remembers the largest tensor any operation made, and counts matrix products."""
+    """Records the size of the largest tensor that any operation creates, and counts matrix products."""
 
     largest = 0
     products = 0
@@ -172,7 +172,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of storages that operations have made and that are still held: now, and at most."""
+    """Counts the bytes of the storages that operations have created and that still exist; `peak` is the maximum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -193,7 +193,7 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_head_holds_little_beside_its_gradients(dtype, monkeypatch):
-    """300 MB at 16,384 rows of width 1,024, scaled down 64 times: rows, width and block of logits alike."""
+    """300 MB at 16,384 rows of width 1,024; here rows, width and blocks of logits are scaled down by 64 together."""
     rows, width, vocab_size = 2048, 128, 2048
     monkeypatch.setattr(loss_module, "BLOCK_BYTES", loss_module.BLOCK_BYTES // 64)
     hidden, weight, targets = problem(rows, width, vocab_size, dtype)
@@ -211,9 +211,9 @@ def test_the_head_holds_little_beside_its_gradients(dtype, monkeypatch):
 def test_logits_of_the_whole_vocabulary_never_exist(monkeypatch):
     hidden, weight, targets = problem(640, 8, 1000, torch.float32)
     monkeypatch.setattr(loss_module, "BLOCK_BYTES", 640 * 32 * 4)
-    with LargestTensor() as seen:
+    with LargestTensor() as created:
         linear_cross_entropy(hidden, weight, targets, 640.0).backward()
-    assert seen.largest == 640 * 32
-    with LargestTensor() as seen:
+    assert created.largest == 640 * 32
+    with LargestTensor() as created:
         F.cross_entropy(hidden @ weight.t(), targets)
-    assert seen.largest == 640 * 1000
+    assert created.largest == 640 * 1000

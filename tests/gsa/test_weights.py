@@ -62,7 +62,7 @@ def test_tied_names_are_stored_once_and_share_one_tensor(tmp_path):
         assert file.metadata()["format"] == "pt"  # other tools look for it
     _, loaded = load_weights(tmp_path)
     assert loaded["lm_head.weight"] is loaded["model.embed_tokens.weight"]
-    # the same shape at the same place read otherwise, and equal values elsewhere, are not tied
+    # views of one storage with other strides or dtypes, and equal values in another storage, are not tied
     square = torch.randn(4, 4)
     apart = {"a": square, "b": square.t(), "c": square.clone(), "d": square.view(torch.int32)}
     save_weights(apart, {"model": CONFIG}, tmp_path)
@@ -135,7 +135,7 @@ def test_a_damaged_table_of_tied_names_is_refused(tmp_path, tied):
 
 
 def test_equal_weights_are_equal_files(tmp_path):
-    for i in range(8):  # the order of several metadata keys would be drawn anew each time
+    for i in range(8):  # with several metadata keys safetensors would write a random order each time
         save_weights(weights(), {"model": CONFIG}, tmp_path / str(i))
     assert len({(tmp_path / str(i) / "model.safetensors").read_bytes() for i in range(8)}) == 1
 

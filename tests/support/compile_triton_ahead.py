@@ -1,9 +1,9 @@
-"""Compiles Triton kernels for GPUs that are not here; prints registers, spills, shared memory as JSON lines.
+"""Compiles Triton kernels for GPUs that need not be here; prints registers, spills and shared memory as JSON lines.
 
     PYTHONPATH=. python tests/support/compile_triton_ahead.py [80 89 90 | ARCH:SIZES ...]
 
-Run it without TRITON_INTERPRET. SIZES is a name in SIZES, "model" where it is left out: 16 query heads of 64, 4
-key/value heads and 4 indexer heads of 64, in bf16. Launch options are the ones that run.
+Run it without TRITON_INTERPRET. SIZES is a name in SIZES, by default "model": 16 query heads of 64, 4 key/value heads
+and 4 indexer heads of 64, in bf16. Launch options are those of a real launch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from gsa.kernels import triton_select as selection
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of heads (D), of the indexer's (E), and the dtype they are in."""
+    """Width of the heads (D) and of the indexer's heads (E), and their dtype."""
 
     D: int = 64
     E: int = 64
@@ -42,7 +42,7 @@ class Sizes:
 
 
 SIZES = {"model": Sizes(), "wide": Sizes(D=128, E=128), "float32": Sizes(dtype="fp32")}
-"""The model's, and the widest that gsa/kernels/choice.py lets through in either dtype."""
+"""Those of the model, and the widest that gsa/kernels/choice.py accepts in each dtype."""
 G, REP, J = 4, 4, 4
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 OF_THE_MODEL = {"Q", "K", "V", "Out", "dOut", "dQ", "dK", "dV", "IndexQ", "IndexK", "Gate", "Up", "dGate", "dUp"}
@@ -54,7 +54,7 @@ Spec = tuple[str, object, dict, dict]
 
 
 def kernels(sizes: Sizes) -> Iterator[Spec]:
-    """All of them for a model; of others those whose tiles hang on width and dtype, in the form that reads bits."""
+    """All kernels for "model"; for other sizes those whose tiles depend on width and dtype, reading bits."""
     index = {"J": J, "E": sizes.E}
     whole = sizes == SIZES["model"]
     yield "level_strip", selection.level_strip, index, attention.fitted(selection.SCORE, sizes.E, sizes.itemsize)
@@ -69,7 +69,7 @@ def kernels(sizes: Sizes) -> Iterator[Spec]:
             yield kernel.__name__, kernel, {}, {"BLOCK": feed_forward.BLOCK} | feed_forward.OPTIONS
     for bits in (True, False) if whole else (True,):
         yield from _attention_kernels(sizes, bits)
-        if sizes.dtype == "bf16":  # without tensor cores it takes long to compile, and less memory than attention
+        if sizes.dtype == "bf16":  # in float32 it compiles slowly, and needs less memory than attention
             tile = alignment.logits_options(sizes.itemsize)
             shared = {"G": G, "D": sizes.D, "REP": REP, "HAS_BITS": bits}
             yield f"align_logits {'bits' if bits else 'all'}", alignment.align_logits, shared | index, tile
@@ -87,7 +87,7 @@ def _attention_kernels(sizes: Sizes, bits: bool) -> Iterator[Spec]:
         return attention.tile_of(setting, REP, sizes.D, sizes.itemsize)
 
     yield f"attend_forward {tag}", attention.attend_forward, shared | {"WITH_OUT": True}, tile(attention.FORWARD)
-    if not bits:  # with bits the attention has come before, and left them
+    if not bits:  # with bits, attention has computed the sums before
         only = shared | {"WITH_OUT": False}
         yield "attend_forward, sums only", attention.attend_forward, only, tile(attention.FORWARD)
     queries, keys = tile(attention.BACKWARD_QUERIES), tile(attention.BACKWARD_KEYS)
@@ -96,7 +96,7 @@ def _attention_kernels(sizes: Sizes, bits: bool) -> Iterator[Spec]:
 
 
 def type_of(kernel: str, name: str, dtype: str) -> str:
-    """What an argument is at launch."""
+    """The type of a kernel's argument at launch."""
     if name in SCALES:
         return "fp32"
     if name == "Strip":
@@ -109,7 +109,7 @@ def type_of(kernel: str, name: str, dtype: str) -> str:
         return "*fp32"
     if name in OF_THE_MODEL:
         return f"*{dtype}"
-    # tensors have capital letters, or begin with d for a gradient; sizes are one letter, or end in 0
+    # tensors begin with a capital letter, or with d and a capital for a gradient; sizes are one letter or end in 0
     if len(name) > 1 and (name[0].isupper() or re.match("d[A-Z]", name)):
         return "*fp32"
     return "i32"

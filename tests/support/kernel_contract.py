@@ -1,6 +1,6 @@
-"""Holds a backend to the float64 reference, operation by operation; and a model that runs on it to docs/gsa.md, 9.
+"""Compares a backend with the float64 reference, operation by operation, and checks models on it by docs/gsa.md, 9.
 
-k is far below the length throughout: many faults vanish when every key is selected.
+k is far below the length throughout, because many faults do not show when every key is selected.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from gsa.kernels import reference
 from gsa.kernels.reference import LEVELS
 
 GROUPS = (1, 2, 4, 8)
-"""Query heads that share a key/value head."""
+"""Numbers of query heads that share a key/value head."""
 MODES = ("off", "variance", "entropy")
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """For the modules that import it: tensors this small gain nothing from a second thread, and much waiting."""
+    """For the modules that import it: with tensors this small a second thread only costs time."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -39,7 +39,7 @@ def one_thread():
 
 
 def trials(examples: int) -> settings:
-    """So many examples, however slow the machine; without shrinking, for in Triton's interpreter one takes a second."""
+    """This many examples without a deadline; not shrunk, because in Triton's interpreter one takes a second."""
     phases = [Phase.explicit, Phase.reuse, Phase.generate]
     return settings(deadline=None, max_examples=examples, phases=phases, suppress_health_check=[HealthCheck.too_slow])
 
@@ -49,10 +49,10 @@ def trials(examples: int) -> settings:
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one comparison. documents: how many are packed into each row, at random places.
+    """The sizes of one comparison. documents: how many are packed into each row, at random places.
 
-    tied: every key is one of five, whose scores lie far apart in a row. Rounding then moves no key past another, and
-    in any precision a set is right to the last key, which is one of several that tie.
+    tied: every key is one of five, whose scores are far apart in a row. Rounding then never changes the order of two
+    keys, so that sets are equal in any precision, though the last selected key ties with others.
     """
 
     B: int = 2
@@ -109,7 +109,7 @@ class Inputs:
     d_out: torch.Tensor
 
     def to(self, dtype: torch.dtype, device: str) -> Inputs:
-        """Leaves of `dtype` on `device`; what the layer keeps in float32 stays there, unless all is float64."""
+        """Leaves of `dtype` on `device`. alpha stays float32 as in the layer, unless everything is float64."""
         exact = torch.float64 if dtype == torch.float64 else torch.float32
         leaf = lambda x, dtype: x.to(device, dtype).detach().requires_grad_()  # noqa: E731
         index = kernels.Index(*(leaf(x, dtype) for x in self.index))
@@ -121,7 +121,7 @@ class Inputs:
 
 
 def inputs(case: Case) -> Inputs:
-    """Random tensors, rounded to the case's dtype first, so that the reference sees the same numbers."""
+    """Random tensors, rounded to the dtype of the case first, so that the reference gets the same numbers."""
     random = torch.Generator().manual_seed(case.seed)
     B, T, S, H, G, D, J, E = case.B, case.T, case.S, case.H, case.G, case.D, case.J, case.E
 
@@ -180,51 +180,53 @@ def outputs_and_gradients(backend: str, x: Inputs, bits: torch.Tensor | None) ->
 def check_selection(backend: str, case: Case) -> kernels.Selection:
     """Sets, sizes and statistics equal those of the reference.
 
-    In float64, and where scores are tied, sets do so exactly. Else keys may be exchanged whose scores lie within a
-    level and its rounding, and k may differ where that moves it past a half.
+    In float64, and for tied cases, sets are equal exactly. Otherwise keys may be exchanged whose scores differ by less
+    than a level plus rounding, and k may differ where that moves it across a rounding boundary.
     """
     given = inputs(case)
     ours, exact = given.to(case.dtype, case.device), given.to(torch.float64, "cpu")
     choice, wanted = choose(backend, ours, case), choose("reference", exact, case)
     mask = mask_of(choice.bits, ours, case.S).cpu()
     k = choice.k.cpu()
-    seen = mask_of(None, exact, case.S)
+    visible = mask_of(None, exact, case.S)
     assert torch.equal(mask.sum(-1), k), "a row's set does not have the size it claims"
-    assert not (mask & ~seen).any(), "a hidden key is in a set"
+    assert not (mask & ~visible).any(), "a hidden key is in a set"
     scores = kernels.index_scores(*exact.index)
     step = 0.0 if case.dtype == torch.float64 else case.J / LEVELS + 2e-6 * case.J
     if case.mode == "off":
         assert choice.statistic is None and torch.equal(k, wanted.k), "k is wrong"
     else:
-        low, high = statistic_bounds(case.mode, wanted.statistic, scores, seen, exact.alpha, step)
+        low, high = statistic_bounds(case.mode, wanted.statistic, scores, visible, exact.alpha, step)
         statistic = choice.statistic.cpu().double()
         assert ((statistic >= low) & (statistic <= high)).all(), "the statistic is wrong"
-        ends = [reference.keys_per_query(seen.sum(-1), s, torch.tensor(V_REF), case.rule) for s in (low, high)]
+        ends = [reference.keys_per_query(visible.sum(-1), s, torch.tensor(V_REF), case.rule) for s in (low, high)]
         fewest, most = torch.minimum(*ends), torch.maximum(*ends)
         assert ((k >= fewest) & (k <= most)).all(), "k is wrong"
     if case.dtype == torch.float64 or case.tied:
-        assert torch.equal(mask, kernels.top_keys(scores, seen, k, case.J)), "a set is not that of the reference"
+        assert torch.equal(mask, kernels.top_keys(scores, visible, k, case.J)), "a set is not that of the reference"
     worst_in = scores.masked_fill(~mask, torch.inf).amin(-1)
-    best_out = scores.masked_fill(mask | ~seen, -torch.inf).amax(-1)
+    best_out = scores.masked_fill(mask | ~visible, -torch.inf).amax(-1)
     assert (worst_in >= best_out - max(step, case.J / LEVELS)).all(), "a key is out that scores higher than one in"
     return choice
 
 
-def statistic_bounds(mode: str, exact: torch.Tensor, scores, seen, alpha, step: float) -> tuple[torch.Tensor, ...]:
-    """Between what a row's statistic may lie when scores are off by `step` at most, each (B, T)."""
+def statistic_bounds(mode: str, exact: torch.Tensor, scores, visible, alpha, step: float) -> tuple[torch.Tensor, ...]:
+    """Lower and upper bound of a row's statistic when scores are off by at most `step`, each (B, T)."""
     rounding = 1e-5 if step else 1e-9
     if mode == "variance":
         # a standard deviation is a norm: it moves by the deviation of the errors, at most half their range
         root, most = exact.sqrt(), step / 2 + 1e-9
         return (root * (1 - rounding) - most).clamp_min(0).square(), (root * (1 + rounding) + most).square()
-    log_p = (alpha * scores).masked_fill(~seen, -torch.inf).log_softmax(-1)
-    slope = torch.where(seen, log_p.exp() * (log_p + exact[..., None]).abs(), 0.0).sum(-1)  # of the entropy, by logits
+    log_p = (alpha * scores).masked_fill(~visible, -torch.inf).log_softmax(-1)
+    slope = torch.where(visible, log_p.exp() * (log_p + exact[..., None]).abs(), 0.0).sum(
+        -1
+    )  # of the entropy, by logits
     most = (slope * alpha * step + rounding * (1 + exact)).detach()
     return exact - most, exact + most
 
 
 def check_attention(backend: str, case: Case, bound: float) -> None:
-    """Outputs, loss and all gradients within `bound` of the reference's, relative to the largest; twice the same bits."""
+    """Outputs, loss and all gradients are within `bound` of the reference, relative to the largest, and repeatable."""
     given = inputs(case)
     ours, exact = given.to(case.dtype, case.device), given.to(torch.float64, "cpu")
     bits = choose("reference", exact, case).bits if case.k < case.S else None
@@ -232,8 +234,8 @@ def check_attention(backend: str, case: Case, bound: float) -> None:
     there = None if bits is None else bits.to(case.device)
     found, again = (outputs_and_gradients(backend, ours, there) for _ in range(2))
     for name, tensor in found.items():
-        # where the true gradient is nothing, as of a query that sees one key, rounding is judged by the inputs' size;
-        # the gradients of bias and alpha sum terms of a tenth over all pairs, which may cancel
+        # a true gradient can be 0, as for a query that sees one key: rounding is then relative to the size of inputs;
+        # the gradients of bias and alpha are sums over all pairs of terms of a tenth, which can cancel
         least = 0.5 if name in ("out", "q", "k", "v") else 1e-2 if name in ("bias", "alpha") else 1e-3
         scale = max(wanted[name].abs().max().item(), least)
         difference = (tensor - wanted[name]).abs().max().item() / scale
@@ -241,9 +243,9 @@ def check_attention(backend: str, case: Case, bound: float) -> None:
         assert torch.equal(tensor, again[name]), f"{name} is not repeatable"
 
 
-def oldest_first(scores: torch.Tensor, seen: torch.Tensor, k: torch.Tensor, n_heads: int) -> torch.Tensor:
-    """`kernels.top_keys` with ties to the oldest key: wrong."""
-    return kernels.top_keys(scores.flip(-1), seen.flip(-1), k, n_heads).flip(-1)
+def oldest_first(scores: torch.Tensor, visible: torch.Tensor, k: torch.Tensor, n_heads: int) -> torch.Tensor:
+    """`kernels.top_keys` with ties to the oldest key, which is wrong."""
+    return kernels.top_keys(scores.flip(-1), visible.flip(-1), k, n_heads).flip(-1)
 
 
 # -- identities of a model ------------------------------------------------------------------------------
@@ -269,10 +271,11 @@ TINY = ModelConfig(
 
 @dataclass(frozen=True)
 class Way:
-    """A backend that models run on in tests.
+    """A backend on which tests run models.
 
-    module: where its operations are, to be swapped for wrong ones. bound: by how much what is equal but for the order
-    of sums may differ, relative to the largest. examples: how many random sizes an identity is tried at.
+    module: where its operations are, to replace them by wrong ones. bound: the largest allowed difference, relative to
+    the largest value, of results that are equal except for the order of sums. examples: how many random sizes an
+    identity is tested at.
     """
 
     backend: kernels.Backend
@@ -286,10 +289,9 @@ class Way:
 
 @dataclass(frozen=True)
 class Size:
-    """One model and its text. group: query heads to a key/value head. cut: where a second document begins, or None.
+    """One model and its text. group: query heads per key/value head. cut: where a second document begins, or None.
 
-    tied: every third token is the same, and the indexer does not see positions, so that their scores tie in its first
-    layer.
+    tied: every third token is the same and the indexer has no positions, so that their scores tie in the first layer.
     """
 
     mode: str = "variance"
@@ -301,11 +303,11 @@ class Size:
 
 
 KINDS = (("off", 1, True), ("variance", 2, False), ("entropy", 4, True), ("variance", 8, True))
-"""mode, group and tied of the sizes at which every identity is tried: each mode, each group size, with ties and without."""
+"""(mode, group, tied) at which every identity is tested: each mode and group size, with and without ties."""
 
 
 def random_size(mode: str, group: int, tied: bool, key: int) -> Size:
-    """9 to 41 tokens, mostly in two documents. Scattered by key: hypothesis, which begins with 0, may try but one."""
+    """9 to 41 tokens, mostly in two documents. The key seeds a generator, since hypothesis tries small keys first."""
     random = Random(f"{mode} {group} {tied} {key}")
     length = random.randint(9, 41)
     cut = random.randint(4, length - 4) if random.random() < 0.75 else None
@@ -313,7 +315,7 @@ def random_size(mode: str, group: int, tied: bool, key: int) -> Size:
 
 
 def at_random_sizes(check: Callable[[Way, Size], None], way: Way, *kind, examples: int | None = None) -> None:
-    """Tries an identity at random sizes of one of KINDS."""
+    """Tests an identity at random sizes of one of KINDS."""
 
     def tried(size: Size) -> None:
         check(way, size)
@@ -323,7 +325,7 @@ def at_random_sizes(check: Callable[[Way, Size], None], way: Way, *kind, example
 
 
 def make(way: Way, size: Size = Size(), backend: kernels.Backend | None = None, **changes) -> GSAForCausalLM:  # noqa: B008
-    """changes: of the model's configuration. The running variance is settled, so that the variance rule is at work."""
+    """A model of this size. changes: of its configuration. v_ref is set, so that the variance rule has an effect."""
     torch.manual_seed(size.seed)
     of_size = {"adaptive_k": size.mode, "n_kv_heads": TINY.n_heads // size.group, "indexer_rope": not size.tied}
     model = GSAForCausalLM(replace(TINY, n_layers=way.n_layers, **(of_size | changes)))
@@ -333,7 +335,7 @@ def make(way: Way, size: Size = Size(), backend: kernels.Backend | None = None, 
 
 
 def tokens_of(way: Way, size: Size, rows: int = 1, offset: int = 1) -> torch.Tensor:
-    """(rows, length) int64. offset: other tokens for another one."""
+    """(rows, length) int64 tokens; another offset gives others."""
     random = torch.Generator().manual_seed(size.seed + offset)
     tokens = torch.randint(0, TINY.vocab_size, (rows, size.length), generator=random)
     if size.tied:
@@ -357,7 +359,7 @@ def losses_of(way: Way, model: GSAForCausalLM, size: Size):
 
 
 def gradients_of(model: GSAForCausalLM, *losses: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    """Of each loss by every parameter; zeros where it does not reach one."""
+    """The gradients of each loss by every parameter, zeros where a loss does not reach one."""
     names, parameters = zip(*model.named_parameters(), strict=True)
     found = [
         torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
@@ -373,7 +375,7 @@ def assert_near(way: Way, ours: torch.Tensor, wanted: torch.Tensor, what: str = 
 
 
 def check_no_future(way: Way, size: Size) -> None:
-    """1: changed tokens after t change no bit at or before t, in training and in evaluation."""
+    """1: changing tokens after t changes no bit at or before t, in training and in evaluation."""
     model, tokens, start = make(way, size), tokens_of(way, size), starts_of(way, size)
     t = size.length * 3 // 5
     later = tokens.clone()
@@ -384,7 +386,7 @@ def check_no_future(way: Way, size: Size) -> None:
 
 
 def check_rows_are_alone(way: Way, size: Size) -> None:
-    """2: a sequence does not hear the others of its batch."""
+    """2: a sequence does not depend on the others of its batch."""
     model, tokens, start = make(way, size), tokens_of(way, size, rows=2), starts_of(way, size, rows=2)
     other = tokens.clone()
     other[1] = 5
@@ -392,7 +394,7 @@ def check_rows_are_alone(way: Way, size: Size) -> None:
 
 
 def check_documents_are_alone(way: Way, size: Size) -> None:
-    """2: a document does not hear what is packed with it."""
+    """2: a document does not depend on those packed with it."""
     size = replace(size, cut=size.cut or size.length // 2)
     model, tokens = make(way, size), tokens_of(way, size)
     packed = logits_of(model, tokens, starts_of(way, size))
@@ -401,9 +403,9 @@ def check_documents_are_alone(way: Way, size: Size) -> None:
 
 
 def check_all_keys_are_dense_attention(way: Way, size: Size, stage: str = "sparse") -> None:
-    """3: k_min >= T, or the dense stage, is the dense layer, in its output and every gradient.
+    """3: with k_min >= T, or in the dense stage, the layer equals the dense layer in output and every gradient.
 
-    The dense layer runs on the reference: a backend's own dense path may share its fault.
+    The dense layer runs on the reference, because the dense path of the backend could have the same fault.
     """
     k = size.length if stage == "sparse" else 2
     ours = make(way, size, k_min=k, k_base=max(k, 6), k_max=max(k, 10))
@@ -418,7 +420,7 @@ def check_all_keys_are_dense_attention(way: Way, size: Size, stage: str = "spars
 
 
 def check_who_learns_from_what(way: Way, size: Size, stage: str = "sparse") -> None:
-    """4: every parameter learns, the indexer's from the alignment loss alone, the others from the language's alone."""
+    """4: the indexer's parameters get a gradient from the alignment loss only, all others from the other loss only."""
     model = make(way, size)
     model.set_stage(stage)
     out = losses_of(way, model, size)
@@ -430,7 +432,7 @@ def check_who_learns_from_what(way: Way, size: Size, stage: str = "sparse") -> N
 
 
 def check_open_gates(way: Way, size: Size) -> None:
-    """5: gates pushed to infinity are no gates."""
+    """5: with gate biases pushed to infinity the layer equals the ungated one."""
     gated = make(way, size)
     for module in gated.modules():
         if isinstance(module, Gate):
@@ -443,7 +445,7 @@ def check_open_gates(way: Way, size: Size) -> None:
 
 
 def check_decoding(way: Way, size: Size, sparse: bool = True) -> None:
-    """6: a prompt and then token by token, or in two parts, is the full forward pass; so are the variances measured."""
+    """6: decoding token by token or in two parts equals the full forward pass, as do the measured variances."""
     model, tokens = make(way, size, sparse=sparse).eval(), tokens_of(way, size, rows=1)
     prompt = size.length - 1 - size.seed % 8
     with torch.no_grad():
@@ -459,7 +461,7 @@ def check_decoding(way: Way, size: Size, sparse: bool = True) -> None:
 
 
 def check_as_the_reference(way: Way, size: Size, stage: str = "sparse") -> None:
-    """7: both losses and all their gradients are those of the same model on the reference, in the same precision."""
+    """7: both losses and all their gradients equal those of the model on the reference, in the same precision."""
     found = []
     for backend in (way.backend, "reference"):
         model = make(way, size, backend=backend)
@@ -472,7 +474,7 @@ def check_as_the_reference(way: Way, size: Size, stage: str = "sparse") -> None:
 
 
 def check_recomputing(way: Way, size: Size, stage: str = "sparse") -> None:
-    """8: with activation checkpointing no bit changes, and sets and the indexer's gradients are made once."""
+    """8: activation checkpointing changes no bit, and computes sets and the indexer's gradients once."""
     found, calls = [], Counter()
     for scope in ("none", "block"):
         model = make(way, size)
@@ -487,9 +489,9 @@ def check_recomputing(way: Way, size: Size, stage: str = "sparse") -> None:
         found.append([out.loss, out.indexer_loss, out.selection_stats, *(p.grad for p in model.parameters())])
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
     selections = way.n_layers if stage == "sparse" or size.mode == "variance" else 0
-    assert calls["select"] == selections, "sets were made again"
-    if way.backend != "reference":  # whose loss is plain autograd: what it would keep is its graph
-        assert calls["alignment_kl"] == way.n_layers, "the indexer's gradients were made again"
+    assert calls["select"] == selections, "sets were computed again"
+    if way.backend != "reference":  # its loss is plain autograd, which recomputes its graph
+        assert calls["alignment_kl"] == way.n_layers, "the indexer's gradients were computed again"
 
 
 def _counted(operation: Callable, calls: Counter, name: str) -> Callable:
@@ -500,11 +502,11 @@ def _counted(operation: Callable, calls: Counter, name: str) -> Callable:
     return counted
 
 
-# -- wrong layers, which the identities are shown to catch ----------------------------------------------
+# -- wrong layers, on which the identities fail ---------------------------------------------------------
 
 
 def _mask(q, k, bits, start) -> torch.Tensor:
-    """(B, T, S) bool: the keys that attention reads."""
+    """(B, T, S) bool: the keys that each query attends to."""
     start = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device) if start is None else start
     return (
         kernels.visible_keys(start, k.shape[1])
@@ -513,8 +515,8 @@ def _mask(q, k, bits, start) -> torch.Tensor:
     )
 
 
-def peeks(attend):
-    """Every query attends to the next key, too."""
+def attends_to_the_next_key(attend):
+    """Every query also attends to the key after it."""
 
     def wrong(q, k, v, bits, start):
         mask = _mask(q, k, bits, start)
@@ -524,28 +526,28 @@ def peeks(attend):
     return wrong
 
 
-def judged_by(statistic: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
-    """k follows from another statistic than the variance over the visible keys."""
+def k_follows(statistic: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
+    """k follows from this statistic instead of the variance over the visible keys."""
 
     def wrap(select):
         def wrong(index, alpha, v_ref, start, rule):
-            seen = _mask(index.q, index.k, None, start)
+            visible = _mask(index.q, index.k, None, start)
             scores = kernels.index_scores(*index)
-            found = statistic(scores, seen)
-            k = reference.keys_per_query(seen.sum(-1), found, v_ref, rule)
-            return kernels.pack(kernels.top_keys(scores, seen, k, index.q.shape[2])), k, found
+            found = statistic(scores, visible)
+            k = reference.keys_per_query(visible.sum(-1), found, v_ref, rule)
+            return kernels.pack(kernels.top_keys(scores, visible, k, index.q.shape[2])), k, found
 
         return wrong
 
     return wrap
 
 
-def forgets_documents(select):
+def ignores_documents(select):
     return lambda index, alpha, v_ref, start, rule: select(index, alpha, v_ref, None, rule)
 
 
 def leaves_out_the_first(select):
-    """The first visible key of a query is never selected, where there is another."""
+    """The first visible key of a query is never selected when there is another one."""
 
     def wrong(index, alpha, v_ref, start, rule):
         bits, k, statistic = select(index, alpha, v_ref, start, rule)
@@ -557,8 +559,8 @@ def leaves_out_the_first(select):
     return wrong
 
 
-def sees_new_tokens_only(select):
-    """What a cache held before is not selected."""
+def selects_new_tokens_only(select):
+    """Cached tokens are never selected."""
 
     def wrong(index, alpha, v_ref, start, rule):
         T, S = index.q.shape[1], index.k.shape[1]
@@ -589,11 +591,11 @@ def differs_when_recomputed(attend):
 
 
 def swap(operation: str, wrong: Callable):
-    """Puts wrong(honest) in the place of an operation of the backend."""
+    """Replaces an operation of the backend by wrong(operation)."""
     return lambda patch, way: patch.setattr(way.module, operation, wrong(getattr(way.module, operation)))
 
 
-def teach_the_rest(patch: pytest.MonkeyPatch, way: Way) -> None:
+def attach_the_indexer(patch: pytest.MonkeyPatch, way: Way) -> None:
     """The indexer's input is not detached."""
     forward = Indexer.forward
 
@@ -605,46 +607,46 @@ def teach_the_rest(patch: pytest.MonkeyPatch, way: Way) -> None:
     patch.setattr(Indexer, "forward", undetached)
 
 
-def stick_the_gates(patch: pytest.MonkeyPatch, way: Way) -> None:
-    """Gates do not open all the way."""
+def limit_the_gates(patch: pytest.MonkeyPatch, way: Way) -> None:
+    """Gates never open fully."""
     forward = Gate.forward
     patch.setattr(Gate, "forward", lambda self, x: 0.999 * forward(self, x))
 
 
 def lose_the_indexers_keys(patch: pytest.MonkeyPatch, way: Way) -> None:
-    """The cache does not keep them."""
+    """The cache returns zeros for the indexer's keys."""
     patch.setattr(LayerCache, "store_index", lambda cache, at, k: cache.index_k.zero_()[:, : at + k.shape[1]])
 
 
-def keep_nothing(patch: pytest.MonkeyPatch, way: Way) -> None:
-    """A recomputed block selects and aligns again."""
+def reuse_nothing(patch: pytest.MonkeyPatch, way: Way) -> None:
+    """A recomputed block computes sets and alignment again."""
     patch.setattr(kernels, "reuse_when_recomputing", lambda compute: compute())
 
 
-def _over_all_positions(scores, seen):
+def _over_all_positions(scores, visible):
     return scores.var(-1, unbiased=False)
 
 
-def _relative_to_the_batch(scores, seen):
-    variance = reference.score_variance(scores, seen)
+def _relative_to_the_batch(scores, visible):
+    variance = reference.score_variance(scores, visible)
     return variance / variance.mean() * 0.002
 
 
 WRONG = {
-    "a query attends to the next key": (check_no_future, swap("attend", peeks)),
-    "the variance is over later keys too": (check_no_future, swap("select", judged_by(_over_all_positions))),
-    "the variance is relative to the batch": (check_rows_are_alone, swap("select", judged_by(_relative_to_the_batch))),
-    "sets forget documents": (check_documents_are_alone, swap("select", forgets_documents)),
+    "a query attends to the next key": (check_no_future, swap("attend", attends_to_the_next_key)),
+    "the variance is over later keys too": (check_no_future, swap("select", k_follows(_over_all_positions))),
+    "the variance is relative to the batch": (check_rows_are_alone, swap("select", k_follows(_relative_to_the_batch))),
+    "sets ignore documents": (check_documents_are_alone, swap("select", ignores_documents)),
     "a key is never selected": (check_all_keys_are_dense_attention, swap("select", leaves_out_the_first)),
-    "the indexer teaches the rest": (check_who_learns_from_what, teach_the_rest),
+    "the alignment loss reaches the rest": (check_who_learns_from_what, attach_the_indexer),
     "the indexer's bias does not learn": (check_who_learns_from_what, swap("alignment_kl", loses_the_bias)),
-    "gates do not open": (check_open_gates, stick_the_gates),
-    "the cache forgets indexer keys": (check_decoding, lose_the_indexers_keys),
-    "cached tokens are not selected": (check_decoding, swap("select", sees_new_tokens_only)),
+    "gates do not open": (check_open_gates, limit_the_gates),
+    "the cache loses indexer keys": (check_decoding, lose_the_indexers_keys),
+    "cached tokens are not selected": (check_decoding, swap("select", selects_new_tokens_only)),
     "recomputation differs": (check_recomputing, swap("attend", differs_when_recomputed)),
-    "recomputation selects again": (check_recomputing, keep_nothing),
+    "recomputation selects again": (check_recomputing, reuse_nothing),
 }
-"""What is wrong, the identity that must catch it, and how it is brought about."""
+"""Fault -> the identity that must fail on it, and the patch that causes it."""
 
 
 @cache
@@ -653,10 +655,10 @@ def _holds(identity: Callable[[Way, Size], None], way: Way) -> None:
 
 
 def check_is_caught(fault: str, way: Way) -> None:
-    """An identity that holds of a model does not hold of it with the fault."""
-    identity, bring_about = WRONG[fault]
+    """An identity that holds for a model fails on the model with the fault."""
+    identity, cause = WRONG[fault]
     _holds(identity, way)
     with pytest.MonkeyPatch.context() as patch:
-        bring_about(patch, way)
+        cause(patch, way)
         with pytest.raises(AssertionError):
             identity(way, Size())

@@ -1,6 +1,6 @@
-"""Triton on the machine at hand: its interpreter where there is no GPU. Import before anything else imports triton.
+"""Triton on any machine: its interpreter when there is no GPU. Import this before anything else imports triton.
 
-The interpreter runs a kernel's programs one after another in numpy. Its products of bf16 matrices multiply the raw
+The interpreter runs the programs of a kernel one after another in numpy. Its products of bf16 matrices multiply the raw
 bits (triton 3.6 to 3.9), so operands are widened first.
 """
 
@@ -19,12 +19,12 @@ import torch
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 if DEVICE == "cpu":
-    # the mode is fixed when a kernel is defined; what is started from here must not inherit it
+    # triton reads the variable when a kernel is defined; child processes must not inherit it
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         import numpy as np
 
-        with suppress(ImportError):  # imported at the first launch otherwise, in the other mode
+        with suppress(ImportError):  # otherwise the first launch imports it, without the variable
             import triton.experimental.gluon  # noqa: F401
         import triton.language as tl
         from triton.runtime import interpreter
@@ -43,8 +43,8 @@ if DEVICE == "cpu":
 
         interpreter.InterpreterBuilder.create_dot = create_dot
 
-        # What follows makes it two to four times as fast. It checks every integer sum for overflow, in 64 bits, as no
-        # GPU does; and at every call within a kernel it puts its own in place of all of triton.language again.
+        # The rest makes the interpreter two to four times as fast. It would check every integer sum for overflow in 64
+        # bits, which no GPU does, and patch all of triton.language again at every call within a kernel.
         builder = interpreter.interpreter_builder
         builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
         replace_language, replaced = interpreter._patch_lang, set()
@@ -56,14 +56,14 @@ if DEVICE == "cpu":
 
         interpreter._patch_lang = replace_once
 
-        # CPython keeps frames in chunks of 16 KB, and maps and unmaps one for every call made just at the end of
-        # another. A frame of 9000 variables, 72 KB, gets 128 KB, and leaves the rest to all that a kernel calls.
+        # CPython allocates frames in chunks of 16 KB, and maps and unmaps a chunk for every call that begins at the end
+        # of one. A frame of 9000 variables takes 72 KB of a chunk of 128 KB; the calls of a kernel fit into the rest.
         scope: dict = {}
         exec(f"def roomy(f, x, y):\n    return f(*x, **y)\n    {' = '.join(f'v{i}' for i in range(9000))} = 0", scope)
         launch = interpreter.GridExecutor.__call__
 
         def launch_with_room(*args, **kwargs):
-            replaced.clear()  # the launch before has put triton.language back
+            replaced.clear()  # the previous launch has restored triton.language
             return scope["roomy"](launch, args, kwargs)
 
         interpreter.GridExecutor.__call__ = launch_with_room
@@ -74,9 +74,10 @@ from gsa.kernels import triton_alignment, triton_attention, triton_select  # noq
 
 
 def small_tiles(patch: pytest.MonkeyPatch, rows: int = 32, block: int = 32, strip: int = 5) -> None:
-    """Tiles, blocks and strips so small that short sequences have several, and ragged ones.
+    """Makes tiles, blocks and strips so small that short sequences have several, and incomplete ones.
 
-    rows: of attention. block: keys that selection reads at a time. strip: sampled queries of the alignment loss.
+    rows: of a program of attention. block: keys that selection reads at a time. strip: sampled queries of the alignment
+    loss.
     """
     patch.setattr(triton_select, "STRIP", 16)
     patch.setattr(triton_alignment, "STRIP", strip)
@@ -89,7 +90,7 @@ def small_tiles(patch: pytest.MonkeyPatch, rows: int = 32, block: int = 32, stri
 
 
 def garbage(patch: pytest.MonkeyPatch) -> None:
-    """Fresh memory holds NaN, or -1: what a kernel reads and nobody wrote shows."""
+    """Fills fresh memory with NaN or -1, so that reading what was never written shows."""
 
     def filled(make):
         def fresh(*args, **kwargs):
@@ -103,7 +104,7 @@ def garbage(patch: pytest.MonkeyPatch) -> None:
 
 
 def rewritten(module: ModuleType, folder: Path, *changes: tuple[str, str]) -> ModuleType:
-    """A copy of a module of kernels whose source says something else; each change is (what is there once, instead)."""
+    """A copy of a kernel module with changed source; each change is (text that occurs once, its replacement)."""
     source = Path(module.__file__).read_text()
     for there, instead in changes:
         assert source.count(there) == 1, there

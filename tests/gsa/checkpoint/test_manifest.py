@@ -52,7 +52,7 @@ def tags(output_dir: Path) -> list[str]:
 
 
 def exit_of_child(action: Callable[[], object]) -> int:
-    """Runs `action` in a forked child; its exit code, or minus the signal that ended it."""
+    """Runs `action` in a forked child and returns its exit code, or minus the signal that ended it."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -64,7 +64,7 @@ def exit_of_child(action: Callable[[], object]) -> int:
 
 
 def kill_at_change(number: int) -> None:
-    """This process dies by SIGKILL just before its change of this number to the file system."""
+    """Kills this process with SIGKILL just before change `number` that it makes to the file system."""
     left = number
 
     def audit(event: str, args: tuple) -> None:
@@ -81,7 +81,7 @@ def kill_at_change(number: int) -> None:
 def kill_at_every_change(
     prepare: Callable[[Path], object], action: Callable[[Path], object], tmp_path: Path
 ) -> Iterator[tuple[Path, bool]]:
-    """A prepared folder as each possible kill of `action` leaves it, then (with True) as no kill does."""
+    """Yields a prepared folder as each possible kill of `action` leaves it, and last, with True, without a kill."""
     for number in itertools.count():
         output_dir = tmp_path / str(number)
         output_dir.mkdir()
@@ -97,7 +97,7 @@ def kill_at_every_change(
 
 
 def check_after_crash(output_dir: Path, *, previous: str, torn: str) -> None:
-    """What every crash of a save must leave: `previous` or the finished new one, the other one named."""
+    """After a crash of a save, `previous` or the new checkpoint is good, and a torn new one is reported."""
     found, passed_over = manifest.newest_good(output_dir)
     if (output_dir / torn / "manifest.json").exists():
         assert found == output_dir / torn
@@ -346,7 +346,7 @@ def test_an_edited_manifest_is_refused(tmp_path, edit):
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[]", b"1", b"[" * 200_000, b"1" * 5000, b'{"format": NaN}'])
-def test_a_manifest_that_is_none_is_refused(tmp_path, content):
+def test_a_file_that_is_no_manifest_is_refused(tmp_path, content):
     step_dir = save(tmp_path, 7)
     (step_dir / "manifest.json").write_bytes(content)
     assert_refused(step_dir, "manifest.json")
@@ -372,7 +372,7 @@ def test_a_manifest_cannot_point_outside_its_folder(tmp_path):
 # -- sealing -----------------------------------------------------------------------------------------------
 
 
-def test_hashes_of_the_writers_are_what_was_meant_to_be_written(tmp_path):
+def test_hashes_of_the_writers_are_sealed_without_reading_the_files(tmp_path):
     write_files(tmp_path)
     name = next(iter(FILES))
     sealed = manifest.seal(tmp_path, hashes={name: (700, "0" * 64)})
@@ -424,7 +424,7 @@ def test_only_a_sealed_checkpoint_is_published(tmp_path):
     assert manifest.latest_tag(tmp_path) is None
 
 
-def test_what_has_a_manifest_is_never_cleared(tmp_path):
+def test_a_folder_with_a_manifest_is_never_cleared(tmp_path):
     step_dir = save(tmp_path, 1)
     (step_dir / "manifest.json").write_text("edited")
     with pytest.raises(CheckpointError, match="holds a checkpoint already"):
@@ -551,7 +551,7 @@ def test_a_deleted_checkpoint_has_lost_its_name_on_disk_before_its_first_file_go
 
 
 @pytest.mark.parametrize("limits", [{"keep_last": 0}, {"keep_last": 1, "keep_every": 0}])
-def test_limits_that_keep_nothing_are_refused(tmp_path, limits):
+def test_limits_that_leave_no_checkpoint_are_refused(tmp_path, limits):
     with pytest.raises(ValueError, match="at least 1"):
         manifest.retain(tmp_path, **limits)
 
@@ -574,7 +574,7 @@ def test_a_kill_at_any_moment_of_a_deletion_leaves_whole_checkpoints_only(tmp_pa
 # -- space -------------------------------------------------------------------------------------------------
 
 
-def test_too_little_space_is_said_in_gib(tmp_path, monkeypatch):
+def test_too_little_space_is_reported_in_gib(tmp_path, monkeypatch):
     future = tmp_path / "not" / "yet"
     assert manifest.free_bytes(future) > 0
     manifest.require_space(future, 1)

@@ -1,4 +1,4 @@
-"""Loading a checkpoint runs nothing that is in it, and every bad file is refused by name, in our words."""
+"""Loading a checkpoint executes nothing in it, and every bad file raises a CheckpointError that names it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def touch_by_open(marker: Path) -> Call:
 
 
 def touch_nested(marker: Path) -> Call:
-    # a pickle inside, to be opened by the loader of torch that runs what it finds
+    # a pickle within a pickle, for the loader of torch that executes what it finds
     return Call(torch.storage._load_from_bytes, saved(touch_by_os(marker)))
 
 
@@ -154,7 +154,7 @@ def test_a_malicious_pickle_in_any_wrapping_is_refused_and_not_run(tmp_path, wra
 
 
 @pytest.mark.parametrize("value", [np.float64(1.0), np.zeros(2), Innocent])
-def test_what_is_not_plain_is_refused_by_name(tmp_path, value):
+def test_a_value_that_is_not_plain_is_refused_by_name(tmp_path, value):
     path = tmp_path / "bad.pt"
     path.write_bytes(saved(value))
     assert "numpy" in refusal(path) or "Innocent" in refusal(path)
@@ -178,7 +178,7 @@ def test_extra_classes_are_allowed_for_one_load_only(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"PK\x03\x04", b"\x80\x02}", b"not a checkpoint at all" * 50])
-def test_what_is_no_torch_file_is_refused(tmp_path, content):
+def test_a_file_that_torch_did_not_write_is_refused(tmp_path, content):
     path = tmp_path / "bad.pt"
     path.write_bytes(content)
     assert "damaged" in refusal(path)
@@ -202,8 +202,8 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     assert "Is a directory" in refusal(tmp_path)
 
 
-def test_damage_loads_or_is_refused_in_our_words_and_never_runs(tmp_path):
-    """Flips inside tensors load (the manifest finds those); elsewhere torch fails in many ways, all ours."""
+def test_a_damaged_file_loads_or_raises_checkpoint_error(tmp_path):
+    """Flips inside tensors load (the manifest finds those); elsewhere torch fails in many ways, all caught."""
     good, path, generator = saved(Innocent()), tmp_path / "damaged.pt", random.Random(0)
     refused = 0
     for trial in range(300):

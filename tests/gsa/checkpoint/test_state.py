@@ -1,4 +1,4 @@
-"""The run state takes plain values only, and names the key of others; what it cannot read it refuses."""
+"""The run state accepts plain values only and names the key of any other; it refuses what it cannot read."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def test_a_state_survives_the_file_it_is_saved_in():
     assert RunState.from_dict(tracked.to_dict()) == tracked
 
 
-def test_this_version_is_read_by_every_later_one():
-    """Every version as it lies in files: a later reader must go on reading these very dicts."""
+def test_every_version_of_the_run_state_is_read():
+    """These are the dicts in existing files: every later reader must read them."""
     first = {
         "version": 1,
         "step": 300,
@@ -79,7 +79,7 @@ def test_this_version_is_read_by_every_later_one():
 
 
 @pytest.mark.parametrize("where", ["gsa/checkpoint/__init__.py", "docs/checkpoints.md"])
-def test_the_table_of_formats_names_every_version_as_it_is(where):
+def test_the_tables_of_formats_name_the_current_versions(where):
     text = (ROOT / where).read_text().replace("`", "")
     rows = [line.split("|") for line in text.splitlines() if line.startswith("|")]
     now = {cells[1].split(",")[0].strip(): cells[3].strip() for cells in rows if len(cells) == 6}
@@ -135,7 +135,7 @@ def test_a_key_that_is_not_text_and_a_field_of_another_type_are_refused_when_sav
         dataclasses.replace(STATE, samples_consumed=np.int64(3)).to_dict()
 
 
-def test_a_newer_state_says_which_project_reads_it():
+def test_the_refusal_of_a_newer_state_names_the_project_version_that_reads_it():
     newer = {"version": VERSION + 1, "versions": {"project": "0.7.0"}, "position": {}}
     with pytest.raises(CheckpointError, match=rf"version {VERSION + 1}, this project reads up to {VERSION}: .* 0.7.0"):
         RunState.from_dict(newer)
@@ -144,7 +144,7 @@ def test_a_newer_state_says_which_project_reads_it():
 
 
 @pytest.mark.parametrize("data", [None, [], {}, {"step": 1}, {"version": 0}, {"version": "1"}, {"version": True}])
-def test_what_is_no_run_state_is_refused(data):
+def test_a_value_that_is_no_run_state_is_refused(data):
     with pytest.raises(CheckpointError, match="no version.*--resume_from"):
         RunState.from_dict(data)
 
@@ -160,7 +160,7 @@ def test_every_missing_or_mistyped_field_is_named(name):
 
 
 @pytest.mark.parametrize(("name", "value"), [("stage", "both"), ("step", True), ("epoch", "1")])
-def test_values_that_cannot_be_are_refused(name, value):
+def test_impossible_values_are_refused(name, value):
     with pytest.raises(CheckpointError, match=f"has {name}="):
         RunState.from_dict({**STATE.to_dict(), name: value})
 

@@ -1,4 +1,4 @@
-"""Which backend runs: a fault is found by a check, told, and fallen back from; an explicit wish is met or refused."""
+"""Which backend runs: the check finds faults, auto falls back and reports why, an explicit request is met or refused."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def test_a_right_backend_has_no_fault(dtype):
     assert fault_of("chunked", SHAPE._replace(dtype=dtype), CPU) is None
 
 
-def test_the_trials_meet_both_kinds_of_length_and_more_than_one_strip():
-    """Triton compiles other code for a length that 16 divides; its strips are of 512 queries."""
+def test_the_check_cases_have_both_kinds_of_length_and_more_than_one_strip():
+    """Triton compiles other code for a length divisible by 16; its strips have 512 queries."""
     assert {case.length % 16 == 0 for case in CHECK_CASES} == {True, False}
     assert {case.all_keys for case in CHECK_CASES} == {True, False} and {case.mode for case in CHECK_CASES} == {
         "off",
         "variance",
     }
-    assert max(case.length for case in CHECK_CASES) * 3 // 4 > 512  # the rows of the loss, too
+    assert max(case.length for case in CHECK_CASES) * 3 // 4 > 512  # also the rows of the loss
 
 
 @pytest.mark.parametrize(
@@ -40,12 +40,12 @@ def test_the_trials_meet_both_kinds_of_length_and_more_than_one_strip():
         ("_unpack", lambda honest: lambda *x: 1 / 0, "ZeroDivisionError: division by zero"),
     ],
 )
-def test_a_wrong_backend_is_found_out(monkeypatch, name, wrong, fault):
+def test_a_wrong_backend_is_found(monkeypatch, name, wrong, fault):
     monkeypatch.setattr(chunked, name, wrong(getattr(chunked, name)))
     assert fault in fault_of("chunked", SHAPE, CPU)
 
 
-def test_a_fault_of_long_or_even_lengths_or_without_bits_is_found_out(monkeypatch):
+def test_a_fault_at_long_or_even_lengths_or_without_bits_is_found(monkeypatch):
     honest = chunked._flash
     for wrong_when in (lambda q, mask: mask.shape[-1] > 512, lambda q, mask: mask.shape[-1] % 16 == 0):
         with monkeypatch.context() as patch:
@@ -60,13 +60,13 @@ def test_a_fault_of_long_or_even_lengths_or_without_bits_is_found_out(monkeypatc
     assert "is off by" in fault_of("chunked", SHAPE, CPU)
 
 
-def test_a_wrong_loss_head_is_found_out(monkeypatch):
+def test_a_wrong_loss_head_is_found(monkeypatch):
     honest = reference.logits_gradient
     monkeypatch.setattr(reference, "logits_gradient", lambda *x: honest(*x) * 1.01)
     assert "its loss head's gradient is off by" in fault_of("chunked", SHAPE, CPU)
 
 
-def test_a_sum_that_forgets_what_was_there_is_found_out(monkeypatch):
+def test_an_add_product_that_overwrites_its_total_is_found(monkeypatch):
     from gsa import kernels
 
     product = kernels.product
@@ -74,18 +74,18 @@ def test_a_sum_that_forgets_what_was_there_is_found_out(monkeypatch):
     assert "its loss head's sum is off by" in fault_of("chunked", SHAPE, CPU)
 
 
-def test_a_wrong_feed_forward_is_found_out(monkeypatch):
+def test_a_wrong_feed_forward_is_found(monkeypatch):
     honest = chunked.silu_product
     monkeypatch.setattr(chunked, "silu_product", lambda gate, up: honest(gate, up * 1.03))
     assert "its feed-forward is off by" in fault_of("chunked", SHAPE, CPU)
 
 
-def test_deviations_are_those_of_rounding():
+def test_deviations_of_a_right_backend_are_rounding():
     found = deviations("chunked", SHAPE, CPU, CHECK_CASES[0])
     assert set(found) >= {"output", "loss", "q", "k", "v", "index k", "alpha"} and max(found.values()) < 5e-6
 
 
-def test_auto_takes_triton_where_it_passes_and_says_why_where_not(monkeypatch):
+def test_auto_takes_triton_when_it_passes_and_otherwise_reports_why_not(monkeypatch):
     assert resolve("auto", SHAPE, CPU) == ("chunked", None)
     monkeypatch.setattr(choice, "fault_of", lambda *_: None)
     assert resolve("auto", SHAPE, GPU) == ("triton", None)
@@ -95,7 +95,7 @@ def test_auto_takes_triton_where_it_passes_and_says_why_where_not(monkeypatch):
     assert backend == "chunked" and "model.d_head=48" in fault
 
 
-def test_an_explicit_wish_is_met_or_refused():
+def test_an_explicit_request_is_met_or_refused():
     assert resolve("reference", SHAPE, CPU) == ("reference", None)
     assert resolve("triton", SHAPE, GPU) == ("triton", None)
     with pytest.raises(ValueError, match="training.backend=triton cannot run: Triton's kernels need a GPU"):
@@ -106,7 +106,7 @@ def test_an_explicit_wish_is_met_or_refused():
 
 
 @pytest.mark.parametrize("dtype, widest", [(torch.bfloat16, 128), (torch.float32, 64)])
-def test_wider_heads_than_were_compiled_ahead_are_refused(dtype, widest):
+def test_heads_wider_than_those_compiled_ahead_are_refused(dtype, widest):
     """tests/support/compile_triton_ahead.py compiles the widest of either dtype."""
     fits = SHAPE._replace(d_head=widest, d_indexer=widest, dtype=dtype)
     assert why_not_triton(fits, GPU) is None

@@ -72,16 +72,16 @@ def test_lower_precision_stays_near(dtype, documents):
 
 @trials(15)
 @given(case=cases())
-def test_the_form_for_other_devices_equals_the_reference_too(case):
-    """Where torch has no flash attention for a CPU: the same chunks in explicit softmax."""
+def test_the_form_for_other_devices_equals_the_reference(case):
+    """On devices without torch's flash attention for CPUs, the same chunks are computed by explicit softmax."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(chunked, "_flash", chunked._explicit)
         patch.setattr(chunked, "_flash_backward", chunked._explicit_backward)
         check_attention("chunked", case, BOUNDS[torch.float64])
 
 
-def test_keys_that_a_whole_block_of_flash_attention_hides_are_no_nan(monkeypatch):
-    """torch's CPU kernel walks blocks of 512 keys: rows whose first blocks are all hidden must come out right."""
+def test_rows_that_see_nothing_in_a_whole_block_of_keys_are_right(monkeypatch):
+    """torch's CPU kernel goes through blocks of 512 keys: rows whose first blocks are all hidden must not become NaN."""
     monkeypatch.setattr(chunked, "CHUNK", 128)
     T = 1300
     mask = torch.zeros(1, T, T, dtype=torch.bool)
@@ -97,8 +97,8 @@ def test_keys_that_a_whole_block_of_flash_attention_hides_are_no_nan(monkeypatch
 
 
 @pytest.mark.parametrize("mode, scored", [("off", False), ("variance", True)])
-def test_selecting_all_is_one_call_of_dense_attention(monkeypatch, mode, scored):
-    """Its speed is then that of torch's. Scores are formed only where a statistic is wanted, and never sorted."""
+def test_selecting_all_keys_is_one_call_of_dense_attention(monkeypatch, mode, scored):
+    """It is then as fast as torch. Scores are computed only when a statistic is needed, and never sorted."""
     called = []
     for where, name in ((chunked, "_gates"), (chunked, "_sorted"), (F, "scaled_dot_product_attention")):
         honest = getattr(where, name)
@@ -151,14 +151,14 @@ def test_a_wrong_selection_is_caught(monkeypatch, name, wrong, dtype):
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest floating tensor that any operation made."""
+    """Records the size of the largest floating-point tensor that any operation creates."""
 
     numel = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
         for x in made if isinstance(made, (tuple, list)) else (made,):
-            # views of one element, as expand makes them, take no memory
+            # a view with stride 0, as from expand, takes no memory
             if isinstance(x, torch.Tensor) and x.is_floating_point() and 0 not in x.stride():
                 self.numel = max(self.numel, x.numel())
         return made
@@ -167,13 +167,13 @@ class Largest(TorchDispatchMode):
 def largest_float(backend: str, documents: int) -> int:
     case = Case(B=1, T=512, S=512, H=2, G=1, k=32, documents=documents, mode="variance", dtype=torch.float32)
     x = inputs(case).to(torch.float32, "cpu")
-    with Largest() as seen:
+    with Largest() as created:
         outputs_and_gradients(backend, x, choose(backend, x, case).bits)
-    return seen.numel
+    return created.numel
 
 
 @pytest.mark.parametrize("documents", [1, 3])
 def test_no_float_tensor_is_as_large_as_the_scores(documents):
-    """One of (T, S) would be 262,144 numbers, one of (T, k, H, D) 524,288. A chunk of 8 queries has 8 x 512 x 2."""
+    """(T, S) would have 262,144 elements, (T, k, H, D) 524,288; a chunk of 8 queries has 8 x 512 x 2."""
     assert largest_float("chunked", documents) <= 512 * 32  # the inputs' own size
     assert largest_float("reference", documents) >= 512 * 512

@@ -1,4 +1,4 @@
-"""silu(gate) * up on every backend against float64, forward and backward, and what it keeps for the backward pass."""
+"""silu(gate) * up on every backend against float64, forward and backward, and what it saves for the backward pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def operands(dtype: torch.dtype, device: str) -> list[torch.Tensor]:
 
 
 def differences(backend: str, dtype: torch.dtype, device: str) -> list[float]:
-    """Of the product and both gradients from those of float64, relative to the largest."""
+    """Largest differences of the product and of both gradients from float64, relative to the largest value."""
     gate, up, d_out = operands(dtype, device)
     found = []
     for name, to in ((backend, dtype), ("reference", torch.float64)):
@@ -47,22 +47,22 @@ def test_product_and_gradients_equal_float64(backend, device, dtype, monkeypatch
 
 
 @pytest.mark.parametrize("backend, device", BACKENDS)
-def test_only_the_operands_are_kept(backend, device):
+def test_only_the_operands_are_saved(backend, device):
     gate, up, _ = (x.requires_grad_() for x in operands(torch.float32, device))
-    held: set[int] = set()
+    saved: set[int] = set()
 
-    def keep(x: torch.Tensor) -> torch.Tensor:
-        held.add(x.data_ptr())
+    def save(x: torch.Tensor) -> torch.Tensor:
+        saved.add(x.data_ptr())
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
         kernels.silu_product(backend, gate, up)
-        assert held == {gate.data_ptr(), up.data_ptr()}
+        assert saved == {gate.data_ptr(), up.data_ptr()}
         F.silu(gate) * up
-        assert len(held) == 3  # autograd's own
+        assert len(saved) == 3  # autograd's own
 
 
-def test_operands_that_are_not_contiguous():
+def test_operands_need_not_be_contiguous():
     gate, up, d_out = (x.transpose(0, 1) for x in operands(torch.float32, triton_interpreter.DEVICE))
     leaves = gate.requires_grad_(), up.requires_grad_()
     ours = torch.autograd.grad(kernels.silu_product("triton", *leaves), leaves, d_out)

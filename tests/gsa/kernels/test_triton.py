@@ -1,7 +1,7 @@
 """The Triton backend's operations against the float64 reference, and wrong kernels that the checks catch.
 
-On a GPU where there is one, else under Triton's interpreter, which runs programs one after another: what it cannot
-show is speed, and races between the warps of a program.
+They run on a GPU when there is one, otherwise under Triton's interpreter. It runs programs one after another, so it shows
+neither speed nor races between the warps of a program.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def test_outputs_and_every_gradient_equal_the_reference(case):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_group_size_with_packed_documents_and_ties(group):
-    """T, S, k: several tiles, blocks of keys and strips; k << T."""
+    """T, S and k give several tiles, blocks of keys and strips, and k << T."""
     mode, dtype = ("off", "variance", "entropy", "variance")[GROUPS.index(group)], DTYPES[GROUPS.index(group) % 2]
     case = Case(B=1, T=41, S=48, H=8, G=8 // group, k=5, documents=3, tied=True, mode=mode, dtype=dtype, device=DEVICE)
     check_selection("triton", case)
@@ -64,7 +64,7 @@ def test_the_shipped_tiles_and_heads_of_64(dtype):
 
 @pytest.mark.shipped_tiles
 def test_the_widest_heads():
-    """128 in bf16: tiles of fewer rows."""
+    """128 in bf16, where tiles have fewer rows."""
     case = Case(B=1, T=40, S=70, H=4, G=1, D=128, J=2, E=128, k=10, documents=2, dtype=torch.bfloat16, device=DEVICE)
     check_selection("triton", case)
     check_attention("triton", case, BOUNDS[torch.bfloat16])
@@ -75,8 +75,8 @@ def test_without_bits_every_visible_key_is_attended(documents):
     check_attention("triton", Case(k=40, documents=documents, dtype=torch.float32, device=DEVICE), 1e-5)
 
 
-def test_selecting_all_measures_and_selects_nothing(monkeypatch):
-    """The dense stage of adaptive_k=variance: the statistic is wanted, sets are not."""
+def test_selecting_all_keys_computes_the_statistic_only(monkeypatch):
+    """As in the dense stage of adaptive_k=variance, which needs the statistic but no sets."""
     launched = []
     honest = triton_select.select_rows
     monkeypatch.setattr(triton_select, "select_rows", _Launches(honest, launched))
@@ -87,7 +87,7 @@ def test_selecting_all_measures_and_selects_nothing(monkeypatch):
 
 
 class _Launches:
-    """Stands for a kernel: launches it with arguments that `change` makes of the right ones."""
+    """Stands in for a kernel: launches it with the arguments that `change` returns for the right ones."""
 
     def __init__(self, kernel, record: list | None = None, change=lambda args: args) -> None:
         self.kernel, self.record, self.change = kernel, record, change
@@ -126,8 +126,8 @@ def test_a_wrong_kernel_is_caught(monkeypatch, module, name, change):
         check_attention("triton", Case(B=1, dtype=torch.float32, device=DEVICE), BOUNDS[torch.float32])
 
 
-def test_reading_what_nobody_wrote_is_caught(monkeypatch, tmp_path):
-    """The gradient by the logits exists where a tile of queries sees keys: early queries have none at late keys."""
+def test_reading_unwritten_memory_is_caught(monkeypatch, tmp_path):
+    """The gradient by the logits is written where keys are visible: early queries have none at late keys."""
     wrong = triton_interpreter.rewritten(
         triton_alignment,
         tmp_path,

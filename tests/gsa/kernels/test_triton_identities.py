@@ -1,6 +1,6 @@
-"""The identities of docs/gsa.md, 9, of models on the Triton backend, and wrong layers that each is shown to catch.
+"""The identities of docs/gsa.md, 9, for models on the Triton backend, and wrong layers on which they fail.
 
-On a GPU or under Triton's interpreter: see test_triton.py. tests/gsa/test_identities.py has the other backends.
+They run on a GPU or under Triton's interpreter: see test_triton.py. tests/gsa/test_identities.py has the other backends.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from support.kernel_contract import KINDS, WRONG, Way, at_random_sizes, check_is
 
 from gsa.kernels import triton_backend
 
-# in the interpreter a forward pass of one layer takes a third of a second, nearly all of it for selection
+# in the interpreter a forward pass of one layer takes a third of a second, mostly for selection
 WAY = Way("triton", triton_backend, torch.float32, triton_interpreter.DEVICE, bound=1e-4, n_layers=1, examples=2)
 
 

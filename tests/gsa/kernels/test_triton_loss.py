@@ -1,4 +1,4 @@
-"""The loss head on Triton's kernels, forward and backward, against the float64 loss; see test_triton.py."""
+"""The loss head on Triton's kernels, forward and backward, against the float64 loss. See test_triton.py."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def problem(dtype: torch.dtype, n: int = 37, d: int = 16, v: int = 301):
 
 
 def differences(dtype: torch.dtype) -> dict[str, float]:
-    """Of the loss and both gradients from those of float64, relative to the largest."""
+    """Largest differences of the loss and of both gradients from float64, relative to the largest value."""
     hidden, weight, targets = problem(dtype)
     ours = linear_cross_entropy(hidden, weight, targets, 20.0, backend="triton")
     exact = F.cross_entropy(hidden.double() @ weight.double().t(), targets, reduction="sum") / 20
@@ -37,7 +37,7 @@ def differences(dtype: torch.dtype) -> dict[str, float]:
 
 @pytest.fixture(autouse=True)
 def ragged(monkeypatch):
-    """Blocks of the vocabulary of 70 columns, read 32 at a time; fresh memory is not a number."""
+    """Blocks of 70 columns of the vocabulary, read 32 at a time; fresh memory holds NaN."""
     monkeypatch.setattr(loss_module, "BLOCK_BYTES", 70 * 37 * 4)
     monkeypatch.setattr(triton_loss, "BLOCK", 32)
     empty_like = torch.empty_like
