@@ -373,8 +373,8 @@ class Ranks:
 
     def one_step(self) -> list:
         """What the trainer's loop does: the flags of all ranks, summed, to each."""
-        settled, failed = (sum(column) for column in zip(*self.each(Saver.flags), strict=True))
-        return self.each(lambda saver: saver.poll(settled, failed))
+        done, failed = (sum(column) for column in zip(*self.each(Saver.status), strict=True))
+        return self.each(lambda saver: saver.poll(done, failed))
 
 
 SHARD = {"rank_{rank}_optim_states.pt": {"a": torch.ones(4)}}
