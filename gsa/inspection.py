@@ -30,7 +30,7 @@ Windows = Sequence[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Coverage:
-    """Of one layer, shares between 0 and 1.
+    """How well one layer selects, in shares between 0 and 1.
 
     covered: dense attention mass on the selected keys. oracle: that on equally many keys of largest mass. recall: share
     of the oracle's keys that are selected.
@@ -47,7 +47,11 @@ class Coverage:
 
 @dataclass(frozen=True)
 class Spread:
-    """Of one layer: mean k, union/k by number of neighbouring queries, share of empty tiles by (queries, keys)."""
+    """How the selected sets of one layer are spread.
+
+    k: mean number of selected keys. union: union/k by number of neighbouring queries. empty: share of empty tiles by
+    size, (queries, keys).
+    """
 
     k: float
     union: dict[int, float]
