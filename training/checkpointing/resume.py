@@ -8,16 +8,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gsa.checkpoint import legacy, manifest
 from gsa.checkpoint.full_state import read_ds_config, read_layout, read_run_state, require_own_name
 from gsa.checkpoint.state import RunState
+from gsa.config import ModelConfig
 from training.config import ConfigError, RunConfig, RunSpec, to_plain
 from training.config.batch import windows_per_step
 from training.config.changes import EFFECT_WORDS, Change, changes_on_resume, config_changes, with_batch_size
 from training.data import DataError, PackedTokens
 from training.engine.optimizer import schedule_factor
 from training.record.run_folder import FolderError, RunFolder
+
+if TYPE_CHECKING:  # importing DeepSpeed takes seconds
+    from training.engine.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,18 @@ def _start_from_legacy(checkpoint: Path, spec: RunSpec, data: PackedTokens, allo
     )
     legacy.read_legacy(checkpoint, cfg.model, state)  # refuses now what does not fit the model
     return Start(checkpoint, state, True)
+
+
+def restore(engine: Engine, start: Start, model: ModelConfig) -> None:
+    """Loads the checkpoint of `start` into the engine; rates, decay and clipping come back as they were saved.
+
+    Every rank must call it. Raises CheckpointError on all of them when one refuses a file.
+    """
+    if start.legacy:
+        state = engine.raise_on_all_ranks(lambda: legacy.read_legacy(start.checkpoint, model, start.state))
+        engine.load_full_state(state)
+    else:
+        engine.load(start.checkpoint)
 
 
 def _refuse_or_print(checkpoint: Path, changes: list[Change], allow_change: bool, quiet: bool) -> None:

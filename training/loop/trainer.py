@@ -12,10 +12,9 @@ from datetime import UTC, datetime
 
 from gsa import GSAForCausalLM
 from gsa.checkpoint.full_state import read_run_state
-from gsa.checkpoint.legacy import read_legacy
 from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import RunState
-from training.checkpointing.resume import Start
+from training.checkpointing.resume import Start, restore
 from training.checkpointing.saver import Retention, Saver, SaveReport
 from training.config import RunSpec, to_plain
 from training.data import Loader, PackedTokens
@@ -113,12 +112,7 @@ class Trainer:
 
     def _load(self, start: Start) -> None:
         self.watchdog.beat("load")
-        if start.legacy:
-            # every rank reads the file: an error on one of them must reach all
-            read = lambda: read_legacy(start.checkpoint, self.spec.cfg.model, start.state)  # noqa: E731
-            self.engine.load_full_state(self.engine.raise_on_all_ranks(read))
-        else:
-            self.engine.load(start.checkpoint)
+        restore(self.engine, start, self.spec.cfg.model)
         self._apply_state(start.state)
         step, end = self.progress.step, self.spec.last_step
         to_do = f"continuing at step {step + 1} of {end}" if step < end else "at its end"
