@@ -1,19 +1,23 @@
-"""Text to tokens to windows to batches, in an order that is a pure function of seed and position."""
+"""Text to tokens to windows to batches, in an order that is a pure function of seed and position.
 
-from training.data.dataset import FORMAT, IGNORE, MANIFEST_KEYS, Batch, DataError, PackedTokens, read_manifest
-from training.data.loader import Loader, past, step_samples
-from training.data.open import open_data
+The public names are loaded when they are first used: prepare_data and its workers use this package without torch.
+"""
 
-__all__ = [
-    "FORMAT",
-    "IGNORE",
-    "MANIFEST_KEYS",
-    "Batch",
-    "DataError",
-    "Loader",
-    "PackedTokens",
-    "open_data",
-    "past",
-    "read_manifest",
-    "step_samples",
-]
+from __future__ import annotations
+
+from typing import Any
+
+_DATASET = ("FORMAT", "IGNORE", "MANIFEST_KEYS", "Batch", "DataError", "PackedTokens", "read_manifest")
+_LOADER = ("Loader", "past", "step_samples")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _DATASET:
+        from training.data import dataset as home
+    elif name in _LOADER:
+        from training.data import loader as home
+    elif name == "open_data":
+        from training.data import open as home
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(home, name)
