@@ -1,7 +1,7 @@
-"""W&B by the real package, offline, read back with wandb's own reader; TensorBoard read back with its accumulator.
+"""W&B with the real package, offline, read back with wandb's own reader; TensorBoard, read back with its accumulator.
 
-A stand-in takes wandb's place only where it has to fail or hang at a given call, and W&B's server's where a run is
-online.
+The wandb package is replaced by a stand-in only where a call of it has to fail or hang; online runs talk to a stand-in
+for W&B's server.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from support.launching import ROOT, clean_environment, free_port
 from wandb.util import get_core_path
 
 from training import tracking
+from training.config import LoggingConfig, RunConfig, to_plain
 from training.config.command import run_command
 from training.observe.tracking import wandb_files, wandb_sink
-from training.config import LoggingConfig, RunConfig, to_plain
-from training.observe.tracking.mirror import Limits, by_step, flat
+from training.observe.tracking.mirror import Limits, by_step, chart_fields
 from training.observe.tracking.tracker import Tracker
-from training.observe.tracking.tracking_state import Note, Parent, segment_config
+from training.observe.tracking.tracking_state import Parent, TrackingState, launch_config
 from training.record.metrics_log import MetricsLog, read_rows
 
 CONFIG = to_plain(RunConfig())
 RUN = "abcd1234"
-TELL_S, BUSY_S, HANG_S = 1e-3, 0.1, 60
-"""What telling a row takes at most in the middle, and ever: a busy machine stops any thread for some milliseconds."""
-
+OFFER_S, BUSY_S, HANG_S = 1e-3, 0.1, 60
+"""Bounds for one call of `offer`: the median, the slowest (a busy machine stops any thread for some milliseconds), and
+how long a stand-in that hangs does not return."""
 
 WANDB, BOARD = LoggingConfig(wandb=True), LoggingConfig(tensorboard=True)
 
@@ -61,7 +61,7 @@ def offline(monkeypatch, tmp_path):
 
 
 def wandb_environment() -> dict[str, str]:
-    """A clean environment, with what this test has set on purpose for wandb."""
+    """A clean environment with the variables that this test has set for wandb."""
     names = ("HOME", "WANDB_MODE", "WANDB_ERROR_REPORTING", "WANDB_API_KEY", "WANDB_BASE_URL")
     return clean_environment() | {name: os.environ[name] for name in names if name in os.environ}
 
@@ -74,8 +74,8 @@ def evaluation(step: int) -> dict:
     return {"event": "eval", "step": step, "eval_loss": 2.0, "eval_bpb": 1 / step, "unigram_bpb": 3.0, "time": 1e9}
 
 
-class Life:
-    """One process life of a run, as the trainer leads it: every row to metrics.jsonl and to the tracker."""
+class TrackedLaunch:
+    """One launch of a run, reported as the trainer does it: every row goes to metrics.jsonl and to the tracker."""
 
     def __init__(
         self, folder: Path, cfg: LoggingConfig = WANDB, *, step: int = 0, limits: Limits | None = None, **more
@@ -90,21 +90,21 @@ class Life:
         self.seconds: list[float] = []
 
     def offer(self, *rows: dict) -> None:
-        for told in rows:
-            self.log.write(told)
+        for given in rows:
+            self.log.write(given)
             began = time.perf_counter()
-            self.tracker.offer(told)
+            self.tracker.offer(given)
             self.seconds.append(time.perf_counter() - began)
 
-    def train(self, first: int, last: int) -> Life:
+    def train(self, first: int, last: int) -> TrackedLaunch:
         for step in range(first, last + 1):
             self.offer(row(step), *([evaluation(step)] if step % 3 == 0 else []))
         return self
 
     def never_waited(self) -> bool:
-        """One tell may meet a pause of the whole machine; a service that hangs does so for HANG_S."""
+        """One call may coincide with a pause of the whole machine; a service that hangs does so for HANG_S."""
         seconds = sorted(self.seconds)
-        return seconds[len(seconds) // 2] < TELL_S and seconds[-2] < BUSY_S and seconds[-1] < HANG_S / 10
+        return seconds[len(seconds) // 2] < OFFER_S and seconds[-2] < BUSY_S and seconds[-1] < HANG_S / 10
 
     def end(self, code: int = 0) -> float:
         began = time.perf_counter()
@@ -114,7 +114,7 @@ class Life:
 
 
 def inspect(file: Path) -> list[dict]:
-    """The records of a transaction log, by wandb's own reader."""
+    """The records of a transaction log, read by wandb's own reader."""
     command = [get_core_path(), "leet", "inspect", "-no-observability", "-json", "-run-file", str(file)]
     done = subprocess.run(
         command, env=wandb_environment(), capture_output=True, text=True, check=True, stdin=subprocess.DEVNULL
@@ -123,13 +123,13 @@ def inspect(file: Path) -> list[dict]:
 
 
 def records(folder: Path, kind: str) -> list[dict]:
-    """Records of one kind, of all fragments in the order of their making."""
+    """Records of one kind from the files of all launches, oldest first."""
     files = sorted(folder.glob("wandb/offline-run-*/*.wandb"))
     return [record[kind] for file in files for record in inspect(file) if record["type"] == kind]
 
 
 def shown(folder: Path) -> dict[int, dict]:
-    """Fields by step; fails when a step appears twice or moves backwards, over all fragments together."""
+    """Fields by step. Fails when a step appears twice or moves backwards, over the files of all launches together."""
     history = [record["item"] for record in records(folder, "history")]
     steps = [fields["_step"] for fields in history]
     assert steps == sorted(set(steps)), steps
@@ -144,10 +144,10 @@ def config_of(folder: Path) -> dict:
 # -- one run, one curve ---------------------------------------------------------------------------------
 
 
-def test_a_step_is_one_row_with_its_evaluation_and_its_events(tmp_path):
-    life = Life(tmp_path).train(1, 4)
-    life.offer({"event": "save", "step": 3, "tag": "step_3", "bytes": 5, "save_stall_seconds": 0.5, "time": 1e9})
-    life.train(5, 6).end()
+def test_wandb_logs_a_step_once_with_its_evaluation_and_events(tmp_path):
+    launch = TrackedLaunch(tmp_path).train(1, 4)
+    launch.offer({"event": "save", "step": 3, "tag": "step_3", "bytes": 5, "save_stall_seconds": 0.5, "time": 1e9})
+    launch.train(5, 6).end()
     found = shown(tmp_path)
     assert list(found) == [1, 2, 3, 4, 5, 6]
     assert (found[3]["loss"], found[3]["eval_bpb"], found[3]["eval/unigram_bpb"]) == (1 / 3, 1 / 3, 3.0)
@@ -156,8 +156,8 @@ def test_a_step_is_one_row_with_its_evaluation_and_its_events(tmp_path):
     assert found[6]["_timestamp"] == 1e9 + 6 and found[6]["eval_loss"] == 2.0
 
 
-def test_there_is_a_view_by_step_and_one_by_tokens(tmp_path):
-    Life(tmp_path).train(1, 3).end()
+def test_losses_are_logged_by_step_and_by_tokens(tmp_path):
+    TrackedLaunch(tmp_path).train(1, 3).end()
     by = {m.get("name") or m["glob_name"]: m.get("step_metric") for m in records(tmp_path, "metric")}
     assert by == {
         "step": None,
@@ -171,9 +171,9 @@ def test_there_is_a_view_by_step_and_one_by_tokens(tmp_path):
     assert (third["tokens"], third["by_tokens/loss"], third["by_tokens/eval_bpb"]) == (300, 1 / 3, 1 / 3)
 
 
-def test_a_resumed_run_is_the_same_run_and_replayed_steps_are_held_back(tmp_path):
-    Life(tmp_path).train(1, 8).end()
-    Life(tmp_path, step=4, segment=1).train(5, 12).end()
+def test_a_resumed_launch_continues_the_run_and_holds_replayed_steps_back(tmp_path):
+    TrackedLaunch(tmp_path).train(1, 8).end()
+    TrackedLaunch(tmp_path, step=4, segment=1).train(5, 12).end()
     runs = records(tmp_path, "run")
     assert [run["run_id"] for run in runs] == [RUN, RUN] and all(run["resume"] for run in runs)
     assert list(shown(tmp_path)) == list(range(1, 13))
@@ -182,19 +182,19 @@ def test_a_resumed_run_is_the_same_run_and_replayed_steps_are_held_back(tmp_path
 ENDS = {
     "power cut": """
 core = core_of_this_process()
-core.suspend()  # what it gets from now on it does not write
-life.train(21, 40)
-wait_for(lambda: told(life) == 39)
+core.suspend()  # it writes nothing of what it receives from here on
+launch.train(21, 40)
+wait_for(lambda: sent(launch) == 39)
 core.kill()
 os.kill(os.getpid(), signal.SIGKILL)""",
-    "failed": "life.train(21, 40); exit_process(4)",
+    "failed": "launch.train(21, 40); exit_process(4)",
     "failed, wandb-core hung": "core_of_this_process().suspend(); exit_process(4)",
 }
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory) -> dict[str, tuple[Path, int, str]]:
-    """Three processes at once that never came to Tracker.finish: run folder, exit code, stderr."""
+    """Three processes that end without a call of Tracker.finish, run at once: run folder, exit code, stderr."""
     base = tmp_path_factory.mktemp("ended")
     environment = clean_environment() | {
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "tests" / "training"))),
@@ -206,8 +206,8 @@ def ended(tmp_path_factory) -> dict[str, tuple[Path, int, str]]:
     program = """
 from test_tracking import *
 from training.engine.world import exit_process
-life = Life(Path({folder!r}), limits=Limits(finish_s={finish_s})).train(1, 20)
-wait_for(lambda: told(life) == 19)  # the last one waits for its evaluation
+launch = TrackedLaunch(Path({folder!r}), limits=Limits(finish_s={finish_s})).train(1, 20)
+wait_for(lambda: sent(launch) == 19)  # the last one is sent when the next begins
 {end}
 """
     processes = {
@@ -226,8 +226,8 @@ wait_for(lambda: told(life) == 19)  # the last one waits for its evaluation
     found = {}
     try:
         for how, process in processes.items():
-            said = process.communicate(timeout=300)[1]
-            found[how] = (base / how, process.returncode, said)
+            stderr = process.communicate(timeout=300)[1]
+            found[how] = (base / how, process.returncode, stderr)
     finally:
         for process in processes.values():
             if process.poll() is None:
@@ -237,49 +237,53 @@ wait_for(lambda: told(life) == 19)  # the last one waits for its evaluation
     return found
 
 
-def test_what_wandb_core_took_with_it_is_sent_by_the_next_segment(ended, tmp_path):
-    folder, code, said = ended["power cut"]
-    assert code == -signal.SIGKILL, said
+def test_steps_lost_in_a_power_cut_are_sent_by_the_next_launch(ended, tmp_path):
+    folder, code, stderr = ended["power cut"]
+    assert code == -signal.SIGKILL, stderr
     shutil.copytree(folder, tmp_path / "run")
     assert len(shown(tmp_path / "run")) < 21
-    Life(tmp_path / "run", step=36, segment=1).train(37, 41).end()
+    TrackedLaunch(tmp_path / "run", step=36, segment=1).train(37, 41).end()
     assert list(shown(tmp_path / "run")) == list(range(1, 42))
 
 
-def test_a_process_that_fails_leaves_a_whole_run_that_failed(ended):
-    folder, code, said = ended["failed"]
-    assert code == 4 and said == "", said
+def test_a_failed_process_sends_all_steps_and_marks_the_run_failed(ended):
+    folder, code, stderr = ended["failed"]
+    assert code == 4 and stderr == "", stderr
     assert list(shown(folder)) == list(range(1, 41))
     assert records(folder, "exit")[-1]["exit_code"] == 1
 
 
-def test_a_wandb_core_that_hangs_does_not_keep_a_failed_process(ended):
-    _, code, said = ended["failed, wandb-core hung"]
-    assert code == 4 and said.startswith("W&B could not finish (no answer for 2 s)") and said.count("\n") == 1, said
+def test_a_failed_process_ends_although_wandb_core_hangs(ended):
+    _, code, stderr = ended["failed, wandb-core hung"]
+    assert code == 4 and stderr.startswith("W&B could not finish (no answer for 2 s)") and stderr.count("\n") == 1, (
+        stderr
+    )
 
 
-def test_a_rollback_within_one_life_does_not_move_backwards(tmp_path):
-    life = Life(tmp_path).train(1, 6)
-    life.offer({"event": "spike", "step": 6, "spike_loss": 9.0, "score": 8.0, "samples": [1, 2], "action": "rollback"})
-    life.train(4, 9).end()
+def test_steps_trained_again_after_a_rollback_are_sent_once(tmp_path):
+    launch = TrackedLaunch(tmp_path).train(1, 6)
+    launch.offer(
+        {"event": "spike", "step": 6, "spike_loss": 9.0, "score": 8.0, "samples": [1, 2], "action": "rollback"}
+    )
+    launch.train(4, 9).end()
     found = shown(tmp_path)
     assert list(found) == list(range(1, 10)) and found[6]["spike/score"] == 8.0
 
 
-def test_steps_that_wandb_missed_while_it_was_off_are_sent_on_resume(tmp_path):
-    Life(tmp_path, LoggingConfig()).train(1, 5).end()
+def test_steps_trained_without_wandb_are_sent_on_resume(tmp_path):
+    TrackedLaunch(tmp_path, LoggingConfig()).train(1, 5).end()
     assert not (tmp_path / "wandb").exists()
-    Life(tmp_path, step=4, segment=1).train(5, 7).end()
+    TrackedLaunch(tmp_path, step=4, segment=1).train(5, 7).end()
     found = shown(tmp_path)
     assert list(found) == list(range(1, 8)) and found[3]["eval_bpb"] == 1 / 3
 
 
-def test_a_fragment_that_was_removed_is_not_sent_again(tmp_path):
-    """`wandb clean` removes what has been uploaded: the last step told is kept in tracking.json."""
-    Life(tmp_path).train(1, 8).end()
+def test_steps_whose_files_were_removed_are_not_sent_again(tmp_path):
+    """`wandb clean` removes what has been uploaded; the last step that was sent is stored in tracking.json."""
+    TrackedLaunch(tmp_path).train(1, 8).end()
     shutil.rmtree(tmp_path / "wandb")
-    assert Note.read(tmp_path, RUN).step == 8
-    Life(tmp_path, step=6, segment=1).train(7, 9).end()
+    assert TrackingState.read(tmp_path, RUN).step == 8
+    TrackedLaunch(tmp_path, step=6, segment=1).train(7, 9).end()
     assert list(shown(tmp_path)) == [9]
 
 
@@ -290,28 +294,28 @@ def changed(lr: float, warmup: int) -> dict:
     )
 
 
-def test_what_each_segment_ran_with_is_in_the_runs_configuration(tmp_path):
+def test_the_runs_configuration_holds_that_of_every_launch(tmp_path):
     ran_with = [changed(3e-4, 100), changed(3e-4, 100), changed(1e-4, 50), changed(2e-4, 50)]
     for number, config in enumerate(ran_with):
-        Life(tmp_path, step=number, segment=number, config=config).train(number + 1, number + 1).end()
+        TrackedLaunch(tmp_path, step=number, segment=number, config=config).train(number + 1, number + 1).end()
     found = config_of(tmp_path)
     assert found["training"] == ran_with[-1]["training"]
     segments = found["segments"]
     assert segments["1"] == {"step": 1, "changed": {}}
     assert segments["2"]["changed"] == {"training.learning_rate": [3e-4, 1e-4], "training.warmup_steps": [100, 50]}
-    assert [segment_config(segments, number) for number in range(4)] == ran_with
+    assert [launch_config(segments, number) for number in range(4)] == ran_with
     assert "parent" not in found
 
 
-def test_a_fork_names_its_parent(tmp_path):
-    Life(tmp_path, parent=Parent("feedbeef", 40)).train(41, 42).end()
+def test_a_fork_has_its_parent_in_its_configuration(tmp_path):
+    TrackedLaunch(tmp_path, parent=Parent("feedbeef", 40)).train(41, 42).end()
     assert config_of(tmp_path)["parent"] == {"id": "feedbeef", "step": 40}
 
 
-def test_a_run_that_the_user_names_must_exist(tmp_path):
-    life = Life(tmp_path, LoggingConfig(wandb=True, run_id=RUN))
-    assert life.tracker._mirrors[0]._sink._run._resume == "must"
-    life.end()
+def test_a_run_id_from_the_configuration_must_exist(tmp_path):
+    launch = TrackedLaunch(tmp_path, LoggingConfig(wandb=True, run_id=RUN))
+    assert launch.tracker._mirrors[0]._sink._run._resume == "must"
+    launch.end()
 
 
 @pytest.mark.parametrize(
@@ -325,13 +329,13 @@ def test_a_run_that_the_user_names_must_exist(tmp_path):
         (lambda patch: patch.setenv("WANDB_BASE_URL", "http://[bad"), "ValueError: Invalid IPv6 URL"),
     ],
 )
-def test_a_broken_package_or_environment_is_a_line_and_no_more(break_it, words, tmp_path, monkeypatch, capfd):
+def test_a_broken_package_or_environment_costs_one_line_on_stderr(break_it, words, tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     break_it(monkeypatch)
-    life = Life(tmp_path).train(1, 3)
-    life.end()
-    said = capfd.readouterr().err
-    assert said.count("training goes on without it") == 1 and words in said and life.tracker.shown_by == []
+    launch = TrackedLaunch(tmp_path).train(1, 3)
+    launch.end()
+    stderr = capfd.readouterr().err
+    assert stderr.count("training goes on without it") == 1 and words in stderr and launch.tracker.shown_by == []
     assert len(read_rows(tmp_path / "metrics.jsonl")) == 4
 
 
@@ -340,7 +344,7 @@ def broken_package(*args, **kwargs):
 
 
 @pytest.mark.parametrize("run_id", ["..", "../step_10", "/abs", "a/b", ""])
-def test_a_rebuild_writes_nowhere_else(run_id, copy, capsys):
+def test_a_rebuild_refuses_an_id_that_is_a_path(run_id, copy, capsys):
     victim = copy / "step_10"
     victim.mkdir()
     (victim / "weights").write_text("precious")
@@ -354,35 +358,37 @@ def test_a_rebuild_writes_nowhere_else(run_id, copy, capsys):
 @pytest.mark.parametrize(
     "name, text", [("config.yaml", "[1, 2]"), ("run.json", '{"tracking_id": "../.."}'), ("run.json", '{"parent": 5}')]
 )
-def test_a_damaged_folder_is_not_rebuilt(name, text, copy, capsys):
+def test_a_rebuild_refuses_a_damaged_folder(name, text, copy, capsys):
     (copy / name).write_text(text)
     before = sorted(copy.rglob("*"))
     assert run_command(tracking.main, ["rebuild", str(copy)]) == 3
     assert capsys.readouterr().err.startswith("error: ") and sorted(copy.rglob("*")) == before
 
 
-def test_rows_are_flattened_for_charts():
-    assert flat({"step": 2, "loss": "nan", "layers": {"coverage": [0.5, None, 1.0]}, "time": 7.0}) == {
+def test_chart_fields_are_flat_numbers_and_strings():
+    assert chart_fields({"step": 2, "loss": "nan", "layers": {"coverage": [0.5, None, 1.0]}, "time": 7.0}) == {
         "step": 2,
         "loss": pytest.approx(float("nan"), nan_ok=True),
         "layers/coverage/00": 0.5,
         "layers/coverage/02": 1.0,
         "_timestamp": 7.0,
     }
-    assert flat({"event": "sample", "step": 2, "prompt": "def f", "text": "(x):"}) == {"sample/def_f": "def f(x):"}
-    assert flat({"event": "receipt", "step": 2, "identical": True, "first_difference": None, "time": 7.0}) == {
+    assert chart_fields({"event": "sample", "step": 2, "prompt": "def f", "text": "(x):"}) == {
+        "sample/def_f": "def f(x):"
+    }
+    assert chart_fields({"event": "receipt", "step": 2, "identical": True, "first_difference": None, "time": 7.0}) == {
         "receipt/identical": 1
     }
     assert list(
         by_step([{"event": "start", "step": 0}, row(1), {"event": "stop", "step": 1, "reason": "finished"}])
-    ) == [(1, {**flat(row(1)), "stop/reason": "finished"})]
+    ) == [(1, {**chart_fields(row(1)), "stop/reason": "finished"})]
 
 
-# -- whatever W&B does, the run goes on -------------------------------------------------------------------
+# -- a failure of W&B never ends the training -------------------------------------------------------------------
 
 
 class Broken:
-    """wandb with one call that raises or hangs."""
+    """A stand-in for the wandb package, one call of which raises or hangs."""
 
     def __init__(self, monkeypatch, call: str, how: str) -> None:
         self.call, self.how, self.rows, self.released = call, how, [], threading.Event()
@@ -416,31 +422,33 @@ class Broken:
 @pytest.mark.parametrize(
     "call, words", [("init", "could not start"), ("log", "stopped taking rows"), ("finish", "could not finish")]
 )
-def test_a_failure_or_a_hang_is_said_once_and_training_does_not_wait(tmp_path, monkeypatch, capsys, call, words, how):
+def test_a_failure_or_a_hang_prints_one_line_and_training_does_not_wait(
+    tmp_path, monkeypatch, capsys, call, words, how
+):
     broken = Broken(monkeypatch, call, how)
     monkeypatch.setattr(wandb_sink, "last_step", lambda path: 60)
     short = {"init": Limits(open_s=0.3), "log": Limits(call_s=0.3), "finish": Limits(finish_s=0.6)}[call]
-    life = Life(tmp_path, limits=short)
+    launch = TrackedLaunch(tmp_path, limits=short)
     for step in range(1, 61):
-        life.train(step, step)
+        launch.train(step, step)
         time.sleep(0.01)
-    assert life.end() < 2
+    assert launch.end() < 2
     broken.released.set()
-    said = capsys.readouterr().err
+    stderr = capsys.readouterr().err
     why = f"(OSError: {call} does not work)" if how == "raises" else "(no answer for "
-    assert said.count("W&B") == 1 and f"W&B {words} {why}" in said, said
-    assert f"metrics.jsonl has every row: python -m training.tracking rebuild {tmp_path}" in said
-    assert life.never_waited()
+    assert stderr.count("W&B") == 1 and f"W&B {words} {why}" in stderr, stderr
+    assert f"metrics.jsonl has every row: python -m training.tracking rebuild {tmp_path}" in stderr
+    assert launch.never_waited()
     assert broken.rows == (list(range(1, 61)) if call == "finish" else [])
 
 
-def test_rows_do_not_pile_up_without_end(tmp_path, monkeypatch, capsys):
+def test_a_full_queue_ends_the_mirror(tmp_path, monkeypatch, capsys):
     broken = Broken(monkeypatch, "log", "hangs")
-    life = Life(tmp_path, limits=Limits(rows=50)).train(1, 200)
+    launch = TrackedLaunch(tmp_path, limits=Limits(rows=50)).train(1, 200)
     assert capsys.readouterr().err.count("W&B stopped taking rows (50 are waiting)") == 1
-    assert life.never_waited()
+    assert launch.never_waited()
     broken.released.set()
-    life.end()
+    launch.end()
 
 
 def core_of_this_process() -> psutil.Process:
@@ -454,74 +462,76 @@ def wait_for(condition) -> None:
         time.sleep(0.01)
 
 
-def told(life: Life) -> int:
-    """The last step that its sink has told to wandb."""
-    return vars(life.tracker._mirrors[0]._sink).get("_last", 0)
+def sent(launch: TrackedLaunch) -> int:
+    """The last step that its sink has handed to wandb."""
+    return vars(launch.tracker._mirrors[0]._sink).get("_last", 0)
 
 
-def test_the_death_of_wandb_core_is_said_once(tmp_path, capfd):
-    life = Life(tmp_path).train(1, 5)
-    wait_for(lambda: told(life))
+def test_the_death_of_wandb_core_prints_one_line(tmp_path, capfd):
+    launch = TrackedLaunch(tmp_path).train(1, 5)
+    wait_for(lambda: sent(launch))
     core_of_this_process().kill()
     for step in range(6, 40):
-        life.train(step, step)
+        launch.train(step, step)
         time.sleep(0.01)
-    life.end()
-    said = capfd.readouterr().err
-    assert said.count("training goes on") == 1 and "W&B stopped taking rows (ConnectionResetError" in said, said
-    Life(tmp_path, step=39, segment=1).train(40, 41).end()  # the next one is whole again
+    launch.end()
+    stderr = capfd.readouterr().err
+    assert stderr.count("training goes on") == 1 and "W&B stopped taking rows (ConnectionResetError" in stderr, stderr
+    TrackedLaunch(tmp_path, step=39, segment=1).train(40, 41).end()  # the next launch sends all steps
     assert list(shown(tmp_path)) == list(range(1, 42))
 
 
-def test_a_wandb_core_that_hangs_stops_neither_training_nor_the_end(tmp_path, capfd):
-    life = Life(tmp_path, limits=Limits(call_s=0.5, finish_s=1)).train(1, 5)
-    wait_for(lambda: told(life))
+def test_a_wandb_core_that_hangs_blocks_neither_training_nor_finish(tmp_path, capfd):
+    launch = TrackedLaunch(tmp_path, limits=Limits(call_s=0.5, finish_s=1)).train(1, 5)
+    wait_for(lambda: sent(launch))
     core = core_of_this_process()
     core.suspend()
     began, step = time.monotonic(), 6
     while time.monotonic() - began < 2:
-        life.offer({**row(step), **{f"x{i}": float(i) for i in range(200)}})
+        launch.offer({**row(step), **{f"x{i}": float(i) for i in range(200)}})
         step += 1
         time.sleep(0.002)
-    assert life.end() < 5
-    said = capfd.readouterr().err
-    assert said.count("W&B stopped taking rows (no answer for ") == said.count("training goes on") == 1, said
-    assert life.never_waited()
+    assert launch.end() < 5
+    stderr = capfd.readouterr().err
+    assert stderr.count("W&B stopped taking rows (no answer for ") == stderr.count("training goes on") == 1, stderr
+    assert launch.never_waited()
     assert not core.is_running()
 
 
-def test_a_full_disk_under_wandbs_files_is_said_once(tmp_path, capfd, monkeypatch):
-    """wandb-core drops what it cannot write, and logs it into a file on the same disk: here its files may not grow."""
+def test_a_full_disk_under_wandbs_files_prints_one_line(tmp_path, capfd, monkeypatch):
+    """wandb-core drops what it cannot write and reports it only in a log on the same disk: here its files may not grow."""
     monkeypatch.setattr(wandb_sink, "DISK_CHECK_S", 0.4)
-    life = Life(tmp_path).train(1, 5)
-    wait_for(lambda: told(life))
+    launch = TrackedLaunch(tmp_path).train(1, 5)
+    wait_for(lambda: sent(launch))
     resource.prlimit(core_of_this_process().pid, resource.RLIMIT_FSIZE, (70_000, 70_000))
     for step in range(6, 600):
-        life.offer({**row(step), **{f"x{i}": float(i) for i in range(20)}})
+        launch.offer({**row(step), **{f"x{i}": float(i) for i in range(20)}})
         time.sleep(0.003)
-    life.end()
-    said = capfd.readouterr().err
-    assert said.count("training goes on") == 1, said
-    assert re.search(r"W&B stopped taking rows \(OSError: \S+ ends at step \d+ instead of \d+; [\d,]+ bytes are", said)
+    launch.end()
+    stderr = capfd.readouterr().err
+    assert stderr.count("training goes on") == 1, stderr
+    assert re.search(
+        r"W&B stopped taking rows \(OSError: \S+ ends at step \d+ instead of \d+; [\d,]+ bytes are", stderr
+    )
 
 
-def test_rows_missing_at_the_end_are_noticed(tmp_path, capfd):
-    life = Life(tmp_path).train(1, 5)
-    wait_for(lambda: told(life))
+def test_rows_missing_at_the_end_are_reported(tmp_path, capfd):
+    launch = TrackedLaunch(tmp_path).train(1, 5)
+    wait_for(lambda: sent(launch))
     resource.prlimit(core_of_this_process().pid, resource.RLIMIT_FSIZE, (8_000, 8_000))
-    life.train(6, 200).end()
-    said = capfd.readouterr().err
-    assert said.count("training goes on") == 1 and "ends at step" in said and "instead of 200" in said, said
+    launch.train(6, 200).end()
+    stderr = capfd.readouterr().err
+    assert stderr.count("training goes on") == 1 and "ends at step" in stderr and "instead of 200" in stderr, stderr
 
 
-def test_a_key_without_a_network_is_offline_from_the_first_step(tmp_path, monkeypatch, capfd):
+def test_a_run_with_a_key_but_no_network_is_tracked_offline(tmp_path, monkeypatch, capfd):
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(wandb_sink, "INIT_TIMEOUT_S", 1)
-    Life(tmp_path).train(1, 5).end()
-    said = capfd.readouterr().err
-    assert said.count("W&B: no connection (") == 1 and "this segment is tracked offline" in said, said
+    TrackedLaunch(tmp_path).train(1, 5).end()
+    stderr = capfd.readouterr().err
+    assert stderr.count("W&B: no connection (") == 1 and "this launch is tracked offline" in stderr, stderr
     assert list(shown(tmp_path)) == [1, 2, 3, 4, 5]
 
 
@@ -562,7 +572,7 @@ def track_in_child(folder: Path, token: str) -> str:
     return done.stderr
 
 
-def test_an_inherited_service_is_used_while_it_lives_and_dropped_once_it_is_dead(tmp_path):
+def test_an_inherited_service_is_used_while_it_runs_and_dropped_once_it_is_dead(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", SERVICE_OF_ANOTHER_PROCESS],
         env=wandb_environment(),
@@ -575,17 +585,19 @@ def test_an_inherited_service_is_used_while_it_lives_and_dropped_once_it_is_dead
         assert track_in_child(tmp_path / "live", token) == ""
         owner.communicate("\n", timeout=60)
     assert not wandb_sink.service_answers(token), token
-    said = track_in_child(tmp_path / "dead", token)
+    stderr = track_in_child(tmp_path / "dead", token)
     for run in ("live", "dead"):
-        assert list(shown(tmp_path / run)) == [1, 2, 3], said
-    assert said.count("\n") == 1 and f"no wandb service answers at the inherited address WANDB_SERVICE={token}" in said
+        assert list(shown(tmp_path / run)) == [1, 2, 3], stderr
+    assert (
+        stderr.count("\n") == 1 and f"no wandb service answers at the inherited address WANDB_SERVICE={token}" in stderr
+    )
 
 
 @pytest.mark.parametrize("token", ["garbage", "2-5-unix-/socket", "3-5-tcp-localhost-99999", "3-5-unix-/" + 200 * "x"])
-def test_an_address_that_cannot_be_one_is_dropped(token, monkeypatch, capsys):
+def test_a_malformed_service_address_is_removed(token, monkeypatch, capsys):
     monkeypatch.setenv("WANDB_SERVICE", token)
-    wandb_sink._drop_dead_service()
-    wandb_sink._drop_dead_service()
+    wandb_sink.drop_dead_service()
+    wandb_sink.drop_dead_service()
     assert "WANDB_SERVICE" not in os.environ
     assert capsys.readouterr().err.count(f"WANDB_SERVICE={token}, so it is ignored") == 1
 
@@ -601,7 +613,7 @@ def test_a_service_answers_while_its_socket_listens(family, tmp_path, monkeypatc
         service.bind(where)
         service.listen()
         monkeypatch.setenv("WANDB_SERVICE", token)
-        wandb_sink._drop_dead_service()
+        wandb_sink.drop_dead_service()
         assert os.environ["WANDB_SERVICE"] == token and capsys.readouterr().err == ""
     assert not wandb_sink.service_answers(token)  # the unix socket's file is still there
 
@@ -610,7 +622,7 @@ def test_a_service_answers_while_its_socket_listens(family, tmp_path, monkeypatc
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """As much of W&B's server as wandb-core asks of it: runs by id, each with its history."""
+    """The part of W&B's server that wandb-core calls. runs: the history of each run by its id."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -689,39 +701,44 @@ def server(monkeypatch) -> Iterator[Server]:
         running.shutdown()
 
 
-def test_an_online_run_goes_on_where_the_server_stands(tmp_path, server, capfd):
-    Life(tmp_path).train(1, 8).end()
+def test_an_online_run_continues_after_the_servers_last_step(tmp_path, server, capfd):
+    TrackedLaunch(tmp_path).train(1, 8).end()
     assert server.steps() == list(range(1, 9)) and capfd.readouterr().err == ""
-    Life(tmp_path, step=4, segment=1).train(5, 9).end()  # the server is ahead: steps 5 to 8 are held back
+    TrackedLaunch(tmp_path, step=4, segment=1).train(
+        5, 9
+    ).end()  # the server has steps 5 to 8 already: they are held back
     assert server.steps() == list(range(1, 10))
     assert capfd.readouterr().err == (
-        f"W&B: run {RUN} is there up to step 8 already, so steps 5 to 8 of this launch are not shown\n"
+        f"W&B: run {RUN} already has the steps up to 8, so steps 5 to 8 of this launch are not sent\n"
     )
-    del server.runs[RUN][6:]  # it never got the last ones
-    Life(tmp_path, step=8, segment=2).train(9, 11).end()
+    del server.runs[RUN][6:]  # the server never received the last ones
+    TrackedLaunch(tmp_path, step=8, segment=2).train(9, 11).end()
     assert server.steps() == list(range(1, 12)) and capfd.readouterr().err == ""
     assert server.runs[RUN][8]["eval_bpb"] == 1 / 9
 
 
-def test_a_new_run_with_the_id_of_one_that_is_ahead_says_what_is_not_shown(tmp_path, server, capfd):
-    Life(tmp_path / "old").train(1, 5).end()
-    Life(tmp_path / "new", LoggingConfig(wandb=True, run_id=RUN)).train(1, 7).end()
-    assert "steps 1 to 5 of this launch are not shown; a new run is better off without its id" in capfd.readouterr().err
+def test_a_new_run_with_the_id_of_a_longer_one_prints_which_steps_are_not_sent(tmp_path, server, capfd):
+    TrackedLaunch(tmp_path / "old").train(1, 5).end()
+    TrackedLaunch(tmp_path / "new", LoggingConfig(wandb=True, run_id=RUN)).train(1, 7).end()
+    advice = "leave logging.run_id unset to track this run as a new one"
+    assert f"steps 1 to 5 of this launch are not sent; {advice}" in capfd.readouterr().err
     assert server.steps() == list(range(1, 8))
 
 
-def test_a_named_run_that_the_server_does_not_have_is_refused(tmp_path, server, capfd):
-    Life(tmp_path, LoggingConfig(wandb=True, run_id=RUN)).train(1, 2).end()
-    said = capfd.readouterr().err
-    assert f"W&B could not start (UsageError: Run ({RUN}) does not exist" in said and said.count("goes on") == 1, said
+def test_a_run_id_that_the_server_does_not_have_is_refused(tmp_path, server, capfd):
+    TrackedLaunch(tmp_path, LoggingConfig(wandb=True, run_id=RUN)).train(1, 2).end()
+    stderr = capfd.readouterr().err
+    assert f"W&B could not start (UsageError: Run ({RUN}) does not exist" in stderr and stderr.count("goes on") == 1, (
+        stderr
+    )
     assert RUN not in server.runs
 
 
-def test_fragments_of_an_offline_run_upload_as_one(tmp_path, server, monkeypatch):
-    """By plain `wandb sync`, which moves repeated steps behind the others: that none are repeated is what matters."""
+def test_the_files_of_two_offline_launches_upload_as_one_run(tmp_path, server, monkeypatch):
+    """With plain `wandb sync`, which would put repeated steps behind the others: no step may be repeated."""
     monkeypatch.setenv("WANDB_MODE", "offline")
-    Life(tmp_path).train(1, 8).end()
-    Life(tmp_path, step=4, segment=1).train(5, 12).end()
+    TrackedLaunch(tmp_path).train(1, 8).end()
+    TrackedLaunch(tmp_path, step=4, segment=1).train(5, 12).end()
     monkeypatch.delenv("WANDB_MODE")
     sync(*sorted(tmp_path.glob("wandb/offline-run-*")))
     assert server.steps() == list(range(1, 13))
@@ -766,7 +783,7 @@ def test_a_rebuilt_run_has_every_step_of_metrics_jsonl_once(copy, capsys):
     assert f"run {own}: 6 steps, 1 to 6, in {copy}" in capsys.readouterr().out
 
 
-def test_a_rebuilt_run_takes_another_name_and_names_its_parent(copy):
+def test_a_rebuilt_run_takes_another_id_and_has_its_parent_in_its_configuration(copy):
     state = json.loads((copy / "run.json").read_text())
     (copy / "run.json").write_text(json.dumps({**state, "parent": {"id": "feedbeef", "step": 40}}))
     assert (
@@ -780,10 +797,10 @@ def test_a_rebuilt_run_takes_another_name_and_names_its_parent(copy):
     assert config_of(copy / "wandb_rebuilt" / "clean")["parent"] == {"id": "feedbeef", "step": 40}
 
 
-def test_fragments_with_a_hole_are_rebuilt_as_one_run_and_uploaded(tmp_path, server, monkeypatch):
+def test_a_run_with_a_lost_offline_file_is_rebuilt_whole_and_uploaded(tmp_path, server, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    Life(tmp_path).train(1, 8).end()
-    Life(tmp_path, step=4, segment=1, config=changed(1e-4, 50)).train(5, 12).end()
+    TrackedLaunch(tmp_path).train(1, 8).end()
+    TrackedLaunch(tmp_path, step=4, segment=1, config=changed(1e-4, 50)).train(5, 12).end()
     shutil.rmtree(sorted(tmp_path.glob("wandb/offline-run-*"))[0])
     (tmp_path / "run.json").write_text(json.dumps({"status": "finished", "tracking_id": RUN}))
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(changed(1e-4, 50)))
@@ -792,7 +809,7 @@ def test_fragments_with_a_hole_are_rebuilt_as_one_run_and_uploaded(tmp_path, ser
     sync(*tmp_path.glob(f"wandb_rebuilt/{RUN}/wandb/offline-run-*"))
     assert server.steps() == list(range(1, 13))
     segments = config_of(tmp_path / "wandb_rebuilt" / RUN)["segments"]
-    assert segment_config(segments, 0) == CONFIG and segment_config(segments, 1) == changed(1e-4, 50)
+    assert launch_config(segments, 0) == CONFIG and launch_config(segments, 1) == changed(1e-4, 50)
     assert run_command(tracking.main, ["rebuild", str(tmp_path), "--run_id", "online"]) == 0
     assert server.steps("online") == list(range(1, 13))
 
@@ -804,17 +821,17 @@ def test_a_rebuild_does_not_write_into_a_run_that_the_server_has(copy, server, c
     assert server.steps("taken") == [1]
 
 
-def test_a_folder_without_steps_is_refused(tmp_path, capsys):
+def test_a_rebuild_refuses_a_folder_without_steps(tmp_path, capsys):
     assert run_command(tracking.main, ["rebuild", str(tmp_path / "nothing")]) == 3
-    assert "metrics.jsonl has no step; give the --output_dir of a run" in capsys.readouterr().err
+    assert "metrics.jsonl has no step; give the folder of a run that has trained" in capsys.readouterr().err
 
 
 def test_the_reader_of_transaction_logs_agrees_with_wandbs_own(tmp_path):
-    """Across many blocks, from the front and from the back; and up to where a file is damaged."""
-    life = Life(tmp_path)
+    """Over many blocks, from the front and from the end of the file, and up to the damage in a damaged file."""
+    launch = TrackedLaunch(tmp_path)
     for step in range(1, 501):
-        life.offer({**row(step), **{f"x{i}": float(i) for i in range(40)}})
-    life.end()
+        launch.offer({**row(step), **{f"x{i}": float(i) for i in range(40)}})
+    launch.end()
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
     assert file.stat().st_size > 20 * 32 * 1024
     assert sum(1 for _ in wandb_files.log_records(file)) == len(inspect(file))
@@ -841,33 +858,33 @@ def scalars(folder: Path, name: str) -> dict[int, float]:
 
 
 def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path):
-    Life(tmp_path, BOARD).train(1, 8).end()
-    time.sleep(1.1)  # its files are named by the second
-    life = Life(tmp_path, BOARD, step=4, segment=1)
+    TrackedLaunch(tmp_path, BOARD).train(1, 8).end()
+    time.sleep(1.1)  # TensorBoard names its files by the second
+    launch = TrackedLaunch(tmp_path, BOARD, step=4, segment=1)
     for step in range(5, 11):
-        life.offer({**row(step), "loss": -step})
-    life.end()
+        launch.offer({**row(step), "loss": -step})
+    launch.end()
     assert scalars(tmp_path, "loss") == pytest.approx({s: 1 / s if s <= 4 else -s for s in range(1, 11)})
     assert scalars(tmp_path, "eval_bpb") == pytest.approx({3: 1 / 3})
 
 
-def test_tensorboard_replaces_what_a_rollback_takes_back(tmp_path):
-    life = Life(tmp_path, BOARD).train(1, 6)
+def test_tensorboard_replaces_the_steps_that_a_rollback_trains_again(tmp_path):
+    launch = TrackedLaunch(tmp_path, BOARD).train(1, 6)
     for step in range(4, 8):
-        life.offer({**row(step), "loss": -step})
-    life.end()
+        launch.offer({**row(step), "loss": -step})
+    launch.end()
     assert scalars(tmp_path, "loss") == pytest.approx({1: 1, 2: 1 / 2, 3: 1 / 3, 4: -4, 5: -5, 6: -6, 7: -7})
 
 
-def test_tensorboard_switched_on_later_has_the_steps_before(tmp_path):
-    Life(tmp_path, LoggingConfig()).train(1, 5).end()
-    Life(tmp_path, BOARD, step=5, segment=1).train(6, 7).end()
+def test_tensorboard_switched_on_later_has_the_earlier_steps(tmp_path):
+    TrackedLaunch(tmp_path, LoggingConfig()).train(1, 5).end()
+    TrackedLaunch(tmp_path, BOARD, step=5, segment=1).train(6, 7).end()
     assert list(scalars(tmp_path, "loss")) == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_tensorboard_that_cannot_write_is_said_once(tmp_path, capsys):
+def test_a_tensorboard_folder_that_cannot_be_written_prints_one_line(tmp_path, capsys):
     (tmp_path / "tensorboard").write_text("a file where a folder belongs")
-    life = Life(tmp_path, BOARD).train(1, 5)
-    life.end()
-    said = capsys.readouterr().err
-    assert said.count("TensorBoard could not start (") == 1 and said.count("training goes on") == 1, said
+    launch = TrackedLaunch(tmp_path, BOARD).train(1, 5)
+    launch.end()
+    stderr = capsys.readouterr().err
+    assert stderr.count("TensorBoard could not start (") == 1 and stderr.count("training goes on") == 1, stderr

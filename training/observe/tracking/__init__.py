@@ -1,1 +1,1 @@
-"""Weights & Biases and TensorBoard: sinks, the thread that feeds them, and which tracked run a launch is."""
+"""Weights & Biases and TensorBoard: the sinks, the thread that feeds them, and the identity of the tracked run."""

@@ -1,4 +1,4 @@
-"""TensorBoard files in the run's folder."""
+"""TensorBoard as a sink: event files in the run's folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from training.observe.tracking.mirror import Fields
 
 
 class TensorboardSink:
-    """Event files of the same steps; text is left out. Steps trained again replace what was shown of them."""
+    """Writes the numbers of each step; text is left out. A step that is trained again replaces the earlier one.
+
+    step: the step that the launch resumes from, 0 for a new run.
+    """
 
     name = "TensorBoard"
     advice = "training goes on, metrics.jsonl has every row"
@@ -17,19 +20,19 @@ class TensorboardSink:
     def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._make, self._folder, self._step = SummaryWriter, folder, step
+        self._writer_class, self._folder, self._step = SummaryWriter, folder, step
 
-    def open(self, guard: Callable[[], None]) -> int:
-        known = any(self._folder.glob("events.*"))
-        # of a killed run the last step before the checkpoint may be missing: it was waiting for its evaluation
-        self._last = max(0, self._step - 1) if known else 0
-        self._writer = self._make(str(self._folder), purge_step=self._last + 1 if known else None)
+    def open(self, renew_exit_handler: Callable[[], None]) -> int:
+        has_events = any(self._folder.glob("events.*"))
+        # a killed run may lack the last step before its checkpoint: the mirror held it until the next step began
+        self._last = max(0, self._step - 1) if has_events else 0
+        self._writer = self._writer_class(str(self._folder), purge_step=self._last + 1 if has_events else None)
         return self._last
 
     def write(self, step: int, fields: Fields) -> None:
-        if step <= self._last:  # a rollback
+        if step <= self._last:  # trained again after a rollback
             self._writer.close()
-            self._writer = self._make(str(self._folder), purge_step=step)
+            self._writer = self._writer_class(str(self._folder), purge_step=step)
         when = fields.get("_timestamp")
         for name, value in fields.items():
             if isinstance(value, int | float) and name not in ("step", "_timestamp"):

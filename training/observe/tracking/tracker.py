@@ -1,4 +1,4 @@
-"""Hands the rows of a run to Weights & Biases and TensorBoard."""
+"""Forwards the rows of a run to Weights & Biases and TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from typing import Any
 from training.config import LoggingConfig
 from training.observe.tracking.mirror import Limits, Mirror, Sink
 from training.observe.tracking.tensorboard_sink import TensorboardSink
-from training.observe.tracking.tracking_state import Parent
+from training.observe.tracking.tracking_state import LaunchInfo, Parent
 from training.observe.tracking.wandb_sink import open_wandb
 from training.record.metrics_log import iter_rows
 
 
 class Tracker:
-    """Hands rows of metrics.jsonl to W&B (logging.wandb) and TensorBoard files (logging.tensorboard), on rank 0.
+    """Forwards rows of metrics.jsonl to W&B (logging.wandb) and TensorBoard files (logging.tensorboard), on rank 0.
 
-    Without a key or a connection W&B writes offline, and says so. Whatever fails is switched off with one line on
-    stderr, and the training goes on; nothing here raises, and `tell` never waits.
+    Without a key or a connection W&B writes offline, with one line on stderr. A sink that fails is switched off with
+    one line on stderr, and the training goes on: nothing here raises, and `offer` never waits.
 
-    run_id: the id that the run keeps. config: plain, the whole configuration of this segment. step: the step resumed
-    from, 0 for a new run; metrics.jsonl ends there. segment: launches of this run before this one. parent: of a fork.
-    quiet: the run's address is not printed. shown_by: who is told, by name.
+    run_id: the run's tracking id, the same for all launches. config: plain, the whole configuration of this launch.
+    step: the step resumed from, 0 for a new run; metrics.jsonl ends there. segment: launches of this run before this
+    one. parent: of a fork. quiet: do not print the address of the W&B run.
+
+    shown_by: names of the services that rows are sent to.
     """
 
     def __init__(
@@ -41,16 +43,17 @@ class Tracker:
         limits: Limits | None = None,
     ) -> None:
         self._mirrors: list[Mirror] = []
+        launch = LaunchInfo(run_id, config, step, segment, parent)
         makers: dict[str, Callable[[], Sink | None]] = {}
         if cfg.wandb:
-            makers["W&B"] = lambda: open_wandb(cfg, output_dir, run_id, config, step, segment, parent, quiet)
+            makers["W&B"] = lambda: open_wandb(cfg, output_dir, launch, quiet=quiet)
         if cfg.tensorboard:
             makers["TensorBoard"] = lambda: TensorboardSink(output_dir / "tensorboard", step)
         for name, make in makers.items():
             try:
-                # here and not on the mirror's thread, where importing would compete with the first steps
+                # not on the mirror's thread, where importing the package would slow the first steps down
                 sink = make()
-            except Exception as err:  # a package that is missing or broken, an environment that says nonsense
+            except Exception as err:  # a package that is missing or broken, or a wrong environment variable
                 why = f"{type(err).__name__}: {str(err).strip().partition(chr(10))[0]}"
                 print(f"{name}: {why}; training goes on without it", file=sys.stderr, flush=True)
                 continue
@@ -61,22 +64,22 @@ class Tracker:
         self.shown_by = [mirror.name for mirror in self._mirrors]
 
     def offer(self, row: dict) -> None:
-        """Takes a row as metrics.jsonl has it; an event's numbers are shown with those of the last step before it."""
+        """Queues a row as metrics.jsonl has it; the numbers of an event are shown with the last step before it."""
         for mirror in self._mirrors:
             mirror.offer(dict(row))
 
     def finish(self, exit_code: int) -> None:
-        """Ends tracking: when all is handed on, or after Limits.finish_s seconds for each mirror."""
+        """Sends what is queued and ends tracking; waits at most Limits.finish_s for each service."""
         for mirror in self._mirrors:
             mirror.finish(exit_code)
 
 
-def _rows_between(path: Path, step: int, last: int) -> Iterator[dict]:
-    """Rows of metrics.jsonl after step `last` up to step `step`, which was resumed from."""
+def _rows_between(path: Path, resumed_from: int, last: int) -> Iterator[dict]:
+    """Rows of metrics.jsonl of the steps after `last` up to `resumed_from`, with their events."""
     began = False
-    for row in iter_rows(path) if last < step else ():
+    for row in iter_rows(path) if last < resumed_from else ():
         if "event" not in row:
-            if row["step"] > step:
+            if row["step"] > resumed_from:
                 return
             began = began or row["step"] > last
         if began:

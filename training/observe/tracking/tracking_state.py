@@ -1,39 +1,54 @@
-"""tracking.json: what a run remembers of its own tracking, from one launch to the next."""
+"""tracking.json: the state of a run's tracking that the next launch needs."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import secrets
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from gsa.files import write_atomically
 from training.config import config_changes
 
 FILE = "tracking.json"
 
 
 def new_run_id() -> str:
-    """A tracking id; made once per run, stored in run.json and in every checkpoint."""
+    """A new tracking id. A run gets one once; it is stored in run.json and in every checkpoint."""
     return secrets.token_hex(4)
 
 
 @dataclass(frozen=True)
 class Parent:
-    """The run whose checkpoint or weights a fork starts from, and the step they are of."""
+    """The run whose checkpoint or weights a fork starts from, and the step of that checkpoint."""
 
     id: str
     step: int
 
 
 @dataclass(frozen=True)
-class Note:
-    """id: the W&B run that the rest is about. step: the last one told to it.
+class LaunchInfo:
+    """What trackers need to know of one launch of a run.
 
-    segments: {launch: {"step": resumed from, "config": all of it}} for the first launch, and for each later one
-    {"step": ..., "changed": {key: [before, now]}}, so that what any launch ran with can be recovered.
+    run_id: the run's tracking id, the same for all launches. config: plain, the whole configuration of this launch.
+    step: the step it resumes from, 0 for a new run. number: launches of this run before this one. parent: of a fork.
+    """
+
+    run_id: str
+    config: dict[str, Any]
+    step: int
+    number: int
+    parent: Parent | None
+
+
+@dataclass(frozen=True)
+class TrackingState:
+    """The content of tracking.json. id: the W&B run that it describes. step: the last step that was sent to W&B.
+
+    segments: the configuration of every launch, by its number. The first one's is whole, {"step": resumed from,
+    "config": ...}; a later one's is {"step": ..., "changed": {key: [before, now]}}. `launch_config` puts one together.
     """
 
     id: str
@@ -41,8 +56,8 @@ class Note:
     segments: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, folder: Path, run_id: str) -> Note:
-        """The note of this run in its folder; an empty one if there is none, or it is of another or damaged."""
+    def read(cls, folder: Path, run_id: str) -> TrackingState:
+        """The state of the run in `folder`; an empty one when the file is missing, damaged or of another id."""
         try:
             found = json.loads((folder / FILE).read_text(encoding="utf-8"))
             return cls(run_id, found["step"], found["segments"]) if found["id"] == run_id else cls(run_id)
@@ -50,28 +65,29 @@ class Note:
             return cls(run_id)
 
     def write(self, folder: Path) -> None:
-        temporary = folder / f"{FILE}.tmp"
-        temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, folder / FILE)
+        """Replaces tracking.json in `folder`. Raises OSError when the disk refuses."""
+        with write_atomically(folder / FILE, durable=False) as file:
+            file.write((json.dumps(asdict(self), indent=2) + "\n").encode())
 
-    def with_segment(self, number: int, step: int, config: dict[str, Any]) -> Note:
-        """With the entry of launch `number`, which resumes from `step` and runs with `config`."""
-        earlier = {key: entry for key, entry in self.segments.items() if int(key) < number}
+    def with_launch(self, launch: LaunchInfo) -> TrackingState:
+        """This state with an entry for `launch`; the entries of later launches are dropped."""
+        earlier = {key: entry for key, entry in self.segments.items() if int(key) < launch.number}
         if earlier:
-            before = segment_config(earlier, max(map(int, earlier)))
-            entry = {"step": step, "changed": {c.key: [c.old, c.new] for c in config_changes(before, config)}}
+            before = launch_config(earlier, max(map(int, earlier)))
+            changed = {change.key: [change.old, change.new] for change in config_changes(before, launch.config)}
+            entry = {"step": launch.step, "changed": changed}
         else:
-            entry = {"step": step, "config": config}
-        return replace(self, segments={**earlier, str(number): entry})
+            entry = {"step": launch.step, "config": launch.config}
+        return replace(self, segments={**earlier, str(launch.number): entry})
 
     def as_config(self, config: dict[str, Any], parent: Parent | None) -> dict[str, Any]:
-        """What W&B shows as the run's configuration: that of the newest launch, all segments, and a fork's parent."""
-        told = {**config, "segments": self.segments}
-        return told if parent is None else {**told, "parent": asdict(parent)}
+        """What W&B shows as the run's configuration: the newest launch's, `segments`, and the parent of a fork."""
+        shown = {**config, "segments": self.segments}
+        return shown if parent is None else {**shown, "parent": asdict(parent)}
 
 
-def segment_config(segments: dict[str, dict[str, Any]], number: int) -> dict[str, Any]:
-    """The whole configuration that launch `number` ran with."""
+def launch_config(segments: dict[str, dict[str, Any]], number: int) -> dict[str, Any]:
+    """The whole configuration of launch `number`, from TrackingState.segments."""
     config: dict[str, Any] = {}
     for key in sorted(segments, key=int):
         if int(key) <= number:

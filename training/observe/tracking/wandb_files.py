@@ -1,4 +1,4 @@
-"""Reading the log that W&B writes on disk: which steps an offline run already holds."""
+"""Reads the transaction log that W&B writes on disk, to find which steps an offline run already holds."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+# LevelDB's log format: blocks of 32 KiB, in which a record is one chunk or several. wandb puts 7 bytes before it.
 _BLOCK = 32 * 1024
-
-_FILE_HEAD, _CHUNK_HEAD = 7, struct.Struct("<IHB")
+_FILE_HEAD = 7
+_CHUNK_HEAD = struct.Struct("<IHB")  # checksum, length, kind
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def logged_step(folder: Path, run_id: str) -> int | None:
-    """The greatest step in any transaction log of this run under wandb's folder; None when there is none."""
+    """The last step in the transaction logs of this run under wandb's folder; None when they have none."""
     found = [last_step(path) for path in folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb")]
     return max((step for step in found if step is not None), default=None)
 
 
 def last_step(path: Path) -> int | None:
-    """The step of the last history row in a transaction log of wandb; None when it has none, or is not there."""
+    """The step of the last history row in a transaction log; None when there is no such row or no file."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     size = path.stat().st_size if path.exists() else 0
-    for blocks in (8, 128, size // _BLOCK + 1):  # a log has gigabytes, and its last row is near its end
+    for blocks in (8, 128, size // _BLOCK + 1):  # a log may have gigabytes, and its last row is near its end
         found = None
         for raw in log_records(path, first_block=max(0, size // _BLOCK + 1 - blocks)):
             record = Record.FromString(raw)
@@ -36,14 +37,14 @@ def last_step(path: Path) -> int | None:
 
 
 def log_records(path: Path, first_block: int = 0) -> Iterator[bytes]:
-    """The serialized records of a transaction log of wandb: LevelDB's log format behind a head of 7 bytes.
+    """The serialized records of a transaction log.
 
-    first_block: where to begin, in blocks of 32 KiB; a record that began before is left out. What a torn or wrong
-    checksum spoils is left out too, up to the next block.
+    first_block: the block of 32 KiB to start at; a record that began before it is skipped. Where a checksum is wrong
+    or a chunk is cut off, the record and the rest of its block are skipped.
     """
     with open(path, "rb") as file:
         file.seek(first_block * _BLOCK)
-        whole: bytes | None = None
+        record: bytes | None = None
         while block := file.read(_BLOCK):
             place = _FILE_HEAD if first_block == 0 and file.tell() <= _BLOCK else 0
             while place + _CHUNK_HEAD.size <= len(block):
@@ -51,13 +52,13 @@ def log_records(path: Path, first_block: int = 0) -> Iterator[bytes]:
                 place += _CHUNK_HEAD.size
                 data = block[place : place + length]
                 if checksum != zlib.crc32(data, zlib.crc32(bytes([kind]))):
-                    whole = None
+                    record = None
                     break
                 place += length
                 if kind in (_FULL, _FIRST):
-                    whole = b""
-                if whole is not None:
-                    whole += data
+                    record = b""
+                if record is not None:
+                    record += data
                     if kind in (_FULL, _LAST):
-                        yield whole
-                        whole = None
+                        yield record
+                        record = None
