@@ -14,7 +14,7 @@ setup: .venv/.installed
 	touch $@
 
 data: setup
-	$(PY) -m training.prepare_data --embedded --vocab-size 8192 --out data/quickstart
+	$(PY) -m training.prepare_data --embedded --vocab_size 8192 --out data/quickstart
 
 quickstart: data
 	$(PY) -m training.quickstart

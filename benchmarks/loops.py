@@ -1,4 +1,4 @@
-"""A training step three ways: by Trainer, by a bare loop over the engine, and by torch's data-parallel training."""
+"""A training step in three ways: Trainer, a bare loop over the engine, and torch's DistributedDataParallel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from gsa import GSAForCausalLM
 from gsa.kernels.choice import Shape, resolve
 from training.config import BatchPlan, RunConfig, RunSpec, plan_batch, to_yaml
 from training.config.deepspeed import resolve_ds_config
-from training.data import PackedTokens, step_samples
+from training.data.dataset import PackedTokens
+from training.data.loader import step_samples
 from training.engine.optimizer import build_optimizer, build_schedule, parameter_groups
 from training.engine.world import World
 from training.loop.step import indexer_rows
@@ -33,7 +34,7 @@ DS_CONFIGS = Path(__file__).resolve().parent.parent / "ds_configs"
 
 @dataclass(frozen=True)
 class Micro:
-    """One micro-batch of this rank, on its device, with what Trainer hands to the model beside it."""
+    """One micro-batch of this rank on its device, with the other arguments that Trainer passes to the model."""
 
     tokens: Tensor
     targets: Tensor
@@ -44,7 +45,7 @@ class Micro:
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration on these ranks, and the text it reads."""
+    """A configuration, its data, and the ranks it runs on."""
 
     cfg: RunConfig
     plan: BatchPlan
@@ -61,7 +62,7 @@ class Case:
 
     @property
     def tolerance(self) -> float:
-        """Of a loss, where the same arithmetic may have been rounded otherwise: see benchmarks/comparing.py."""
+        """How far two losses may differ where rounding may differ: see benchmarks/comparing.py."""
         return BF16_TOLERANCE if self.dtype == torch.bfloat16 else TOLERANCE
 
     @property
@@ -73,7 +74,7 @@ class Case:
         return resolve_ds_config(DS_CONFIGS / f"zero{stage}.json", self.cfg, self.plan, Path(__file__))
 
     def micros(self, steps: int) -> list[list[Micro]]:
-        """What the first `steps` steps of a Trainer are fed on this rank."""
+        """The micro-batches that a Trainer reads on this rank in its first `steps` steps."""
         return [self._of_step(step) for step in range(steps)]
 
     def _of_step(self, step: int) -> list[Micro]:
@@ -85,7 +86,7 @@ class Case:
         return [Micro(b.tokens, b.targets, b.doc_start, rows, share) for b in batches]
 
     def model(self) -> GSAForCausalLM:
-        """As Trainer makes it: alike on every rank, on the CPU in float32."""
+        """The model as Trainer builds it: the same on every rank, on the CPU in float32."""
         c = self.cfg.model
         torch.manual_seed(self.cfg.training.seed)
         model = GSAForCausalLM(c)
@@ -102,7 +103,7 @@ def case_of(cfg: RunConfig, world: World) -> Case:
 
 
 class Bare:
-    """`engine(batch); engine.backward(loss); engine.step()` at a ZeRO stage, and nothing else."""
+    """Only `engine(batch); engine.backward(loss); engine.step()`, at one ZeRO stage."""
 
     def __init__(self, case: Case, stage: int) -> None:
         from training.engine.engine import Engine
@@ -115,7 +116,7 @@ class Bare:
         self._weight = case.cfg.training.indexer_loss_weight
 
     def step(self, micros: Sequence[Micro]) -> list[Tensor]:
-        """Returns the token loss of each micro-batch, on the device."""
+        """Runs one step; returns the token loss of each micro-batch, on the device."""
         losses = []
         for m in micros:
             out = self.engine.forward(m.tokens, m.targets, m.doc_start, indexer_rows=m.rows, n_targets=m.share)
@@ -129,7 +130,7 @@ class Bare:
 
 
 class Plain:
-    """The same step by DistributedDataParallel and torch's AdamW: every rank has all of the state."""
+    """The same step with DistributedDataParallel and torch's AdamW: every rank holds the whole state."""
 
     def __init__(self, case: Case) -> None:
         cfg, device = case.cfg.training, case.world.device
@@ -146,7 +147,7 @@ class Plain:
         self._schedule = build_schedule(self._optimizer, cfg)
         on = [device] if device.type == "cuda" else None
         with warnings.catch_warnings():
-            # torch 2.13 has another name for broadcast_buffers, which 2.11 does not know
+            # torch 2.13 renamed broadcast_buffers; 2.11 does not know the new name
             warnings.simplefilter("ignore", FutureWarning)
             self._ddp = torch.nn.parallel.DistributedDataParallel(
                 model, device_ids=on, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -177,12 +178,12 @@ class Plain:
         return nullcontext() if last else self._ddp.no_sync()
 
     def close(self) -> None:
-        """Nothing to do: its memory goes with it."""
+        """Nothing to do: garbage collection frees its memory."""
 
 
 @contextmanager
 def trainer_of(case: Case, stage: int, folder: Path) -> Iterator[Trainer]:
-    """A trainer as training/train.py makes it, in a new folder."""
+    """A trainer as training/train.py builds it, in a new folder."""
     from training.loop.trainer import Trainer
 
     ds_config = case.ds_config(stage)

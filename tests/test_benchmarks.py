@@ -18,7 +18,7 @@ from benchmarks.layers import layer
 from benchmarks.synthetic import write_dataset
 from gsa import GSAForCausalLM, ModelConfig
 from training.config import load_config, plan_batch
-from training.data import PackedTokens
+from training.data.dataset import PackedTokens
 from training.engine.world import World
 
 PARTS = {"comparing", "layers", "loops", "measuring", "synthetic"}

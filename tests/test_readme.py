@@ -54,7 +54,7 @@ def quickstart(tmp_path_factory) -> tuple[Path, list[subprocess.CompletedProcess
     """`make quickstart` in a shortened form, twice: little text, few steps, the same code and launcher."""
     base = tmp_path_factory.mktemp("quickstart")
     text = [str(ROOT / "docs"), str(ROOT / "README.md"), str(ROOT / "ds_configs")]
-    assert prepare_data.main([*text, "--out", str(base / "data"), "--vocab-size", "600", "--workers", "1"]) == 0
+    assert prepare_data.main([*text, "--out", str(base / "data"), "--vocab_size", "600", "--workers", "1"]) == 0
     command = [
         sys.executable,
         "-m",

@@ -20,14 +20,13 @@ TEST_MODULES = {"tests", "benchmarks", "scripts", "support"}
 # The longest name that fits decides.
 ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "gsa/__init__.py": ({"gsa.config", "gsa.model"}, set()),
-    "gsa/backends.py": (set(), set()),
     "gsa/config.py": (set(), set()),
     "gsa/files.py": (set(), set()),
     "gsa/units.py": (set(), set()),
     "gsa/loss.py": ({"gsa.kernels"}, {"torch"}),
     "gsa/model.py": ({"gsa.config", "gsa.attention", "gsa.kernels", "gsa.loss"}, {"torch"}),
     "gsa/attention/": ({"gsa.config", "gsa.kernels", "gsa.attention"}, {"torch"}),
-    "gsa/kernels/": ({"gsa.kernels", "gsa.backends"}, {"torch"}),
+    "gsa/kernels/": ({"gsa.kernels"}, {"torch"}),
     "gsa/kernels/chunked.py": ({"gsa.kernels"}, {"torch", "numpy"}),
     "gsa/kernels/triton_": ({"gsa.kernels"}, {"torch", "triton"}),
     "gsa/checkpoint/": ({"gsa.config", "gsa.checkpoint", "gsa.files", "gsa.units"}, {"torch"}),

@@ -32,7 +32,7 @@ from gsa.inspection import (
 )
 from training.config.command import add_run, command_parser, run_command
 from training.config.exit_codes import ExitCode, Refusal
-from training.data import PackedTokens
+from training.data.dataset import PackedTokens
 
 
 def held_out(sources: Mapping[str, float], seq_len: int, n_windows: int, device: str = "cpu") -> Windows:

@@ -54,6 +54,7 @@ __all__ = [
     "visible_keys",
 ]
 
+
 Backend = Literal["reference", "chunked", "triton"]
 
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from training.config import load_config, plan_batch
 from training.config.deepspeed import resolve_ds_config
-from training.data import Loader
+from training.data.loader import Loader
 from training.data.open import open_data
 from training.engine import engine as engine_module
 from training.engine.build import build_engine

@@ -503,7 +503,7 @@ def test_a_folder_without_a_run_or_a_step_is_refused_with_what_to_do(tmp_path, c
 
 SLOWED = """
 import json, sys, time
-from training.data import PackedTokens
+from training.data.dataset import PackedTokens
 from training.engine.engine import start
 from training.loop.preflight import prepare
 from training.loop.run import run

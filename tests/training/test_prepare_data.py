@@ -16,16 +16,17 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.launching import ROOT, rank_environment
 from tokenizers import AddedToken, Tokenizer
 
 from training import prepare_data
-from training.data import PackedTokens, corpus
+from training.config.command import run_command
+from training.data import corpus, prepare
 from training.data import tokenizer as bpe
-from training.data.corpus import PrepareError
+from training.data.corpus import BadRecord, Document, PrepareError, Reading, Source, read_documents
+from training.data.dataset import PackedTokens
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix odd potions at noon".split()
 
@@ -35,9 +36,11 @@ def prose(seed: int, words: int = 120) -> str:
     return " ".join(random.choice(WORDS, words)) + f" — nº {seed}.\n"
 
 
-def prepare(out: Path, *argv: str, vocab: int | None = 300, workers: int = 1) -> int:
-    size = ["--vocab-size", str(vocab)] if vocab else []
-    return prepare_data.main(["--out", str(out), "--held-out", "0.2", "--workers", str(workers), *size, *argv])
+def prepare_texts(out: Path, *argv: str, vocab: int | None = 300, workers: int = 1) -> int:
+    """Runs the command; returns its exit code."""
+    size = ["--vocab_size", str(vocab)] if vocab else []
+    options = ["--out", str(out), "--held_out", "0.2", "--workers", str(workers), *size]
+    return run_command(prepare_data.main, [*options, *argv])
 
 
 def folder_of_texts(folder: Path, count: int = 12, **kwargs) -> Path:
@@ -76,7 +79,7 @@ def tree(out: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
     base = tmp_path_factory.mktemp("p")
-    assert prepare(base / "out", str(folder_of_texts(base / "in"))) == 0
+    assert prepare_texts(base / "out", str(folder_of_texts(base / "in"))) == 0
     return base / "out"
 
 
@@ -120,21 +123,21 @@ def test_the_reader_reads_it(prepared):
 def test_a_second_time_does_nothing_and_other_input_is_refused(prepared, capsys):
     before = {p: p.stat().st_mtime_ns for p in prepared.rglob("*")}
     source = prepared.parent / "in"
-    assert prepare(prepared, str(source)) == 0
+    assert prepare_texts(prepared, str(source)) == 0
     assert "is prepared already" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in prepared.rglob("*")} == before
-    assert prepare(prepared, str(source), vocab=301) == 3
+    assert prepare_texts(prepared, str(source), vocab=301) == 3
     assert "made from other input or options" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in prepared.rglob("*")} == before
 
 
 def test_force_replaces(tmp_path):
     source = folder_of_texts(tmp_path / "in")
-    assert prepare(tmp_path / "out", str(source)) == 0
+    assert prepare_texts(tmp_path / "out", str(source)) == 0
     first = manifest(tmp_path / "out")["fingerprint"]
     (source / "t00.txt").write_text("something else altogether\n")
-    assert prepare(tmp_path / "out", str(source)) == 3
-    assert prepare(tmp_path / "out", str(source), "--force") == 0
+    assert prepare_texts(tmp_path / "out", str(source)) == 3
+    assert prepare_texts(tmp_path / "out", str(source), "--force") == 0
     assert manifest(tmp_path / "out")["fingerprint"] != first
 
 
@@ -145,18 +148,23 @@ def lines(records: list) -> bytes:
     return b"".join(json.dumps(record).encode() + b"\n" for record in records)
 
 
+def zstd(raw: bytes) -> bytes:
+    """One frame."""
+    return pyarrow.compress(raw, codec="zstd", asbytes=True)
+
+
 def test_all_formats_give_the_same_documents(tmp_path):
     texts = [prose(i) for i in range(10)]
     records = [{"body": text, "work": i % 5} for i, text in enumerate(texts)]
     raw = lines(records)
     (tmp_path / "a.jsonl").write_bytes(raw)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(raw))
-    (tmp_path / "c.jsonl.zst").write_bytes(zstandard.compress(raw[:900]) + zstandard.compress(raw[900:]))
+    (tmp_path / "c.jsonl.zst").write_bytes(zstd(raw[:900]) + zstd(raw[900:]))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "d.parquet")
     results = []
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet"):
         out = tmp_path / f"out_{name}"
-        assert prepare(out, str(tmp_path / name), "--text-field", "body", "--group-field", "work") == 0
+        assert prepare_texts(out, str(tmp_path / name), "--text_field", "body", "--group_field", "work") == 0
         results.append((documents(out, "train"), documents(out, "held_out")))
         assert sorted(results[-1][0] + results[-1][1]) == sorted(texts)
     assert results.count(results[0]) == 4
@@ -168,9 +176,9 @@ def test_folders_globs_and_markdown(tmp_path):
     source = folder_of_texts(tmp_path / "in" / "deep")
     (tmp_path / "in" / "note.md").write_text("# A note\n" + prose(50))
     (tmp_path / "in" / "picture.png").write_bytes(b"\x89PNG")
-    assert prepare(tmp_path / "out", str(tmp_path / "in")) == 0
+    assert prepare_texts(tmp_path / "out", str(tmp_path / "in")) == 0
     assert len(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out")) == 13
-    assert prepare(tmp_path / "glob", str(source / "t0*.txt")) == 0
+    assert prepare_texts(tmp_path / "glob", str(source / "t0*.txt")) == 0
     assert len(documents(tmp_path / "glob", "train") + documents(tmp_path / "glob", "held_out")) == 10
 
 
@@ -191,7 +199,7 @@ def test_input_that_means_nothing_is_refused(tmp_path, capsys, argv, words):
     (tmp_path / "one.txt").write_text("one")
     argv = [word.format(**{"in": tmp_path}) for word in argv]
     vocab = None if "--tokenizer" in argv else 300
-    assert prepare(tmp_path / "out", *argv, vocab=vocab) == 3
+    assert prepare_texts(tmp_path / "out", *argv, vocab=vocab) == 3
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -201,8 +209,8 @@ def test_input_that_means_nothing_is_refused(tmp_path, capsys, argv, words):
     [
         [],
         ["--embedded", "x.txt"],
-        ["x.txt", "--tokenizer", "t", "--vocab-size", "9"],
-        ["x.txt", "--held-out", "1"],
+        ["x.txt", "--tokenizer", "t", "--vocab_size", "9"],
+        ["x.txt", "--held_out", "1"],
         ["x.txt", "--workers", "0"],
     ],
 )
@@ -268,7 +276,7 @@ BAD = {
     ),
     "truncated zstd": (
         "a.jsonl.zst",
-        zstandard.compress(lines(GOOD * 40))[:-40],
+        zstd(lines(GOOD * 40))[:-40],
         "a.jsonl.zst: truncated or unreadable",
         "unreadable",
     ),
@@ -281,12 +289,12 @@ def test_a_bad_record_is_named_or_counted(tmp_path, capsys, name):
     file, content, words, kind = BAD[name]
     source = folder_of_texts(tmp_path / "in", 3)
     (source / file).write_bytes(content)
-    argv = (str(source), "--max-document-mb", "1")
-    assert prepare(tmp_path / "out", *argv) == 3
+    argv = (str(source), "--max_document_mb", "1")
+    assert prepare_texts(tmp_path / "out", *argv) == 3
     message = capsys.readouterr().err
-    assert words in message and "--on-bad skip" in message
+    assert words in message and "--on_bad skip" in message
     assert not (tmp_path / "out" / "manifest.json").exists()
-    assert prepare(tmp_path / "out", *argv, "--on-bad", "skip") == 0
+    assert prepare_texts(tmp_path / "out", *argv, "--on_bad", "skip") == 0
     assert f"1 {kind}" in capsys.readouterr().out
     assert manifest(tmp_path / "out")["skipped"][kind] == 1
     found = set(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out"))
@@ -295,46 +303,75 @@ def test_a_bad_record_is_named_or_counted(tmp_path, capsys, name):
         assert {record["text"] for record in GOOD} <= found
 
 
+@pytest.mark.parametrize("suffix, compress", [(".gz", lambda raw: gzip.compress(raw, mtime=0)), (".zst", zstd)])
+def test_a_compressed_file_that_ends_anywhere_too_early_is_unreadable(tmp_path, suffix, compress):
+    path = tmp_path / f"a.jsonl{suffix}"
+    whole = compress(lines(GOOD))
+    how = Reading("text", None, 1 << 20)
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        *before, last = read_documents(Source(str(path), path.name, None), how)
+        assert all(isinstance(item, Document) for item in before)
+        assert isinstance(last, Document) == (size == len(whole)), f"{size} of {len(whole)} bytes"
+        if size < len(whole):
+            assert last.kind == "unreadable" and f"{path.name}: truncated or unreadable" in str(last)
+    assert len(before) + 1 == len(GOOD)
+
+
 def test_truncated_parquet_and_missing_column(tmp_path, capsys):
     source = folder_of_texts(tmp_path / "in", 3)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GOOD), source / "p.parquet")
     raw = (source / "p.parquet").read_bytes()
     (source / "p.parquet").write_bytes(raw[:-20])
-    assert prepare(tmp_path / "out", str(source)) == 3
+    assert prepare_texts(tmp_path / "out", str(source)) == 3
     assert "p.parquet: truncated or damaged parquet" in capsys.readouterr().err
     (source / "p.parquet").write_bytes(raw)
-    assert prepare(tmp_path / "out", str(source), "--text-field", "body") == 3
+    assert prepare_texts(tmp_path / "out", str(source), "--text_field", "body") == 3
     assert "p.parquet: no column 'body' (it has text)" in capsys.readouterr().err
 
 
-def test_a_200_mb_line_costs_little_memory(tmp_path):
-    source = folder_of_texts(tmp_path / "in", 3)
-    with open(source / "long.jsonl", "wb") as file:
+@pytest.mark.parametrize("suffix, peak_mib", [(".jsonl", 80), (".jsonl.zst", 110)])  # importing pyarrow takes the rest
+def test_a_200_mb_line_costs_little_memory(tmp_path, suffix, peak_mib):
+    path = tmp_path / f"long{suffix}"
+    with open(path, "wb") if suffix == ".jsonl" else pyarrow.output_stream(str(path), compression="zstd") as file:
         file.write(b'{"text": "')
         for _ in range(200):
             file.write(b"x" * (1 << 20))
         file.write(b'"}\n' + lines(GOOD))
-    from training.data.corpus import BadRecord, Reading, Source, read_documents
-
     script = (
         "import re, sys; from training.data.corpus import *; how = Reading('text', None, 8 << 20)\n"
-        "kinds = [getattr(d, 'kind', 'ok') for d in read_documents(Source(sys.argv[1], 'long.jsonl', None), how)]\n"
+        "kinds = [getattr(d, 'kind', 'ok') for d in read_documents(Source(sys.argv[1], 'long', None), how)]\n"
         "print(kinds, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) // 1024)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", script, str(source / "long.jsonl")],
-        cwd=ROOT,
-        env=rank_environment(),
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", script, str(path)], cwd=ROOT, env=rank_environment(), capture_output=True, text=True
     )
-    kinds, _, peak_mib = done.stdout.rpartition(" ")
+    kinds, _, peak = done.stdout.rpartition(" ")
     assert kinds == str(["too_long"] + ["ok"] * 8), done.stderr
-    assert int(peak_mib) < 80
-    text = source / "long.txt"
-    os.rename(source / "long.jsonl", text)
-    item = list(read_documents(Source(str(text), "long.txt", "g"), Reading("text", None, 64 << 20)))
-    assert isinstance(item[0], BadRecord) and "long.txt: document of more than 64 MiB" in str(item[0])
+    assert int(peak) < peak_mib
+
+
+def test_a_text_file_that_is_too_long_is_not_read(tmp_path):
+    path = tmp_path / "long.txt"
+    with open(path, "wb") as file:
+        file.truncate(200 << 20)
+    (item,) = read_documents(Source(str(path), "long.txt", "g"), Reading("text", None, 64 << 20))
+    assert isinstance(item, BadRecord) and "long.txt: document of more than 64 MiB" in str(item)
+
+
+def test_the_workers_import_no_torch():
+    """Each of them would take a second and 200 MB more."""
+    program = "import sys, training.prepare_data; sys.exit('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=rank_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_kebab_case_flags_of_earlier_versions_still_work(tmp_path, capsys):
+    argv = ["--out", str(tmp_path / "out"), "--held-out", "0.2", "--vocab-size=300", "--workers", "1", "--on-bad=skip"]
+    assert run_command(prepare_data.main, [*argv, str(folder_of_texts(tmp_path / "in"))]) == 0
+    assert manifest(tmp_path / "out")["vocab_size"] == 300
 
 
 def test_a_token_outside_the_vocabulary_is_refused_not_wrapped(tmp_path, monkeypatch, prepared):
@@ -343,11 +380,9 @@ def test_a_token_outside_the_vocabulary_is_refused_not_wrapped(tmp_path, monkeyp
     (work / "tokenizer.json").write_bytes((prepared / "tokenizer.json").read_bytes())
     np.save(work / "plan_00000.npy", np.ones(1, np.uint8))
     (tmp_path / "a.txt").write_text("some text")
-    from training.data.corpus import Reading, Source
-
     monkeypatch.setattr(bpe, "encode", lambda tokenizer, text: [70000])
-    unit = prepare_data.Unit(0, (Source(str(tmp_path / "a.txt"), "a.txt", "a.txt"),))
-    result = prepare_data._encode_unit(prepare_data.Job(unit, str(work), "k", Reading("text", None, 1 << 20), False, 0))
+    unit = prepare.Unit(0, (Source(str(tmp_path / "a.txt"), "a.txt", "a.txt"),))
+    result = prepare._encode_unit(prepare.Job(unit, str(work), "k", Reading("text", None, 1 << 20), False, 0))
     assert result["error"] == "a.txt: token id 70000 is outside the vocabulary of 300"
 
 
@@ -358,20 +393,20 @@ def test_equal_documents_are_kept_once_across_files(tmp_path):
     source = folder_of_texts(tmp_path / "in", 6)
     (source / "copy.txt").write_text(prose(2))
     (source / "more.jsonl").write_bytes(lines([{"text": prose(3)}, {"text": prose(4)}, {"text": prose(90)}]))
-    assert prepare(tmp_path / "out", str(source)) == 0
+    assert prepare_texts(tmp_path / "out", str(source)) == 0
     assert manifest(tmp_path / "out")["skipped"] == {"duplicate": 3}
     assert len(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out")) == 7
 
 
 def test_a_planted_copy_shows_in_the_overlap_report(tmp_path):
     source = folder_of_texts(tmp_path / "in", 12)
-    assert prepare(tmp_path / "out", str(source)) == 0
+    assert prepare_texts(tmp_path / "out", str(source)) == 0
     assert manifest(tmp_path / "out")["overlap"]["above_half"] == 0
     held = documents(tmp_path / "out", "held_out")[0]
     name = next(p for p in source.iterdir() if p.read_text() == held).name
     train = next(p for p in sorted(source.iterdir()) if p.read_text() in documents(tmp_path / "out", "train"))
     train.write_text(train.read_text() + held + "and one more thing\n")
-    assert prepare(tmp_path / "again", str(source)) == 0
+    assert prepare_texts(tmp_path / "again", str(source)) == 0
     overlap = manifest(tmp_path / "again")["overlap"]
     assert (
         overlap["above_half"] == 1
@@ -384,7 +419,7 @@ def test_a_limit_keeps_a_fixed_subset(tmp_path):
     source = folder_of_texts(tmp_path / "in", 40)
     whole = sum(p.stat().st_size for p in source.iterdir())
     for out in ("a", "b"):
-        assert prepare(tmp_path / out, str(source), "--limit-mb", str(whole / 2e6)) == 0
+        assert prepare_texts(tmp_path / out, str(source), "--limit_mb", str(whole / 2e6)) == 0
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
     kept = manifest(tmp_path / "a")["splits"]
     assert 0.3 * whole < kept["train"]["bytes"] + kept["held_out"]["bytes"] <= 0.5 * whole
@@ -396,19 +431,19 @@ def test_a_limit_keeps_a_fixed_subset(tmp_path):
 
 @pytest.fixture
 def many_units(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setattr(prepare_data, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(prepare, "UNIT_BYTES", 2000)
     return folder_of_texts(tmp_path / "in", 24)
 
 
 def test_the_number_of_workers_changes_no_byte(tmp_path, many_units):
     for workers in (1, 3):
-        assert prepare(tmp_path / f"w{workers}", str(many_units), workers=workers) == 0
+        assert prepare_texts(tmp_path / f"w{workers}", str(many_units), workers=workers) == 0
     assert tree(tmp_path / "w1") == tree(tmp_path / "w3")
 
 
 def test_shards_are_cut_between_documents(tmp_path, many_units, monkeypatch):
-    monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 500)
-    assert prepare(tmp_path / "out", str(many_units)) == 0
+    monkeypatch.setattr(prepare, "SHARD_TOKENS", 500)
+    assert prepare_texts(tmp_path / "out", str(many_units)) == 0
     shards = manifest(tmp_path / "out")["splits"]["train"]["shards"]
     assert len(shards) > 3 and all(shard["tokens"] <= 500 for shard in shards)
     assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out")) == sorted(
@@ -418,12 +453,19 @@ def test_shards_are_cut_between_documents(tmp_path, many_units, monkeypatch):
 
 SLOW = """
 import sys, time
-from training import prepare_data, tokenizer
-prepare_data.UNIT_BYTES = 2000
-real = prepare_data._encode_unit
+from training import prepare_data
+from training.data import prepare
+
+def run_jobs(pool, work, jobs, title):
+    results = []
+    for job in jobs:
+        results.append(work(job))
+        time.sleep(1.0 if title == "encoding" else 0)
+    return results
+
 if __name__ == "__main__":
-    prepare_data._each = (lambda each: lambda pool, work, jobs, title: [
-        (time.sleep(1.0 if title == "encoding" else 0), r)[1] for j in jobs for r in [work(j)]])(prepare_data._each)
+    prepare.UNIT_BYTES = 2000
+    prepare._run_jobs = run_jobs
     sys.exit(prepare_data.main(sys.argv[1:]))
 """
 
@@ -432,9 +474,9 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path, many_units):
     argv = [
         "--out",
         str(tmp_path / "killed"),
-        "--held-out",
+        "--held_out",
         "0.2",
-        "--vocab-size",
+        "--vocab_size",
         "300",
         "--workers",
         "1",
@@ -458,19 +500,19 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path, many_units):
     assert 3 <= len({p.name.split(".")[0] for p in done}) < 12
     (work / "unit_00011.train.bin.tmp").write_bytes(b"half")  # a torn file is no obstacle
     assembled = []
-    real = prepare_data._assemble
+    real = prepare._assemble
 
     def look(*args):
         assembled.append({p: p.stat().st_mtime_ns for p in done})
         return real(*args)
 
-    prepare_data._assemble = look
+    prepare._assemble = look
     try:
         assert prepare_data.main(argv) == 0
     finally:
-        prepare_data._assemble = real
+        prepare._assemble = real
     assert assembled == [done]  # finished units were not done again
-    assert prepare(tmp_path / "whole", str(many_units)) == 0
+    assert prepare_texts(tmp_path / "whole", str(many_units)) == 0
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
 
 
@@ -487,7 +529,7 @@ def small_bpe() -> Tokenizer:
 def test_cutting_long_text_changes_no_token(small_bpe, text, size):
     whole = small_bpe.encode(text, add_special_tokens=False).ids
     assert [
-        i for piece in bpe.pieces(text, size) for i in small_bpe.encode(piece, add_special_tokens=False).ids
+        i for chunk in bpe.chunks(text, size) for i in small_bpe.encode(chunk, add_special_tokens=False).ids
     ] == whole
 
 
@@ -508,7 +550,7 @@ def test_a_large_vocabulary_takes_four_bytes_and_a_given_tokenizer_is_kept(tmp_p
     big["model"]["vocab"] |= {f"unused{i}": i for i in range(400, 65538)}
     (tmp_path / "big.json").write_text(json.dumps(big))
     source = folder_of_texts(tmp_path / "in", 6)
-    assert prepare(tmp_path / "out", str(source), "--tokenizer", str(tmp_path / "big.json"), vocab=None) == 0
+    assert prepare_texts(tmp_path / "out", str(source), "--tokenizer", str(tmp_path / "big.json"), vocab=None) == 0
     m = manifest(tmp_path / "out")
     assert (m["dtype"], m["vocab_size"]) == ("uint32", 65538)
     assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out")) == sorted(
@@ -562,7 +604,7 @@ def test_cuts_after_empty_lines_change_no_token():
     assert tokenizer.token_to_id("ĊĊ") is not None
     for text in ("a\n\nb", "a\n\n\nb c\n\nd", "。\n。\n\n。"):
         for size in range(1, len(text)):
-            ids = [i for part in bpe.pieces(text, size) for i in bpe.encode(tokenizer, part)]
+            ids = [i for part in bpe.chunks(text, size) for i in bpe.encode(tokenizer, part)]
             assert ids == tokenizer.encode(text, add_special_tokens=False).ids, (text, size)
 
 
@@ -605,9 +647,9 @@ def test_a_bad_row_costs_no_other_row(tmp_path, capsys):
     ends = np.cumsum([0, *map(len, rows)]).astype(np.int32)
     column = pyarrow.StringArray.from_buffers(600, pyarrow.py_buffer(ends), pyarrow.py_buffer(b"".join(rows)))
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "x.parquet")
-    assert prepare(tmp_path / "strict", str(tmp_path / "x.parquet")) == 3
+    assert prepare_texts(tmp_path / "strict", str(tmp_path / "x.parquet")) == 3
     assert "x.parquet, row 301: not UTF-8" in capsys.readouterr().err
-    assert prepare(tmp_path / "out", str(tmp_path / "x.parquet"), "--on-bad", "skip") == 0
+    assert prepare_texts(tmp_path / "out", str(tmp_path / "x.parquet"), "--on_bad", "skip") == 0
     splits = manifest(tmp_path / "out")["splits"]
     assert splits["train"]["documents"] + splits["held_out"]["documents"] == 599
     assert manifest(tmp_path / "out")["skipped"] == {"invalid_utf8": 1}
@@ -617,9 +659,9 @@ def test_an_unbroken_stretch_is_bad_input(tmp_path, capsys):
     source = folder_of_texts(tmp_path / "in", 6)
     (source / "blob.txt").write_text("good words " * 10 + "x" * (corpus.UNBROKEN_CHARS + 1))
     (source / "long.txt").write_text("good words 。\n" * (corpus.UNBROKEN_CHARS // 8))
-    assert prepare(tmp_path / "out", str(source)) == 3
+    assert prepare_texts(tmp_path / "out", str(source)) == 3
     assert "blob.txt" in capsys.readouterr().err
-    assert prepare(tmp_path / "out", str(source), "--on-bad", "skip") == 0
+    assert prepare_texts(tmp_path / "out", str(source), "--on_bad", "skip") == 0
     assert manifest(tmp_path / "out")["skipped"] == {"unbroken": 1}
 
 
@@ -627,14 +669,14 @@ def test_the_split_does_not_depend_on_how_a_path_is_written(tmp_path, monkeypatc
     folder_of_texts(tmp_path / "in", 20)
     monkeypatch.chdir(tmp_path)
     for name, path in (("a", "in"), ("b", str(tmp_path / "in")), ("c", "in/*.txt")):
-        assert prepare(tmp_path / name, path) == 0
+        assert prepare_texts(tmp_path / name, path) == 0
     assert len({manifest(tmp_path / name)["fingerprint"] for name in "abc"}) == 1
 
 
 def test_files_without_a_reader_are_counted(tmp_path, capsys):
     source = folder_of_texts(tmp_path / "in", 6)
     (source / "table.csv").write_text("a,b")
-    assert prepare(tmp_path / "out", str(source)) == 0
+    assert prepare_texts(tmp_path / "out", str(source)) == 0
     assert manifest(tmp_path / "out")["skipped"] == {"unknown_kind": 1}
     assert "1 unknown_kind" in capsys.readouterr().out
 
@@ -646,28 +688,31 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path, capsys, theirs, force):
     path = tmp_path / "out" / theirs
     path.parent.mkdir(parents=True)
     path.write_text("[]")
-    assert prepare(tmp_path / "out", str(source), *force) == 3
+    assert prepare_texts(tmp_path / "out", str(source), *force) == 3
     assert "other files" in capsys.readouterr().err
     assert path.read_text() == "[]" and tree(tmp_path / "out").keys() == {theirs}
 
 
 def test_a_replacement_that_is_killed_can_be_repeated(tmp_path, monkeypatch):
     source = str(folder_of_texts(tmp_path / "in", 6))
-    assert prepare(tmp_path / "out", source) == 0
+    assert prepare_texts(tmp_path / "out", source) == 0
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_data, "_units", lambda sources: 1 / 0)
+        patch.setattr(prepare, "_units", lambda sources: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            prepare(tmp_path / "out", source, "--force", vocab=310)
+            prepare_texts(tmp_path / "out", source, "--force", vocab=310)
     assert not (tmp_path / "out" / "manifest.json").exists()
-    assert prepare(tmp_path / "out", source, vocab=310) == 0
+    assert prepare_texts(tmp_path / "out", source, vocab=310) == 0
     assert manifest(tmp_path / "out")["vocab_size"] == 310
 
 
 WAITS = """
 import sys, time
 from training import prepare_data
+from training.data import prepare
+
+run_jobs = prepare._run_jobs
 if __name__ == "__main__":
-    prepare_data._each = (lambda each: lambda *args: (each(*args), time.sleep(1000)))(prepare_data._each)
+    prepare._run_jobs = lambda *args: (run_jobs(*args), time.sleep(1000))
     prepare_data.main(sys.argv[1:])
 """
 """Its workers have read, and wait for what comes next."""

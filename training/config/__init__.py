@@ -1,51 +1,19 @@
 """The configuration of a run: its keys, batch arithmetic, what a change means on resume, the one DeepSpeed dict."""
 
-from gsa.config import Effect
-from training.config.batch import BatchPlan, plan_batch, windows_per_step
-from training.config.batch import windows_per_step as global_batch_size
-from training.config.changes import EFFECT_WORDS, Change, config_changes
-from training.config.load import did_you_mean, format_help, load_config
-from training.config.run_spec import RunSpec
-from training.config.schema import (
-    KEYS,
-    RESUME_EFFECT,
-    SECTIONS,
-    ConfigError,
-    DataConfig,
-    LoggingConfig,
-    OnSpike,
-    RunConfig,
-    TrainingConfig,
-    all_keys,
-    from_plain,
-    to_plain,
-    to_yaml,
-)
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "EFFECT_WORDS",
-    "KEYS",
-    "RESUME_EFFECT",
-    "SECTIONS",
-    "BatchPlan",
-    "Change",
-    "ConfigError",
-    "DataConfig",
-    "Effect",
-    "LoggingConfig",
-    "OnSpike",
-    "RunConfig",
-    "RunSpec",
-    "TrainingConfig",
-    "all_keys",
-    "config_changes",
-    "did_you_mean",
-    "format_help",
-    "from_plain",
-    "global_batch_size",
-    "load_config",
-    "plan_batch",
-    "to_plain",
-    "to_yaml",
-    "windows_per_step",
-]
+if TYPE_CHECKING:
+    from training.config.public import *  # noqa: F403
+
+
+def __getattr__(name: str) -> object:
+    """Imports the public names, and torch with them, only when one is used.
+
+    exit_codes.py and command.py need neither. So a command like prepare_data, and each of its workers, starts in a
+    fraction of the time and memory.
+    """
+    if name.startswith("__"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import training.config.public as public
+
+    return getattr(public, name)

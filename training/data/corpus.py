@@ -1,7 +1,7 @@
-"""Where text comes from: files of the formats people have, and the embedded corpus. One document at a time.
+"""Reads documents, one at a time, from text files of several formats and from the embedded corpus.
 
-Anything that is not text as it should be is a BadRecord that names file and record; the caller decides
-whether that ends the preparation or is counted.
+A document that cannot be used becomes a BadRecord that names file and record; the caller decides whether it ends the
+preparation or is counted.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import BinaryIO
 
+from training.config.exit_codes import ExitCode, Refusal
+
 SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
+# zstandard is no longer a dependency; where it is installed, a dataset prepared before is still recognised as finished
 EMBEDDED_ROOTS = (
     "torch",
     "deepspeed",
@@ -51,24 +54,25 @@ LEFT_OUT = {
     "idle_test",
     "_test",
 }
-"""Folders of the embedded corpus that are tests, or copies of what is elsewhere."""
-
+"""Folders left out of the embedded corpus: tests, and copies of text that is elsewhere."""
 
 CUT = re.compile(r"(?<=\S)(?= \S)|(?<=\S\n)(?=\S)")
-"""Places where every byte-level pre-tokeniser in use begins a new word, so that text may be cut there.
+"""Places where text may be cut, since every byte-level pre-tokeniser in use begins a new word there.
 
-Not after an empty line: GPT-2's pattern keeps two line ends together at the end of a text, and nowhere else.
+An empty line is no such place: GPT-2's pattern joins two line ends at the end of a text, and only there.
 """
 UNBROKEN_CHARS = 1 << 20
-"""The longest stretch without such a place: it is encoded at once, in about 200 bytes of memory a character."""
+"""The longest text without a place to cut. It is encoded at once, in about 200 bytes of memory per character."""
 
 
-class PrepareError(ValueError):
-    """Text that cannot be prepared as asked; the message names the file and what to do."""
+class PrepareError(Refusal):
+    """Text that cannot be prepared as requested; the message names the file and what to do."""
+
+    exit_code = ExitCode.REFUSED_INPUT
 
 
 class BadRecord(ValueError):
-    """A document that is not usable. kind: a short name to count it under."""
+    """A document that cannot be used. kind: a short name under which it is counted."""
 
     def __init__(self, kind: str, where: str, what: str) -> None:
         super().__init__(f"{where}: {what}")
@@ -77,7 +81,11 @@ class BadRecord(ValueError):
 
 @dataclass(frozen=True)
 class Source:
-    """A file to read. name: how reports call it. group: documents of a group stay in one split; None: each its own."""
+    """A file to read.
+
+    name: its name in reports.
+    group: the group of its documents, which stay in one split; None: each record decides its own.
+    """
 
     path: str
     name: str
@@ -86,7 +94,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Document:
-    """where: file and record, for messages. group: what decides its split."""
+    """where: file and record, for messages. group: decides the split; None: the text does."""
 
     text: str
     where: str
@@ -95,7 +103,10 @@ class Document:
 
 @dataclass(frozen=True)
 class Reading:
-    """How to read records: the field that holds the text, the one that names the group, the largest document."""
+    """The field that holds the text, the field that names the group, and the size of the largest document.
+
+    Field names and values are part of the key in every manifest: renaming one would make finished datasets unfinished.
+    """
 
     text_field: str
     group_field: str | None
@@ -105,13 +116,13 @@ class Reading:
 # -- finding files ------------------------------------------------------------------------------------
 
 
-def find_files(inputs: list[str]) -> list[Source]:
-    """The files that paths, folders and globs mean, sorted, each once.
+def find_files(inputs: Sequence[str]) -> list[Source]:
+    """The files that paths, folders and globs name, sorted, each once.
 
-    PrepareError when an input means nothing, or a named file has an unknown suffix.
+    Raises PrepareError when an input names no file, or a named file has an unknown suffix.
     """
     found: dict[str, None] = {}
-    folders = []  # of the inputs
+    folders = []  # one per input
     for given in inputs:
         path = Path(given)
         if path.is_dir():
@@ -131,7 +142,8 @@ def find_files(inputs: list[str]) -> list[Source]:
                 raise PrepareError(f"{given}: no such file, and no match as a glob")
             found.update(dict.fromkeys(matches))
             folders.append(next(parent for parent in path.parents if not glob.has_magic(str(parent))))
-    # a file's group is its path from there: the split is the same wherever the text lies, however it is named
+    # A file's group is its path relative to the inputs' common folder. So the split depends neither on where the text
+    # lies nor on how the inputs are spelled.
     root = os.path.commonpath([folder.absolute() for folder in folders])
     return [
         Source(path, path, os.path.relpath(path, root) if _suffix(path) in (".txt", ".md") else None)
@@ -139,8 +151,8 @@ def find_files(inputs: list[str]) -> list[Source]:
     ]
 
 
-def count_unknown(inputs: list[str]) -> int:
-    """Files in the folders among `inputs` that have no known suffix, so that find_files passes them by."""
+def count_unknown(inputs: Sequence[str]) -> int:
+    """The number of files in the folders among `inputs` that find_files leaves out, since their suffix is unknown."""
     folders = [Path(given) for given in inputs if Path(given).is_dir()]
     return sum(path.is_file() and not _suffix(path.name) for folder in folders for path in folder.rglob("*"))
 
@@ -175,7 +187,7 @@ def embedded_files() -> list[Source]:
 
 
 def _closure(roots: tuple[str, ...]) -> set[str]:
-    """Installed distributions that `roots` need, transitively, extras left out."""
+    """The installed ones among `roots` and their dependencies, without extras."""
     wanted, seen = [re.sub(r"[-_.]+", "-", root).lower() for root in roots], set()
     while wanted:
         name = wanted.pop()
@@ -196,9 +208,9 @@ def _closure(roots: tuple[str, ...]) -> set[str]:
 
 
 def read_documents(source: Source, how: Reading) -> Iterator[Document | BadRecord]:
-    """The documents of one file, in order, in bounded memory; a BadRecord where one is not usable.
+    """The documents of one file, in order, in bounded memory; a BadRecord in place of one that cannot be used.
 
-    A file that breaks off yields a BadRecord as its last item.
+    When a file is truncated or damaged, its last item is a BadRecord.
     """
     suffix = _suffix(source.path) or ".txt"
     try:
@@ -214,54 +226,23 @@ def read_documents(source: Source, how: Reading) -> Iterator[Document | BadRecor
 
 
 def _open(path: str, suffix: str) -> BinaryIO:
+    """Opens a file for reading its decompressed lines.
+
+    Truncated or damaged content raises OSError or EOFError, here or in a read.
+    """
+    if not suffix.endswith((".gz", ".zst")):
+        return open(path, "rb")
+    if not os.path.getsize(path):  # both readers take this for the end of the text, but no compressor writes it
+        raise EOFError("the file has 0 bytes")
     if suffix.endswith(".gz"):
         return gzip.open(path, "rb")
-    if suffix.endswith(".zst"):
-        return io.BufferedReader(_ZstdFile(path))
-    return open(path, "rb")
+    import pyarrow
 
-
-class _ZstdFile(io.RawIOBase):
-    """A .zst of one or several frames. EOFError at a broken end, which zstandard's own reader takes for the end."""
-
-    def __init__(self, path: str) -> None:
-        import zstandard
-
-        self._file = open(path, "rb")
-        self._frame_reader = zstandard.ZstdDecompressor().decompressobj
-        self._broken = zstandard.ZstdError
-        self._frame = None  # None between frames
-        self._input = self._output = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: memoryview) -> int:
-        while not self._output:
-            self._input = self._input or self._file.read(1 << 16)
-            if not self._input:
-                if self._frame is not None:
-                    raise EOFError("the file ends inside a zstd frame")
-                return 0
-            self._frame = self._frame or self._frame_reader()
-            try:
-                self._output = self._frame.decompress(self._input)
-            except self._broken as err:
-                raise OSError(str(err)) from err
-            self._input = b""
-            if self._frame.eof:
-                self._input, self._frame = self._frame.unused_data, None
-        size = min(len(buffer), len(self._output))
-        buffer[:size], self._output = self._output[:size], self._output[size:]
-        return size
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+    return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"))
 
 
 def _decode(raw: bytes, where: str) -> str | BadRecord:
-    """Text of UTF-8 bytes, a byte-order mark removed; a BadRecord when it is not text, or empty."""
+    """The text of UTF-8 bytes without a byte-order mark; a BadRecord when it is empty or not text."""
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as err:
@@ -273,21 +254,21 @@ def _usable(text: str, where: str) -> str | BadRecord:
     if not text.strip():
         return BadRecord("empty", where, "empty document")
     if "\0" in text:
-        return BadRecord("binary", where, "holds NUL characters: not text")
+        return BadRecord("binary", where, "holds NUL characters, so it is not text")
     try:
         text.encode()
     except UnicodeEncodeError as err:
         return BadRecord(
-            "lone_surrogate", where, f"half of a surrogate pair at character {err.start}: not Unicode text"
+            "lone_surrogate", where, f"half of a surrogate pair at character {err.start}, so it is not Unicode text"
         )
-    if len(text) > UNBROKEN_CHARS and _longest_stretch(text) > UNBROKEN_CHARS:
+    if len(text) > UNBROKEN_CHARS and _longest_uncut(text) > UNBROKEN_CHARS:
         return BadRecord(
             "unbroken", where, f"more than {UNBROKEN_CHARS:,} characters without a space or line end to cut at"
         )
     return text
 
 
-def _longest_stretch(text: str) -> int:
+def _longest_uncut(text: str) -> int:
     longest = begin = 0
     for cut in CUT.finditer(text):
         longest, begin = max(longest, cut.start() - begin), cut.start()
@@ -305,13 +286,13 @@ def _too_long(where: str, how: Reading) -> BadRecord:
     return BadRecord(
         "too_long",
         where,
-        f"document of more than {how.max_document_bytes >> 20} MiB; split it, or raise --max-document-mb",
+        f"document of more than {how.max_document_bytes >> 20} MiB; split it, or raise --max_document_mb",
     )
 
 
 def _read_jsonl(source: Source, how: Reading, file: BinaryIO) -> Iterator[Document | BadRecord]:
     number = 0
-    # a line is read in one piece only up to the limit: one of 200 MB costs no more memory than that
+    # a longer line is read in blocks and dropped, so that the limit bounds the memory
     while line := file.readline(how.max_document_bytes + 1):
         number += 1
         where = f"{source.name}, line {number}"
@@ -335,12 +316,12 @@ def _from_record(record: object, where: str, how: Reading) -> Document | BadReco
     if not isinstance(record, dict) or not isinstance(record.get(how.text_field), str):
         has = ", ".join(list(record)[:8]) if isinstance(record, dict) else type(record).__name__
         return BadRecord(
-            "missing_field", where, f"no text in field {how.text_field!r} (it has {has}); see --text-field"
+            "missing_field", where, f"no text in field {how.text_field!r} (it has {has}); see --text_field"
         )
     group = None
     if how.group_field is not None:
         if record.get(how.group_field) is None:
-            return BadRecord("missing_field", where, f"no group field {how.group_field!r}; see --group-field")
+            return BadRecord("missing_field", where, f"no group field {how.group_field!r}; see --group_field")
         group = str(record[how.group_field])
     text = _usable(record[how.text_field], where)
     return text if isinstance(text, BadRecord) else Document(text, where, group)
@@ -356,7 +337,7 @@ def _read_parquet(source: Source, how: Reading) -> Iterator[Document | BadRecord
         missing = [c for c in columns if c not in file.schema_arrow.names]
         if missing:
             has = ", ".join(file.schema_arrow.names)
-            yield BadRecord("missing_field", source.name, f"no column {missing[0]!r} (it has {has}); see --text-field")
+            yield BadRecord("missing_field", source.name, f"no column {missing[0]!r} (it has {has}); see --text_field")
             return
         row = 0
         for batch in file.iter_batches(batch_size=256, columns=columns):

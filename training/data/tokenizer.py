@@ -1,4 +1,4 @@
-"""Byte-level BPE: train, load, encode without surprises, and the bytes behind each token."""
+"""Byte-level BPE: training, loading, lossless encoding, and the number of bytes that each token stands for."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from training.data.corpus import CUT, PrepareError
 
 EOD = "<|endoftext|>"
-"""The end-of-document token, unless --eod-token names another."""
+"""The end-of-document token, unless --eod_token names another."""
 
-PIECE_CHARS = 1 << 16
+CHUNK_CHARS = 1 << 16
 _ROUND_TRIP = "a  B'S\r\n\n\tÄß1234 中文\u3000\U0001f600 \x7f x "
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,9 +25,12 @@ QWEN_SPECIAL = (EOD, "<|im_start|>", "<|im_end|>")
 
 
 def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of vocab_size entries, the end-of-document token among them, that loses no byte."""
+    """A byte-level BPE of vocab_size entries, the end-of-document token among them, that loses no byte.
+
+    Raises PrepareError when vocab_size is too small.
+    """
     if vocab_size < 257:
-        raise PrepareError(f"--vocab-size {vocab_size} is below 257: the 256 bytes and {EOD}")
+        raise PrepareError(f"--vocab_size {vocab_size} is below 257: the 256 bytes and {EOD}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -37,15 +40,15 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # in pieces: the trainer holds whole texts
-    tokenizer.train_from_iterator((piece for text in texts for piece in pieces(text)), trainer)
+    # the trainer holds each text that it is given, so it is given chunks
+    tokenizer.train_from_iterator((chunk for text in texts for chunk in chunks(text)), trainer)
     return tokenizer
 
 
 def load(path: Path) -> Tokenizer:
-    """A tokenizer.json, or Qwen2.5's *.tiktoken rank file rebuilt; it truncates and pads nothing.
+    """The tokenizer of a tokenizer.json or of Qwen2.5's *.tiktoken rank file, without truncation and padding.
 
-    PrepareError when the file is neither, not byte-level, or does not give text back as it was.
+    Raises PrepareError when the file is neither, or when the tokenizer is not byte-level or loses text.
     """
     try:
         tokenizer = from_tiktoken(path) if path.suffix == ".tiktoken" else Tokenizer.from_file(str(path))
@@ -55,7 +58,7 @@ def load(path: Path) -> Tokenizer:
         raise PrepareError(f"--tokenizer {path}: cannot be read ({err})") from err
     if not _is_byte_level(tokenizer):
         raise PrepareError(f"--tokenizer {path} is not a byte-level BPE; bits per byte need one")
-    # settings for batches of a fixed shape, often left in a tokenizer.json: they would drop or add tokens
+    # a tokenizer.json often holds these settings for batches of a fixed shape: they would drop or add tokens
     tokenizer.no_truncation()
     tokenizer.no_padding()
     missing = set(_byte_letters().values()) - tokenizer.get_vocab().keys()
@@ -63,7 +66,9 @@ def load(path: Path) -> Tokenizer:
         raise PrepareError(f"--tokenizer {path} lacks {len(missing)} of the 256 bytes, whose text would be lost")
     back = tokenizer.decode(encode(tokenizer, _ROUND_TRIP), skip_special_tokens=False)
     if back != _ROUND_TRIP:
-        raise PrepareError(f"--tokenizer {path} turns {_ROUND_TRIP!r} into {back!r}; it must give text back")
+        raise PrepareError(
+            f"--tokenizer {path} turns {_ROUND_TRIP!r} into {back!r}; decoding must return the text unchanged"
+        )
     return tokenizer
 
 
@@ -75,7 +80,8 @@ def _is_byte_level(tokenizer: Tokenizer) -> bool:
 def from_tiktoken(path: Path) -> Tokenizer:
     """The Qwen2.5 tokenizer from its tiktoken rank file: 151,643 entries and three special tokens.
 
-    A rank file has no merges; the last merge of a token is found by merging it with lower ranks only.
+    A rank file has no merges. The last merge of a token is found by merging its bytes with lower ranks only.
+    Raises PrepareError when the file cannot be read or is damaged.
     """
     try:
         ranks = {
@@ -119,7 +125,7 @@ def _last_merge(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes
 
 
 def _byte_letters() -> dict[int, str]:
-    """The letter that byte-level BPE writes for each byte: printable ones themselves, the rest from 256 on."""
+    """The letter that byte-level BPE writes for each byte: a printable byte is itself, the rest are 256 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = {byte: chr(byte) for byte in printable}
     rest = [byte for byte in range(256) if byte not in letters]
@@ -127,7 +133,7 @@ def _byte_letters() -> dict[int, str]:
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
-    """One more than the largest id, special tokens included."""
+    """The largest id, that of special tokens included, plus one."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
@@ -136,20 +142,20 @@ def sha256(tokenizer: Tokenizer) -> str:
 
 
 def token_bytes(tokenizer: Tokenizer) -> np.ndarray:
-    """(vocab,) uint16: UTF-8 bytes that each id stands for; 0 for special tokens and unused ids."""
+    """(V,) uint16: the number of UTF-8 bytes that each id stands for; 0 for special tokens and unused ids."""
     sizes = np.zeros(vocab_size(tokenizer), dtype=np.uint16)
     added = tokenizer.get_added_tokens_decoder()
     for word, number in tokenizer.get_vocab(with_added_tokens=True).items():
         sizes[number] = len(word)  # one letter per byte
-        if number in added:  # spelled as it is
+        if number in added:  # spelled as ordinary text
             sizes[number] = 0 if added[number].special else len(word.encode())
     return sizes
 
 
-def pieces(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
-    """`text` in parts whose encodings, joined, are the encoding of the whole.
+def chunks(text: str, size: int = CHUNK_CHARS) -> Iterator[str]:
+    """Cuts `text` into chunks whose encodings, joined, are the encoding of the whole.
 
-    A part has `size` characters and goes on to the next place to cut; corpus.UNBROKEN_CHARS bounds that.
+    A chunk ends at the first place to cut after `size` characters; corpus.UNBROKEN_CHARS bounds how far that is.
     """
     begin = 0
     while len(text) - begin > size:
@@ -162,9 +168,9 @@ def pieces(text: str, size: int = PIECE_CHARS) -> Iterator[str]:
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of `text`, without any special token: its spelling in a text is ordinary text."""
+    """The token ids of `text`. A special token's spelling in the text is encoded as ordinary text."""
     tokenizer.encode_special_tokens = True
     ids: list[int] = []
-    for piece in pieces(text):
-        ids += tokenizer.encode(piece, add_special_tokens=False).ids
+    for chunk in chunks(text):
+        ids += tokenizer.encode(chunk, add_special_tokens=False).ids
     return ids

@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer
 
 from gsa.generation import Sampling, generate
-from training.data import PackedTokens
+from training.data.dataset import PackedTokens
 from training.engine.engine import Engine
 
 

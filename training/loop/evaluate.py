@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from training.config.run_spec import RunSpec
-from training.data import Batch, PackedTokens
+from training.data.dataset import Batch, PackedTokens
 from training.engine.engine import Engine
 from training.engine.world import World
 from training.loop.completions import complete

@@ -15,7 +15,7 @@ from gsa.weights import load_weights
 from training.checkpointing.resume import Start, decided_by, find_checkpoint, start_from
 from training.config import ConfigError, RunConfig, RunSpec, config_changes, load_config, plan_batch, to_plain
 from training.config.deepspeed import resolve_ds_config
-from training.data import DataError, PackedTokens
+from training.data.dataset import DataError, PackedTokens
 from training.data.open import open_data
 from training.engine.world import environment_rank, environment_world_size
 from training.observe.console import LogLevel

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from gsa.checkpoint.state import RunState
-from training.data import past
+from training.data.loader import past
 
 
 @dataclass

@@ -21,7 +21,8 @@ from gsa.checkpoint.manifest import CheckpointError
 from gsa.generation import load_model
 from training.config import BatchPlan, RunConfig, from_plain, load_config, plan_batch
 from training.config.exit_codes import Refusal
-from training.data import DataError, PackedTokens, step_samples
+from training.data.dataset import DataError, PackedTokens
+from training.data.loader import step_samples
 from training.data.open import open_data
 from training.record.metrics_log import iter_rows
 from training.record.run_folder import RunFolder

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from training.config import BatchPlan, TrainingConfig
-from training.data import PackedTokens
+from training.data.dataset import PackedTokens
 from training.loop.step import StepSums
 from training.record.spike_score import SpikeDetector
 

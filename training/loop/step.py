@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from gsa.attention.probe import PROBES
 from training.config import BatchPlan, TrainingConfig
-from training.data import Batch
+from training.data.dataset import Batch
 from training.data.order import permute
 from training.engine.zero_internals import UpdateSample
 from training.observe.health import health_metrics, probe_metrics

@@ -21,7 +21,8 @@ from gsa.attention.gated_sparse import AttentionStage
 from training.config import BatchPlan, RunConfig, load_config, plan_batch
 from training.config.command import command_parser
 from training.config.deepspeed import resolve_ds_config
-from training.data import Loader, PackedTokens
+from training.data.dataset import PackedTokens
+from training.data.loader import Loader
 from training.data.open import open_data
 from training.engine.world import World, environment_rank, environment_world_size, exit_process
 from training.loop.step import StepSums, forward_backward, sum_over_ranks

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from support.tiny_dataset import write_dataset
 
 from training.config import BatchPlan
-from training.data import DataError, Loader, PackedTokens, step_samples
+from training.data.dataset import DataError, PackedTokens
+from training.data.loader import Loader, step_samples
 from training.data.order import BLOCK, Order, permute
 from training.data.packing import pack
 

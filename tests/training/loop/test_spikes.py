@@ -11,7 +11,7 @@ import pytest
 from support.launching import ROOT, Case, run_cases
 
 from gsa.checkpoint.full_state import read_run_state
-from training.data import past
+from training.data.loader import past
 from training.record.metric_schema import HEALTH_METRICS, is_timing
 from training.record.metrics_log import read_rows
 from training.record.reader import read

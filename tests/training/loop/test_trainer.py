@@ -22,7 +22,7 @@ from support.tiny_dataset import write_dataset
 from gsa.generation import load_model
 from gsa.weights import load_weights, save_weights
 from training.config import RunSpec, load_config, plan_batch
-from training.data import PackedTokens
+from training.data.dataset import PackedTokens
 from training.engine.world import World
 from training.observe.telemetry import Telemetry
 from training.record.metric_schema import EVENTS, PROBE_METRICS, STEP_METRICS, TIME_METRICS

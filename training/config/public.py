@@ -1,0 +1,51 @@
+"""The public names of this package, which `from training.config import ...` finds."""
+
+from gsa.config import Effect
+from training.config.batch import BatchPlan, plan_batch, windows_per_step
+from training.config.batch import windows_per_step as global_batch_size
+from training.config.changes import EFFECT_WORDS, Change, config_changes
+from training.config.load import did_you_mean, format_help, load_config
+from training.config.run_spec import RunSpec
+from training.config.schema import (
+    KEYS,
+    RESUME_EFFECT,
+    SECTIONS,
+    ConfigError,
+    DataConfig,
+    LoggingConfig,
+    OnSpike,
+    RunConfig,
+    TrainingConfig,
+    all_keys,
+    from_plain,
+    to_plain,
+    to_yaml,
+)
+
+__all__ = [
+    "EFFECT_WORDS",
+    "KEYS",
+    "RESUME_EFFECT",
+    "SECTIONS",
+    "BatchPlan",
+    "Change",
+    "ConfigError",
+    "DataConfig",
+    "Effect",
+    "LoggingConfig",
+    "OnSpike",
+    "RunConfig",
+    "RunSpec",
+    "TrainingConfig",
+    "all_keys",
+    "config_changes",
+    "did_you_mean",
+    "format_help",
+    "from_plain",
+    "global_batch_size",
+    "load_config",
+    "plan_batch",
+    "to_plain",
+    "to_yaml",
+    "windows_per_step",
+]

@@ -1,0 +1,611 @@
+"""From text files to a prepared dataset: memory-mapped token shards with a manifest. Formats: docs/data.md.
+
+There are two passes over the input. Each runs in parallel over units (a few MB of files, or one large file). The first
+pass checks and hashes every document; the second tokenises the documents that are chosen. Each unit's result is
+written whole or not at all, so a killed preparation continues with the units that are missing. The result does not
+depend on the number of workers. Memory: about 100 bytes per document, and one document per worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+from tqdm import tqdm
+
+from gsa.files import write_atomically
+from training.data import tokenizer as bpe
+from training.data.corpus import (
+    BadRecord,
+    Document,
+    PrepareError,
+    Reading,
+    Source,
+    count_unknown,
+    embedded_files,
+    find_files,
+    read_documents,
+)
+from training.data.overlap import overlap_report
+
+FORMAT = 1
+CODE_VERSION = 2
+"""Part of every key: raise it when the same input would give other files."""
+
+UNIT_BYTES = 4 << 20
+SHARD_TOKENS = 1 << 26
+TOKENIZER_TEXT_BYTES = 40 << 20
+"""The most text that a tokenizer is trained on."""
+COUNT_TOKENS = 1 << 22
+"""Tokens that are counted at once; it bounds the memory."""
+DEFAULT_VOCAB_SIZE = 8192
+SPLITS = ("train", "held_out")
+OWNED = "made by prepare_data"
+"""A file of this name in the work folder marks the dataset's folder as one that prepare_data may replace."""
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What to prepare, and how.
+
+    inputs: files, folders and globs; empty for the embedded corpus.
+    reading: the fields of a record, and the largest document.
+    vocab_size: entries of the tokenizer to train; None: DEFAULT_VOCAB_SIZE, or that of `tokenizer`.
+    tokenizer: a tokenizer file to use instead of training one.
+    eod_token: the tokenizer's end-of-document token.
+    held_out: share of the groups that are held out, between 0 and 1.
+    limit_mb: about how many MB of documents to use; None: all.
+    skip_bad: whether a bad document is counted and left out; otherwise it ends the preparation.
+    force: whether a dataset made from other input or options is replaced.
+    """
+
+    out: Path
+    inputs: tuple[str, ...]
+    reading: Reading
+    vocab_size: int | None
+    tokenizer: Path | None
+    eod_token: str
+    held_out: float
+    limit_mb: float | None
+    skip_bad: bool
+    workers: int
+    force: bool
+
+
+class Prepared(NamedTuple):
+    """The manifest of a dataset, and whether it was complete before this call."""
+
+    manifest: dict
+    was_finished: bool
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Files that are prepared together."""
+
+    number: int
+    sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The input of a worker. It holds no open files, so that it can be pickled."""
+
+    unit: Unit
+    work: str
+    key: str
+    how: Reading
+    skip_bad: bool
+    eod_id: int = -1
+
+
+def prepare(options: PrepareOptions) -> Prepared:
+    """Prepares a dataset in options.out, or continues one that was interrupted; does nothing when it is complete.
+
+    Raises PrepareError when the input, the tokenizer or the folder cannot be used; the message says how to mend it.
+    """
+    out, how = options.out, options.reading
+    sources = find_files(options.inputs) if options.inputs else embedded_files()
+    given = bpe.load(options.tokenizer) if options.tokenizer else None
+    eod = options.eod_token
+    if given is not None and given.token_to_id(eod) is None:
+        raise PrepareError(
+            f"--tokenizer {options.tokenizer} has no token {eod!r}; name its end-of-document token with --eod_token"
+        )
+    vocab = None if given else options.vocab_size or DEFAULT_VOCAB_SIZE
+    key = _input_key(options, vocab, given, sources)
+    finished = _finished(out, key, options.force)
+    if finished:
+        return Prepared(finished, was_finished=True)
+
+    work = out / "work"
+    units = _units(sources)
+    with ProcessPoolExecutor(
+        options.workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
+    ) as pool:
+        scans = _run_jobs(pool, _scan, [Job(unit, str(work), key, how, options.skip_bad) for unit in units], "reading")
+        chosen, skipped = _choose(scans, options.limit_mb)
+        skipped += Counter(unknown_kind=count_unknown(options.inputs))
+        held_out = _held_out_groups(scans, chosen, options.held_out)
+        tokenizer = given or _trained(work, key, units, scans, chosen, held_out, how, vocab)
+        _write(work / "tokenizer.json", tokenizer.to_str())
+        eod_id = tokenizer.token_to_id(eod)
+        encode_key = _key([key, bpe.sha256(tokenizer)])
+        jobs = []
+        for unit, scan, use in zip(units, scans, chosen, strict=True):
+            plan = np.where(use, np.isin(scan["groups"], held_out).astype(np.uint8) + 1, 0).astype(np.uint8)
+            _save(work / f"plan_{unit.number:05d}.npy", plan)
+            jobs.append(Job(unit, str(work), encode_key, how, options.skip_bad, eod_id))
+        encoded = _run_jobs(pool, _encode_unit, jobs, "encoding")
+    manifest = _assemble(out, work, tokenizer, eod, units, encoded)
+    manifest |= {"skipped": dict(sorted(skipped.items())), "sources": _sources(units, scans, chosen), "key": key}
+    names = [name for result in encoded for name in result["splits"]["held_out"]["names"]]
+    manifest["overlap"] = overlap_report(out, manifest, names)
+    manifest["fingerprint"] = _fingerprint(manifest)
+    _write(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+    shutil.rmtree(work)
+    return Prepared(manifest, was_finished=False)
+
+
+def summary(manifest: dict, out: Path) -> str:
+    """The lines that prepare_data prints about a complete dataset."""
+    train, held_out = (manifest["splits"][split] for split in SPLITS)
+    skipped = ", ".join(f"{count} {kind}" for kind, count in manifest["skipped"].items()) or "nothing"
+    overlap = manifest["overlap"]
+    return (
+        f"{out}: {train['documents']:,} documents, {train['tokens']:,} tokens, {train['bytes'] / 1e6:.1f} MB, "
+        f"{train['bytes'] / max(1, train['tokens'] - train['documents']):.2f} bytes per token\n"
+        f"  held out: {held_out['documents']:,} documents, {held_out['tokens']:,} tokens, "
+        f"{held_out['bytes'] / 1e6:.2f} MB; more than half of the 13-grams of {overlap['above_half']} of them also "
+        f"occur in the training text\n"
+        f"  left out: {skipped}\n"
+        f"  vocabulary {manifest['vocab_size']:,}, {manifest['dtype']}, fingerprint {manifest['fingerprint'][:16]}"
+    )
+
+
+def _input_key(options: PrepareOptions, vocab: int | None, given: Tokenizer | None, sources: list[Source]) -> str:
+    """Names the input and the options that decide the files. Its content must not change: it is in every manifest."""
+    decisive = {
+        "code": CODE_VERSION,
+        "reading": asdict(options.reading),
+        "skip_bad": options.skip_bad,
+        "held_out": options.held_out,
+        "limit_mb": options.limit_mb,
+        "vocab_size": vocab,
+        "tokenizer": bpe.sha256(given) if given else None,
+        "eod": options.eod_token,
+    }
+    return _key([decisive, [_stamp(source) for source in sources]])
+
+
+def _finished(out: Path, key: str, force: bool) -> dict | None:
+    """The manifest of a complete dataset made from the same input; None when there is work to do.
+
+    In that case `out` has a work folder, and what another dataset left there is removed. Raises PrepareError when the
+    folder holds other files than those of a dataset or of unfinished work, whatever `force` says.
+    """
+    path, work = out / "manifest.json", out / "work"
+    manifest = _manifest(path)
+    if manifest is None and not (work / OWNED).exists() and any(p.is_file() for p in out.rglob("*")):
+        raise PrepareError(f"{out} holds other files, which a dataset might replace; give another --out")
+    if manifest is None:
+        work.mkdir(parents=True, exist_ok=True)
+        (work / OWNED).touch()
+        return None
+    if manifest["key"] == key:
+        return manifest
+    if not force:
+        raise PrepareError(
+            f"{out} holds a dataset made from other input or options (or files changed since); "
+            f"give another --out, or --force to replace it"
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    (work / OWNED).touch()
+    for name in ("manifest.json", "tokenizer.json", "token_bytes.npy", "token_counts.npy"):
+        (out / name).unlink(missing_ok=True)
+    for name in (*SPLITS, "packed"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    return None
+
+
+def _manifest(path: Path) -> dict | None:
+    """The manifest of a dataset, or None. A manifest.json of another kind, such as a checkpoint's, does not count."""
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    is_dataset = isinstance(manifest, dict) and {"key", "splits", "fingerprint"} <= manifest.keys()
+    return manifest if is_dataset else None
+
+
+def _stamp(source: Source) -> list:
+    stat = os.stat(source.path)
+    return [source.name, stat.st_size, stat.st_mtime_ns]
+
+
+def _units(sources: list[Source]) -> list[Unit]:
+    units, batch, size = [], [], 0
+    for source in sources:
+        grown = size + os.path.getsize(source.path)
+        if batch and grown > UNIT_BYTES:
+            units.append(Unit(len(units), tuple(batch)))
+            batch, grown = [], os.path.getsize(source.path)
+        batch.append(source)
+        size = grown
+    return [*units, Unit(len(units), tuple(batch))]
+
+
+def _start_worker() -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the work is parallel over processes already
+    parent = multiprocessing.parent_process()
+    # workers outlive a parent that is killed, since they themselves hold open the queue that they wait on
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+def _run_jobs(pool: ProcessPoolExecutor, work: Callable[[Job], dict], jobs: list[Job], title: str) -> list[dict]:
+    """Results in the order of the jobs, with a progress bar on a terminal.
+
+    Raises PrepareError for the first job, in that order, that met a bad document.
+    """
+    results = []
+    try:
+        for result in tqdm(
+            pool.map(work, jobs), total=len(jobs), desc=title, unit="unit", disable=not sys.stderr.isatty()
+        ):
+            if result["error"]:
+                pool.shutdown(cancel_futures=True)
+                raise PrepareError(
+                    f"{result['error']}. Mend it, or count and leave out such documents with --on_bad skip"
+                )
+            results.append(result)
+    except BrokenProcessPool as err:
+        raise PrepareError(
+            f"a worker was killed while {title} (out of memory?); run the command again to continue"
+        ) from err
+    return results
+
+
+def _read_unit(job: Job) -> Iterator[tuple[Source, Document | BadRecord]]:
+    for source in job.unit.sources:
+        for item in read_documents(source, job.how):
+            yield source, item
+
+
+# -- first pass: check and hash -----------------------------------------------------------------------
+
+
+def _scan(job: Job) -> dict:
+    """Hash, group, size and source of each document of a unit, and counts of the bad ones.
+
+    Cached in work/scan_*.npz, unless a bad document ended it.
+    """
+    path = Path(job.work) / f"scan_{job.unit.number:05d}.npz"
+    if cached := _cached(path, job.key):
+        return cached
+    hashes, groups, sizes, origin, bad, error = [], [], [], [], Counter(), ""
+    for source, item in _read_unit(job):
+        if isinstance(item, BadRecord):
+            bad[item.kind] += 1
+            if not job.skip_bad:
+                error = str(item)
+                break
+            continue
+        raw = item.text.encode()
+        digest = hashlib.blake2b(raw, digest_size=16).digest()
+        hashes.append(digest)
+        groups.append(
+            digest[:8] if item.group is None else hashlib.blake2b(item.group.encode(), digest_size=8).digest()
+        )
+        sizes.append(len(raw))
+        origin.append(job.unit.sources.index(source))
+    result = {
+        "hashes": np.frombuffer(b"".join(hashes), dtype=np.dtype("<u8")).reshape(-1, 2),
+        "groups": np.frombuffer(b"".join(groups), dtype="<u8"),
+        "sizes": np.asarray(sizes, np.int64),
+        "origin": np.asarray(origin, np.int64),
+        "bad": json.dumps(bad),
+        "error": error,
+        "key": job.key,
+    }
+    if not error:
+        _save(path, result)
+    return result
+
+
+def _cached(path: Path, key: str) -> dict | None:
+    if not path.exists():
+        return None
+    with np.load(path) as file:
+        result = {name: file[name] if file[name].ndim else file[name].item() for name in file.files}
+    return result if result["key"] == key else None
+
+
+def _choose(scans: list[dict], limit_mb: float | None) -> tuple[list[np.ndarray], Counter]:
+    """Masks of the documents to use, per unit, and counts of those left out.
+
+    Of equal documents the first is used; under limit_mb, those of the lowest hash.
+    """
+    skipped = Counter()
+    for scan in scans:
+        skipped.update(json.loads(scan["bad"]))
+    hashes = np.concatenate([scan["hashes"] for scan in scans])
+    sizes = np.concatenate([scan["sizes"] for scan in scans])
+    if not len(hashes):
+        raise PrepareError(f"no document was found in the input (left out: {dict(skipped) or 'nothing'})")
+    use = np.zeros(len(hashes), dtype=bool)
+    # lexsort is stable: within equal hashes the first document stays first
+    order = np.lexsort((hashes[:, 1], hashes[:, 0]))
+    ordered = hashes[order]
+    use[order[np.concatenate([[True], (ordered[1:] != ordered[:-1]).any(1)])]] = True
+    skipped["duplicate"] += int((~use).sum())
+    if limit_mb is not None:
+        unique = order[use[order]]  # in the order of the hash: a random subset that is the same every time
+        beyond = unique[np.cumsum(sizes[unique]) > limit_mb * 1e6]
+        use[beyond] = False
+        skipped["beyond_limit_mb"] += len(beyond)
+    bounds = np.cumsum([len(scan["sizes"]) for scan in scans])[:-1]
+    return np.split(use, bounds), +skipped
+
+
+def _held_out_groups(scans: list[dict], chosen: list[np.ndarray], share: float) -> np.ndarray:
+    """Hashes of the groups that are held out: those whose keyed hash is below `share`.
+
+    At least one group is held out, and at least one is not. Raises PrepareError when there are fewer than two.
+    """
+    groups = np.unique(np.concatenate([scan["groups"][use] for scan, use in zip(scans, chosen, strict=True)]))
+    if len(groups) < 2:
+        raise PrepareError(
+            "all documents are of one group, so none can be held out; give more files, or name a --group_field"
+        )
+    keyed = np.array(
+        [
+            int.from_bytes(hashlib.blake2b(g.tobytes(), key=b"held-out 1", digest_size=8).digest(), "little")
+            for g in groups
+        ],
+        dtype=np.uint64,
+    )
+    held_out = groups[keyed < np.uint64(min(share * 2.0**64, 2.0**64 - 2**12))]
+    if len(held_out) == len(groups):
+        held_out = groups[keyed != keyed.max()]
+    return held_out if len(held_out) else groups[[int(keyed.argmin())]]
+
+
+def _trained(
+    work: Path,
+    key: str,
+    units: list[Unit],
+    scans: list[dict],
+    chosen: list[np.ndarray],
+    held_out: np.ndarray,
+    how: Reading,
+    vocab: int,
+) -> Tokenizer:
+    """A tokenizer trained on at most TOKENIZER_TEXT_BYTES of training documents, those of the lowest hash."""
+    path = work / f"trained_{key[:16]}.json"
+    if path.exists():
+        return Tokenizer.from_file(str(path))
+    usable = [use & ~np.isin(scan["groups"], held_out) for scan, use in zip(scans, chosen, strict=True)]
+    sizes = np.concatenate([scan["sizes"][use] for scan, use in zip(scans, usable, strict=True)])
+    first = np.concatenate([scan["hashes"][use, 0] for scan, use in zip(scans, usable, strict=True)])
+    order = np.argsort(first, kind="stable")
+    inside = order[np.cumsum(sizes[order]) <= TOKENIZER_TEXT_BYTES]
+    limit = first[inside[-1]] if len(inside) else first[order[0]]
+
+    def texts() -> Iterator[str]:
+        for unit, scan, use in zip(units, scans, usable, strict=True):
+            wanted = use & (scan["hashes"][:, 0] <= limit)
+            if wanted.any():
+                documents = (d for s in unit.sources for d in read_documents(s, how) if isinstance(d, Document))
+                yield from (d.text for d, want in zip(documents, wanted, strict=True) if want)
+
+    print(f"training a byte-level BPE of {vocab} entries on {sizes[first <= limit].sum() / 1e6:.0f} MB", flush=True)
+    tokenizer = bpe.train(texts(), vocab)
+    _write(path, tokenizer.to_str())
+    return tokenizer
+
+
+# -- second pass: tokenise ----------------------------------------------------------------------------
+
+
+def _encode_unit(job: Job) -> dict:
+    """Writes the tokens and document ends of a unit's chosen documents, per split, into work/; its json is last."""
+    work = Path(job.work)
+    stem = f"unit_{job.unit.number:05d}"
+    done = work / f"{stem}.json"
+    if done.exists() and (result := json.loads(done.read_text()))["key"] == job.key:
+        return result
+    try:
+        with ExitStack() as stack:
+            files = {
+                split: stack.enter_context(write_atomically(work / f"{stem}.{split}.bin", durable=True))
+                for split in SPLITS
+            }
+            splits = _encode_documents(job, work, files)
+    except PrepareError as err:
+        return {"error": str(err), "key": job.key}
+    for split in SPLITS:
+        _save(work / f"{stem}.{split}.ends.npy", np.asarray(splits[split].pop("ends"), np.int64))
+    result = {"error": "", "key": job.key, "splits": splits}
+    _write(done, json.dumps(result))
+    return result
+
+
+def _encode_documents(job: Job, work: Path, files: dict[str, BinaryIO]) -> dict[str, dict]:
+    """Writes the tokens of each chosen document to the file of its split; returns ends and counts per split."""
+    tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
+    plan = np.load(work / f"plan_{job.unit.number:05d}.npy")
+    vocab = bpe.vocab_size(tokenizer)
+    dtype = np.dtype("<u2" if vocab <= 1 << 16 else "<u4")
+    splits = {split: {"names": [], "ends": [], "tokens": 0, "bytes": 0} for split in SPLITS}
+    documents = (item for _, item in _read_unit(job) if isinstance(item, Document))
+    for document, choice in zip(documents, plan, strict=True):
+        if not choice:
+            continue
+        ids = np.asarray([*bpe.encode(tokenizer, document.text), job.eod_id], dtype=np.int64)
+        if int(ids.max()) >= vocab:
+            # astype would wrap 70000 to 4464 without an error
+            raise PrepareError(f"{document.where}: token id {ids.max()} is outside the vocabulary of {vocab}")
+        split = SPLITS[choice - 1]
+        files[split].write(ids.astype(dtype).tobytes())
+        entry = splits[split]
+        entry["tokens"] += len(ids)
+        entry["bytes"] += len(document.text.encode())
+        entry["ends"].append(entry["tokens"])
+        if split == "held_out":
+            entry["names"].append(document.where)
+    return splits
+
+
+# -- assembly -----------------------------------------------------------------------------------------
+
+
+def _assemble(out: Path, work: Path, tokenizer: Tokenizer, eod: str, units: list[Unit], encoded: list[dict]) -> dict:
+    """Writes the shards, in the order of the units, and the tables; returns the manifest without its reports."""
+    vocab = bpe.vocab_size(tokenizer)
+    dtype = "uint16" if vocab <= 1 << 16 else "uint32"
+    _write(out / "tokenizer.json", tokenizer.to_str())
+    _save(out / "token_bytes.npy", bpe.token_bytes(tokenizer))
+    counts = np.zeros(vocab, dtype=np.int64)
+    splits = {}
+    for split in SPLITS:
+        (out / split).mkdir(exist_ok=True)
+        writer = _ShardWriter(out, split, np.dtype(dtype).newbyteorder("<"))
+        for unit, result in zip(units, encoded, strict=True):
+            entry = result["splits"][split]
+            if entry["tokens"]:
+                stem = f"unit_{unit.number:05d}.{split}"
+                # mapped, not read: a unit may be one file of any size
+                tokens = np.memmap(work / f"{stem}.bin", dtype=writer.dtype, mode="r")
+                for begin in range(0, len(tokens) if split == "train" else 0, COUNT_TOKENS):
+                    counts += np.bincount(tokens[begin : begin + COUNT_TOKENS], minlength=vocab)
+                writer.add(tokens, np.load(work / f"{stem}.ends.npy"))
+        shards = writer.close()
+        splits[split] = {
+            "documents": sum(s["documents"] for s in shards),
+            "tokens": sum(s["tokens"] for s in shards),
+            "bytes": sum(r["splits"][split]["bytes"] for r in encoded),
+            "shards": shards,
+        }
+    _save(out / "token_counts.npy", counts)
+    return {
+        "format": FORMAT,
+        "dtype": dtype,
+        "vocab_size": vocab,
+        "eod_id": tokenizer.token_to_id(eod),
+        "tokenizer_sha256": _sha256(out / "tokenizer.json"),
+        "token_bytes_sha256": _sha256(out / "token_bytes.npy"),
+        "token_counts_sha256": _sha256(out / "token_counts.npy"),
+        "splits": splits,
+    }
+
+
+class _ShardWriter:
+    """Appends whole documents to the shards of one split.
+
+    A shard is closed before it would exceed SHARD_TOKENS; only a longer document makes a longer shard, of its own.
+    """
+
+    def __init__(self, out: Path, split: str, dtype: np.dtype) -> None:
+        self._out, self._split, self.dtype = out, split, dtype
+        self._tokens: list[np.ndarray] = []
+        self._ends: list[np.ndarray] = []
+        self._size = 0
+        self._shards: list[dict] = []
+
+    def add(self, tokens: np.ndarray, ends: np.ndarray) -> None:
+        while len(ends):
+            fits = int(np.searchsorted(ends, SHARD_TOKENS - self._size, side="right"))
+            if fits == 0 and self._size == 0:
+                fits = 1  # a document larger than a shard has a shard to itself
+            if fits:
+                used = int(ends[fits - 1])
+                self._tokens.append(tokens[:used])
+                self._ends.append(ends[:fits] + self._size)
+                self._size += used
+                tokens, ends = tokens[used:], ends[fits:] - used
+            if len(ends):
+                self._flush()
+
+    def _flush(self) -> None:
+        path = self._out / self._split / f"shard_{len(self._shards):05d}.bin"
+        with write_atomically(path, durable=True) as file:
+            for part in self._tokens:
+                part.tofile(file)
+        ends = np.concatenate(self._ends) if self._ends else np.zeros(0, np.int64)
+        ends_path = path.with_name(path.stem + ".ends.npy")
+        _save(ends_path, ends)
+        self._shards.append(
+            {
+                "file": f"{self._split}/{path.name}",
+                "tokens": self._size,
+                "documents": len(ends),
+                "sha256": _sha256(path),
+                "ends_sha256": _sha256(ends_path),
+            }
+        )
+        self._tokens, self._ends, self._size = [], [], 0
+
+    def close(self) -> list[dict]:
+        if self._size or not self._shards:
+            self._flush()
+        return self._shards
+
+
+def _sources(units: list[Unit], scans: list[dict], chosen: list[np.ndarray]) -> list[dict]:
+    """Bytes, documents and sha256 of the chosen text by file, or by top folder when there are more than 200 files."""
+    many = sum(len(unit.sources) for unit in units) > 200
+    total: dict[str, list] = {}
+    for unit, scan, use in zip(units, scans, chosen, strict=True):
+        for i, source in enumerate(unit.sources):
+            here = use & (scan["origin"] == i)
+            name = source.name.partition("/")[0] if many else source.name
+            entry = total.setdefault(name, [0, 0, hashlib.sha256()])
+            entry[0] += int(scan["sizes"][here].sum())
+            entry[1] += int(here.sum())
+            entry[2].update(scan["hashes"][here].tobytes())
+    return [
+        {"name": name, "bytes": size, "documents": documents, "sha256": sha.hexdigest()}
+        for name, (size, documents, sha) in sorted(total.items())
+        if documents
+    ]
+
+
+def _fingerprint(manifest: dict) -> str:
+    shards = [[s["sha256"], s["ends_sha256"]] for split in SPLITS for s in manifest["splits"][split]["shards"]]
+    return _key([manifest[k] for k in ("format", "dtype", "vocab_size", "eod_id", "tokenizer_sha256")] + shards)
+
+
+def _key(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, text: str) -> None:
+    with write_atomically(path, durable=True) as file:
+        file.write(text.encode())
+
+
+def _save(path: Path, content: np.ndarray | dict) -> None:
+    """Writes an array as .npy, or a dict of arrays as .npz."""
+    with write_atomically(path, durable=True) as file:
+        np.savez(file, **content) if isinstance(content, dict) else np.save(file, content)
