@@ -2,11 +2,11 @@
 
     python -m benchmarks.attention [--device cpu] [--backend chunked] [--lengths 512 1024 ... 16384] [--repeats 5]
 
-Indexer scores, selection, attention and, where said, the alignment loss on a quarter of the rows are included; the
-projections around them are not. Ways take turns within a repeat, so that a busy machine slows all alike; ratios are
-taken repeat by repeat. Peak memory is that of a process of its own for each way and length, above its inputs. Nothing
-is timed before sets, output, loss and every gradient have equalled the float64 reference (gsa/kernels/choice.py).
-Writes benchmarks/results/attention_<device>.{json,md}.
+GSA's time includes indexer scores, selection and attention, and in "gsa + KL" the alignment loss on a quarter of the
+rows; it excludes the projections around them. The ways take turns within a repeat, so that a busy machine slows all of
+them equally; ratios are computed per repeat. Peak memory is measured in a separate process for each way and length, and
+excludes the inputs. Nothing is timed before selected sets, output, loss and every gradient have matched the float64
+reference (gsa/kernels/choice.py). Writes benchmarks/results/attention_<device>.{json,md}.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ NAIVE_LONGEST = 1024
 
 
 def way(name: str, T: int, device: str, dtype: torch.dtype, backend: str) -> Callable[[], None]:
-    """A call of one forward and backward pass at length T, its inputs allocated."""
+    """A function that runs one forward and backward pass at length T on inputs that are already allocated."""
     random = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int) -> torch.Tensor:
@@ -48,7 +48,7 @@ def way(name: str, T: int, device: str, dtype: torch.dtype, backend: str) -> Cal
     index = kernels.Index(leaf(1, T, J, E), leaf(1, T, E), leaf(1, T, J), leaf(J))
     alpha = torch.tensor(4.0, device=device, requires_grad=True)
     rule = kernels.SelectionRule("variance", temperature=1.0, k_base=K, k_min=K // 4, k_max=2 * K)
-    # the usual variance is this one, so that k is 512 on average
+    # v_ref is the mean variance of these inputs, so that k is 512 on average
     unset = torch.zeros((), device=device)
     v_ref = kernels.select(backend, index, alpha, unset, None, rule).statistic[:, T // 2 :].mean()
     rows = torch.randperm(T, generator=random)[: T // 4].sort().values.to(device)
@@ -86,7 +86,7 @@ def way(name: str, T: int, device: str, dtype: torch.dtype, backend: str) -> Cal
 
 @functools.cache
 def dense_kinds(device: str) -> list[SDPBackend]:
-    """On a GPU the one of torch's dense kernels that is fastest at 4096 tokens, bf16; elsewhere torch's own choice."""
+    """On a GPU, the fastest of torch's dense kernels at 4096 tokens in bf16; on a CPU, all of them: torch chooses."""
     every = [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     if device != "cuda":
         return every
@@ -94,7 +94,7 @@ def dense_kinds(device: str) -> list[SDPBackend]:
     seconds = {}
     for kind in every[:-1]:
         try:
-            for _ in range(4):  # the last one counts
+            for _ in range(4):  # only the last one is measured
                 torch.cuda.synchronize()
                 began = time.perf_counter()
                 with sdpa_kernel([kind]):
@@ -109,7 +109,7 @@ def dense_kinds(device: str) -> list[SDPBackend]:
 
 
 def naive_gather(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: kernels.Index) -> torch.Tensor:
-    """Attention as the legacy layer computed it: the whole score matrix, a copy of its keys and values per query."""
+    """Attention as the legacy layer computed it: the whole score matrix, and a copy of keys and values per query."""
     B, T, H, D = q.shape
     scores = kernels.index_scores(*(x.detach() for x in index))
     causal = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()
@@ -123,9 +123,9 @@ def naive_gather(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, index: kerne
 
 
 def check(device: str, dtype: torch.dtype, backend: str) -> float:
-    """Largest deviation of output, loss and gradients from the float64 reference, by the largest value of each.
+    """Largest deviation of output, loss and gradients from the float64 reference, each relative to its largest value.
 
-    Raises when one is above rounding, or a selected set is wrong; the naive gather's output is held to it, too.
+    Raises SystemExit when a deviation exceeds rounding, a selected set is wrong, or the naive gather's output is wrong.
     """
     shape, on = Shape(H, G, D, J, E, dtype), torch.device(device)
     if fault := fault_of(backend, shape, on):
@@ -146,14 +146,14 @@ def check_gather(device: str, dtype: torch.dtype) -> str | None:
     bits = kernels.select("reference", exact, alpha, v_ref, None, rule).bits
     wanted = kernels.attend("reference", q.double(), k.double(), v.double(), bits, None)[0]
     off = (naive_gather(q, k, v, kernels.Index(*index)).double() - wanted).abs().amax((0, 2, 3)) / wanted.abs().max()
-    # it ranks float scores, not levels: a key or two of a row may differ
+    # the gather ranks float scores, not quantised levels: one or two keys of a row may differ
     usual = off.median().item()
     return None if usual <= (1e-5 if dtype == torch.float32 else 2e-2) else f"off by {usual:.1e} in most rows"
 
 
 def peak_of(name: str, T: int, args: argparse.Namespace) -> float:
-    """Memory above the inputs, measured in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.attention", "--peak-of", name, "--lengths", str(T)]
+    """Peak memory above the inputs in MiB, measured in a separate process."""
+    command = [sys.executable, "-m", "benchmarks.attention", "--peak_of", name, "--lengths", str(T)]
     command += [
         "--device",
         args.device,
@@ -169,7 +169,9 @@ def peak_of(name: str, T: int, args: argparse.Namespace) -> float:
 
 def measure_peak(name: str, T: int, args: argparse.Namespace) -> float:
     dtype = getattr(torch, args.dtype)
-    way(name, 64, args.device, dtype, args.backend)()  # libraries loaded, thread pools started
+    way(
+        name, 64, args.device, dtype, args.backend
+    )()  # loads libraries and starts thread pools before memory is measured
     run = way(name, T, args.device, dtype, args.backend)
     return peak_mib(run, args.device)
 
@@ -184,7 +186,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peak-of", choices=WAYS, help="print the peak of one way at one length, in MiB, and end")
+    parser.add_argument("--peak_of", choices=WAYS, help="only print the peak of one way at one length, in MiB")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     if args.peak_of:
@@ -201,7 +203,7 @@ def main(argv: list[str]) -> int:
             for n, run in runs.items():
                 began = time.perf_counter()
                 run()
-                if repeat:  # the first warms caches
+                if repeat:  # the first repeat warms caches
                     seconds[n].append(time.perf_counter() - began)
         runs.clear()
         for n in names:
@@ -247,7 +249,7 @@ def row_of(r: dict) -> str:
 
 
 def growth(results: list[dict], name: str) -> float:
-    """Exponent of peak memory in T: slope of a least-squares line through the logarithms, from T = 1024 on."""
+    """Exponent of peak memory in T: the slope of a least-squares line through the logarithms, from T = 1024 on."""
     points = [(math.log(r["T"]), math.log(r["peak_mib"])) for r in results if r["way"] == name and r["T"] >= 1024]
     if len(points) < 2:
         return math.nan
@@ -261,8 +263,8 @@ def report(birth: dict, results: list[dict]) -> str:
         f"`{birth['command']}`, commit {birth['commit']}, {birth['date']}, {', '.join(birth['devices'])}, "
         f"{birth['cpus']} CPUs (shared), {birth['threads']} threads, torch {birth['torch']}, {birth['dtype']}, backend "
         f"{birth['backend']}. Batch 1, {H} heads of {D}, {G} key/value heads, indexer {J} x {E}, k = {K} "
-        f"(`adaptive_k: variance`, {K // 4} to {2 * K}). Medians; in brackets smallest and largest ratio of a repeat.",
-        f"Output, loss and every gradient against the float64 reference: off by {birth['check_error']:.1e} at most.",
+        f"(`adaptive_k: variance`, {K // 4} to {2 * K}). Medians; smallest and largest ratio of a repeat in brackets.",
+        f"Largest deviation of output, loss and gradients from the float64 reference: {birth['check_error']:.1e}.",
         "",
         "| T | way | ms | to dense | peak, MiB |",
         "|---|---|---|---|---|",

@@ -1,10 +1,10 @@
-"""What a save costs: the loop's standstill and the total, written at once against in the background, side by side.
+"""What a save costs: how long training stands still, and the total time, for blocking and for background saves.
 
     python -m benchmarks.checkpoint [--gib 1.0] [--saves 5] [--out FOLDER]
 
-One rank, ZeRO 2, bf16: masters, moments and both copies of the weights. Both ways take turns in one process, after one
-save each that is not counted (it allocates the host buffers); training steps go on while the background writes. Every
-checkpoint is verified before its number counts. Writes benchmarks/results/checkpoint_<device>.md.
+One rank, ZeRO 2, bf16: masters, moments and both copies of the weights. Both kinds of save take turns in one process,
+after one save each that is not counted (it allocates the host buffers); training steps continue during a background
+save. Every checkpoint is verified before its time is counted. Writes benchmarks/results/checkpoint_<device>.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BYTES_PER_PARAMETER = 16  # float32 master and two moments, bf16 weights for Dee
 
 
 def model_of(gib: float) -> ModelConfig:
-    """The smallest vocabulary, in steps of 1000, whose checkpoint is at least `gib` GiB."""
+    """A model with the smallest vocabulary, in steps of 1000, whose checkpoint has at least `gib` GiB."""
     for vocab_size in range(1000, 10**7, 1000):
         config = ModelConfig(d_model=512, n_layers=4, n_heads=8, n_kv_heads=2, vocab_size=vocab_size)
         if count_params(config)["total"] * BYTES_PER_PARAMETER >= gib * 2**30:
@@ -48,9 +48,9 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="benchmarks.checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gib", type=float, default=1.0, help="size of a checkpoint (default: %(default)s)")
+    parser.add_argument("--gib", type=float, default=1.0, help="size of a checkpoint in GiB (default: %(default)s)")
     parser.add_argument("--saves", type=int, default=5, help="counted saves of each kind (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="folder to write checkpoints into (default: a temporary one)")
+    parser.add_argument("--out", type=Path, help="folder for the checkpoints (default: a temporary one)")
     args = parser.parse_args(argv)
 
     world = start(timeout_s=600)

@@ -1,4 +1,4 @@
-"""Timing of things that should be the same: in turns, as ratios with an interval, and only if they agree."""
+"""Compares the time of two ways to compute the same: they take turns, and nothing is timed unless they agree."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from torch import Tensor
 from training.engine.world import World
 
 TOLERANCE = 1e-5
-"""Largest difference of two losses in nats."""
+"""Largest difference of two losses that count as equal, in nats."""
 BF16_TOLERANCE = 1e-3
-"""The same in bf16 between kernels that round differently, and after an update whose sums have no fixed order."""
+"""The same bound in bf16, for kernels that round differently and after updates whose sums have no fixed order."""
 
 
 class Refused(RuntimeError):
-    """What was to be compared does not compute the same."""
+    """The two ways do not compute the same, so their times are not compared."""
 
 
 def mean_loss(losses: Sequence[Tensor], world: World) -> float:
-    """Of one step, over micro-batches and ranks: what a row of metrics.jsonl has."""
+    """The mean loss of one step over micro-batches and ranks, as in a row of metrics.jsonl. Every rank must call it."""
     mean = torch.stack(list(losses)).double().mean() / world.size
     dist.all_reduce(mean)
     return mean.item()
@@ -36,14 +36,14 @@ def require_equal(
 ) -> float:
     """The largest difference of two loss curves, in nats.
 
-    first, later: what it may be in the first step, and after an update. Raises Refused where it is more.
+    first, later: the largest difference allowed in the first step and in later steps. Raises Refused above it.
     """
     apart = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
     for step, distance in enumerate(apart):
         bound = later if step else first
         if not distance <= bound:
             raise Refused(
-                f"refusing to time {name}: in step {step + 1} its loss is {ours[step]:.7f}, the other's "
+                f"refusing to time {name}: in step {step + 1} its loss is {ours[step]:.7f}, the reference's is "
                 f"{theirs[step]:.7f}; they differ by {distance:.1e}, more than {bound:.0e}"
             )
     return max(apart)
@@ -51,9 +51,9 @@ def require_equal(
 
 @dataclass(frozen=True)
 class Clocks:
-    """Two readings of a rank, or what lies between two: wall time, and CPU time of all threads of its process.
+    """Wall time and CPU time (all threads of the process) of a rank: a reading, or the difference of two readings.
 
-    A machine that is busy with other things stretches the first, not the second.
+    Other work on the machine lengthens wall time, but not CPU time.
     """
 
     wall_s: float
@@ -64,14 +64,14 @@ class Clocks:
 
 
 def now(world: World) -> Clocks:
-    """When this rank's device has done what it was given."""
+    """The clocks of this rank once its device has finished all queued work."""
     if world.device.type == "cuda":
         torch.cuda.synchronize()
     return Clocks(time.perf_counter(), time.process_time())
 
 
 def spent_on(run: Callable[[], object], world: World) -> Clocks:
-    """Begun by all ranks together."""
+    """Time of one call that all ranks start together."""
     world.barrier()
     began = now(world)
     run()
@@ -79,7 +79,7 @@ def spent_on(run: Callable[[], object], world: World) -> Clocks:
 
 
 def in_turns(ways: dict[str, Callable[[int], object]], rounds: int, world: World) -> dict[str, list[Clocks]]:
-    """What each way takes in each round, A B C then C B A. A way is told which round it is."""
+    """Time of each way in each round; the order is A B C, then C B A. A way is called with the number of its round."""
     spent: dict[str, list[Clocks]] = {name: [] for name in ways}
     for number in range(rounds):
         for name in list(ways) if number % 2 == 0 else reversed(ways):
@@ -89,7 +89,7 @@ def in_turns(ways: dict[str, Callable[[int], object]], rounds: int, world: World
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median of pairwise ratios, its 95 % interval (None of fewer than six), and the ratio of the sums."""
+    """Median of pairwise ratios, its 95 % interval (None for fewer than six pairs), and the ratio of the sums."""
 
     median: float
     interval: tuple[float, float] | None
@@ -106,9 +106,9 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
 
 
 def interval_of(ordered: Sequence[float]) -> tuple[float, float] | None:
-    """Holds the median in at least 95 % of samples, whatever the distribution: the r-th smallest and largest value.
+    """A 95 % confidence interval of the median for any distribution: the r-th smallest and r-th largest value.
 
-    None where no r will do: of fewer than six values.
+    None for fewer than six values, where no r reaches 95 %.
     """
     n = len(ordered)
     tail, r = 0.0, 0

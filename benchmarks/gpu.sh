@@ -1,32 +1,32 @@
 #!/usr/bin/env bash
-# What only a GPU can show: the kernels' tests on the device, then the measurements.
+# Runs everything that needs a GPU: the kernels' tests on the device, then the measurements.
 #   benchmarks/gpu.sh [--smoke] [PART ...]
-# Parts, in this order when none is named; each is made to end within 9 minutes:
-#   kernels     tests of the Triton kernels, on the device
-#   operations  each kernel alone, and attention beside dense and the naive gather
+# All parts run, in this order, unless some are named; each is sized to end within 9 minutes:
+#   kernels     tests of the Triton kernels on the device
+#   operations  each kernel alone; GSA's attention against dense attention and the naive gather
 #   head        the loss head at 8 x 2048 rows
-#   step        a step of one process, GSA beside dense
-#   train_step  the trainer against a bare loop, and its measuring steps against plain ones; ZeRO 1 and 2 against
-#               data-parallel
-#   ratio       tuned against untuned, as bare loops in turns
-#   run         the 512M configuration by training/train.py: tuned, on dense flash attention, untuned
+#   step        a training step of one process, GSA against dense attention
+#   train_step  the trainer against a bare loop, its measuring steps against plain steps, ZeRO 1 and 2 against
+#               data-parallel training
+#   ratio       the tuned against the untuned configuration, as bare loops that take turns
+#   run         the 512M configuration with training/train.py: tuned, dense on flash attention, untuned
 #   contrasts   the same: untuned on the naive layer, dense on the trainer's own kernel
-#   variants    the same: recomputed, compiled
-# `run`, `contrasts` and `variants` add to one table, at the same commit on the same kind of GPU.
-# A part that fails does not stop the others; the exit code is that of the first failure. Results go to
-# benchmarks/results/*_cuda*, and are copied to the folder $OUT where that is set. --smoke: what can run without a GPU,
-# on tiny sizes, to see that it runs.
-# Where a GPU is lent for minutes and has no network, use benchmarks/gpu_kit: it packs what is missing, and first checks
-# in a minute whether everything that the trainer relies on works.
+#   variants    the same: with activation checkpointing, with torch.compile
+# `run`, `contrasts` and `variants` write into one table when commit and kind of GPU are the same.
+# A part that fails does not stop the others; the exit code is that of the first failure. Results are written to
+# benchmarks/results/*_cuda*, and copied to the folder $OUT if that is set. --smoke runs what needs no GPU, on tiny
+# sizes, to see that it runs.
+# For a GPU that is lent for minutes and has no network, use benchmarks/gpu_kit: it packs what is missing, and first
+# checks within a minute whether everything that the trainer relies on works.
 #
-# $PYTHON is what runs (default: python3). Packages that it lacks may come as wheels in the folder $WHEELS: they are
-# installed into a folder of their own, without a network, and put before what is there. Collect them where a network is;
-# for a machine with Python 3.12 on x86-64 that has torch, triton, numpy and tokenizers, what is mostly missing is
+# $PYTHON is the interpreter (default: python3). Packages that it lacks can be given as wheels in the folder $WHEELS:
+# they are installed into a temporary folder without a network, and take precedence over installed ones. Collect them on
+# a machine with a network; for Python 3.12 on x86-64 with torch, triton, numpy and tokenizers, this is usually missing:
 #   pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
 #       --platform manylinux_2_28_x86_64 --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 \
 #       -d wheels omegaconf hjson annotated-types typing-inspection pydantic==2.14.4 pydantic-core==2.50.5
 #   pip wheel --no-deps --no-build-isolation -w wheels deepspeed==0.19.8    # only its source is published; needs torch
-# pydantic asks for one version of pydantic-core. What else a machine lacks, the first run says by an ImportError.
+# pydantic requires one exact version of pydantic-core. An ImportError of the first run names what else is missing.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PY="${PYTHON:-python3}"
@@ -81,7 +81,7 @@ if [ "${1:-}" = --smoke ]; then how=on_cpu; shift; fi
 for part in "$@"; do
     case " ${every[*]} " in
     *" $part "*) ;;
-    *) echo "error: no part is called $part; there are: ${every[*]}" >&2; exit 2 ;;
+    *) echo "error: there is no part $part; choose from: ${every[*]}" >&2; exit 2 ;;
     esac
 done
 
@@ -93,7 +93,7 @@ if [ -n "${WHEELS:-}" ]; then
 fi
 if [ $how = on_gpu ]; then
     "$PY" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
-        echo "error: torch sees no GPU here; --smoke runs what needs none" >&2
+        echo "error: torch finds no GPU on this machine; --smoke runs the parts that need none" >&2
         exit 2
     }
 fi

@@ -1,18 +1,19 @@
-"""The 512M configuration on one GPU, with the work that each of four has: real runs of training/train.py, one by one.
+"""The 512M configuration on one GPU with the work of one GPU of four: real runs of training/train.py, one by one.
 
     python -m benchmarks.gpu_run [--runs tuned untuned ...] [--seconds 60] [--smoke]
 
-tuned: training/configs/pretrain_512m_low_memory.yaml as it is, micro-batch 8 x 2048, accumulation 8, ZeRO 2 over one
-    rank, its sparse stage.   untuned: pretrain_512m_untuned.yaml, 1 x 1024, accumulation 64.
-naive: untuned, with the attention of the legacy layer (benchmarks/layers.py) and adaptive_k off, which that needs.
-dense: tuned, model.sparse=false.   flash: the same on torch's fused attention.
+tuned: training/configs/pretrain_512m_low_memory.yaml unchanged, micro-batch 8 x 2048, accumulation 8, ZeRO 2 on one
+    rank, sparse stage.   untuned: pretrain_512m_untuned.yaml, 1 x 1024, accumulation 64.
+naive: untuned, with the attention of the legacy layer (benchmarks/layers.py), which needs adaptive_k off.
+dense: tuned, with model.sparse=false.   flash: dense, on torch's fused attention.
 recomputed: tuned, with training.gradient_checkpointing.   compiled: tuned, with training.compile.
 
-Text is random tokens in documents of whole windows, so that every window is one document: the most work that a window
-can be, and the same for all. A run is measured for at least `--seconds` after its first steps, from its metrics.jsonl,
-and then killed, since its checkpoint is not wanted. What earlier calls found at the same commit on the same kind of GPU
-stays in the table, so that one call may make a part of it. Writes benchmarks/results/run_cuda.{json,md}; exit code 1
-when a run failed. --smoke: a tiny model in float32, on any device, a few steps each; prints the table, writes nothing.
+The text is random tokens in documents of whole windows, so that every window is one document: this is the most work
+that a window can be, and it is the same for every run. A run is measured for at least `--seconds` after its first
+steps, from its metrics.jsonl, and is then killed, since its checkpoint is not needed. Results of earlier calls at the
+same commit on the same kind of GPU stay in the table, so that one call may measure a part of it. Writes
+benchmarks/results/run_cuda.{json,md}; exit code 1 when a run failed. --smoke: a tiny model in float32, on any device, a
+few steps per run; prints the table and writes nothing.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "training" / "configs"
 ZERO2, ZERO2_PCIE = (ROOT / "ds_configs" / name for name in ("zero2.json", "zero2_pcie.json"))
 LIMIT_S = 300.0
-"""For a run to get to its first steps, beyond the seconds that are asked for."""
+"""Time for a run to reach its first steps, in addition to `--seconds`."""
 PER_GPU = {"training.global_batch_size": 64}
 """A quarter of the global batch of both configurations: the share of one of four GPUs."""
 QUIET = {
@@ -68,15 +69,16 @@ TINY = {
     "model.k_max": 32,
     "training.precision": "fp32",
 }
-"""Of --smoke. The lengths are a thirty-second of the real ones."""
+"""The model of --smoke."""
 SMOKE_SHRINK = 32
+"""With --smoke, windows are this many times shorter."""
 SMOKE_SECONDS = 1.0
 DATA_TOKENS = 2**24
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: a yaml of training/configs/, what is changed in it, and the layer when it is not the trainer's own."""
+    """One run: a yaml of training/configs/, overrides, and the attention layer when it is not the trainer's own."""
 
     config: str
     changes: dict[str, object]
@@ -97,9 +99,9 @@ RUNS = {
 
 @dataclass(frozen=True)
 class Measured:
-    """Medians over the steady steps, but for the peak. utilisation: share of time, None without NVML.
+    """Medians over the steady steps, except the peak memory. utilisation: share of time, None without NVML.
 
-    memory: GiB of tensors at the peak. predicted_gib, predicted_s: by count, None where there was no prediction.
+    memory_gib: tensors at the peak. predicted_gib, predicted_s: from the plan, None where there was no prediction.
     """
 
     shape: str
@@ -118,7 +120,7 @@ class Measured:
 
 
 class RunFailed(RuntimeError):
-    """A run ended, or had no steps in time; the message has the end of what it printed."""
+    """A run ended early or was too slow; the message has the last lines that it printed."""
 
 
 # -- one run ---------------------------------------------------------------------------------------------
@@ -139,7 +141,7 @@ def command_of(run: Run, folder: Path, given: Sequence[str]) -> list[str]:
 
 
 def measure(run: Run, folder: Path, data_dir: Path, seconds: float, smoke: bool) -> Measured:
-    """Starts the run, waits for its steady steps, kills it. Raises RunFailed."""
+    """Starts the run, waits for its steady steps and kills it. Raises RunFailed."""
     given = overrides(run, data_dir, smoke)
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]))
     log = folder.with_suffix(".log")
@@ -163,7 +165,7 @@ def measure(run: Run, folder: Path, data_dir: Path, seconds: float, smoke: bool)
 
 
 def steady_rows(process: subprocess.Popen, metrics: Path, log: Path, seconds: float) -> list[dict]:
-    """Rows of the steps after the first SETTLED ones, once they add up to `seconds`."""
+    """Rows of the steps after the first SETTLED ones; waits until they add up to `seconds`. Raises RunFailed."""
     deadline = time.monotonic() + seconds + LIMIT_S
     while True:
         time.sleep(0.2)
@@ -174,7 +176,7 @@ def steady_rows(process: subprocess.Popen, metrics: Path, log: Path, seconds: fl
         if ended or time.monotonic() > deadline:
             what = f"ended with {process.returncode}" if ended else f"took more than {seconds + LIMIT_S:.0f} s"
             end = "".join(log.read_text(errors="replace").splitlines(keepends=True)[-15:])
-            raise RunFailed(f"{what} after {len(rows)} steady steps; it said at last:\n{end}")
+            raise RunFailed(f"{what} after {len(rows)} steady steps; the end of its log:\n{end}")
 
 
 def summary(cfg: RunConfig, rows: Sequence[dict], everything: Sequence[dict]) -> Measured:
@@ -201,12 +203,12 @@ def summary(cfg: RunConfig, rows: Sequence[dict], everything: Sequence[dict]) ->
     )
 
 
-# -- telling ---------------------------------------------------------------------------------------------
+# -- report ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is asked of a figure. value: None where no run has it."""
+    """A goal for a measured value. value: None where no run measured it."""
 
     words: str
     value: float | None
@@ -261,24 +263,24 @@ def row_of(name: str, m: Measured) -> str:
 
 
 def planned(cfg: RunConfig, device: Device, gpus: int, ds_config: Path) -> Option:
-    """What training.plan says of a configuration on this many GPUs."""
+    """What training.plan predicts for a configuration on this many GPUs."""
     request = Request(cfg, Path(__file__), plan_batch(cfg.training, gpus), device, ds_config)
     return request.option(request.setting(ds_config))
 
 
 def what_is_planned(runs: dict[str, Measured], device_name: str) -> str:
-    """Measured on one device, planned for four: which is which."""
+    """Text that separates what was measured on one device from what is predicted for four."""
     cfg = load_config(CONFIGS / TUNED, [])
     lines = [
-        "Measured is one GPU with the work of one of four: no gradient was reduced between GPUs, no weight gathered,\n"
-        "and the optimizer's state was not divided. Planned, by training.plan from counts and assumed shares of the\n"
-        "peaks, and measured by nobody, is the configuration on four GPUs:"
+        "Measured: one GPU with the work of one GPU of four. No gradient was reduced between GPUs, no weight\n"
+        "was gathered, and the optimizer's state was not divided. Predicted for four GPUs, by training.plan from\n"
+        "counts and assumed shares of the peaks, and not measured:"
     ]
     for name in ("A40", "L40S"):
         four = planned(cfg, DEVICES[name], 4, ZERO2_PCIE)
         lines.append(
-            f"on 4 x {name} {four.time.seconds:.2f} s per step, {four.time.communication:.2f} s of it communication of "
-            f"which {four.time.exposed:.2f} s nothing hides, and {four.peak_gib:.1f} GiB per GPU;"
+            f"on 4 x {name} {four.time.seconds:.2f} s per step, {four.time.communication:.2f} s of it communication, "
+            f"of which {four.time.exposed:.2f} s do not overlap with computation, and {four.peak_gib:.1f} GiB per GPU;"
         )
     tuned, here = runs.get("tuned"), find_device(device_name)
     if tuned is None or here is None:
@@ -290,8 +292,8 @@ def what_is_planned(runs: dict[str, Measured], device_name: str) -> str:
     off = tuned.seconds / one.time.seconds
     four = planned(cfg, DEVICES["A40"], 4, ZERO2_PCIE)
     lines.append(
-        f"for one {here.name} the same plan says {one.time.seconds:.2f} s, and {tuned.seconds:.2f} s were measured:\n"
-        f"{off:.2f} times as long. Were it as far off on 4 x A40, a step would take {four.time.seconds * off:.2f} s."
+        f"for one {here.name} the same plan predicts {one.time.seconds:.2f} s; {tuned.seconds:.2f} s were measured:\n"
+        f"{off:.2f} times as long. With the same error on 4 x A40, a step would take {four.time.seconds * off:.2f} s."
     )
     return "\n".join(lines)
 
@@ -301,13 +303,13 @@ def report(runs: dict[str, Measured], births: dict[str, str], device_name: str, 
     by_birth: dict[str, list[str]] = {}
     for name in runs:
         by_birth.setdefault(births[name], []).append(name)
-    told = "\n".join(f"- {', '.join(names)}: {birth}" for birth, names in by_birth.items())
-    scale = "A tiny model: this shows that the benchmark runs, and nothing else.\n\n" if smoke else ""
+    sources = "\n".join(f"- {', '.join(names)}: {birth}" for birth, names in by_birth.items())
+    scale = "A tiny model: this shows only that the benchmark runs.\n\n" if smoke else ""
     goal_rows = "\n".join(str(goal) for goal in goals(runs))
     return f"""# The 512M configuration on one GPU
 
-{scale}Medians over the steps after the first {SETTLED}, but for the peak, which is the largest. Utilisation, power and
-throttling by NVML, a mean per step. Predicted: the run's own "predicted" event, by count.
+{scale}Medians over the steps after the first {SETTLED}, except the peak, which is the largest. Utilisation, power and
+throttling are means per step, from NVML. Predicted: the run's own "predicted" event, from counts.
 
 | run | micro-batch, accumulation | tokens/s | s/step | s predicted | MFU | utilisation | W | throttled | peak, GiB | GiB predicted | waiting for data | steady |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|
@@ -321,7 +323,7 @@ throttling by NVML, a mean per step. Predicted: the run's own "predicted" event,
 
 Runs, {device_name}:
 
-{told}
+{sources}
 """  # noqa: E501
 
 
@@ -330,13 +332,13 @@ def device_name() -> str:
 
 
 def earlier(path: Path) -> dict[str, dict]:
-    """Runs that a call before this one has left, if they can stand beside ours."""
+    """Runs measured by earlier calls, if they ran at this commit on this kind of device; {} otherwise."""
     if not path.exists():
         return {}
     found = json.loads(path.read_text())
     if (found["device"], found["commit"]) == (device_name(), commit()):
         return found["runs"]
-    print(f"{path.name} is of {found['device']} at {found['commit']}: it is replaced", flush=True)
+    print(f"replacing {path.name}, which was measured on {found['device']} at {found['commit']}", flush=True)
     return {}
 
 
@@ -345,8 +347,12 @@ def main(argv: list[str]) -> int:
         prog="benchmarks.gpu_run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=list(RUNS))
-    parser.add_argument("--seconds", type=float, default=60.0, help="of steady steps, each run (default: %(default)s)")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model, on any device: does the benchmark run?")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="seconds of steady steps of each run (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="a tiny model on any device, to see that the benchmark runs"
+    )
     args = parser.parse_args(argv)
     if not (args.smoke or torch.cuda.is_available()):
         print("error: torch sees no GPU here; --smoke shows on a CPU that the benchmark runs", file=sys.stderr)
@@ -371,8 +377,8 @@ def main(argv: list[str]) -> int:
                 continue
             found[name] = {"birth": certificate("gpu_run", argv), **asdict(measured)}
             print(row_of(name, measured), flush=True)
-            told = {"device": device_name(), "commit": commit(), "runs": found}
-            path.write_text(json.dumps(told, indent=1) + "\n")
+            results = {"device": device_name(), "commit": commit(), "runs": found}
+            path.write_text(json.dumps(results, indent=1) + "\n")
         births = {name: run["birth"] for name, run in found.items()}
         runs = {name: Measured(**{k: v for k, v in run.items() if k != "birth"}) for name, run in found.items()}
         text = report(runs, births, device_name(), args.smoke)

@@ -1,10 +1,10 @@
-"""The loss head: time, peak memory and exactness of ways to get cross-entropy and its gradients out of hidden states.
+"""The loss head: time, peak memory and error of several ways to compute cross-entropy and its gradients.
 
     python -m benchmarks.head [--rows 2048] [--vocab_size 151936] [--d_model 1024] [--dtype float32] [--repeats 3]
 
-Ways take turns; peak memory is that of a process of its own for each, above inputs and gradients. `blocks` is
-gsa/loss.py. `row chunks` forms the gradients in the forward pass, a chunk of rows at a time, as liger-kernel does,
-which itself needs a GPU and stands beside it there when it is installed. Writes
+The ways take turns; peak memory is measured in a separate process for each, and excludes inputs and gradients.
+`blocks` is gsa/loss.py. `row chunks` computes the gradients in the forward pass, a chunk of rows at a time, as
+liger-kernel does; liger-kernel itself needs a GPU and is measured there when it is installed. Writes
 benchmarks/results/head_<device>_<dtype>_<rows>.md.
 """
 
@@ -95,9 +95,9 @@ def forward_backward(way: str, args: argparse.Namespace) -> Callable[[], float]:
 
 
 def beyond_gradients_mib(way: str, args: argparse.Namespace) -> float:
-    """Peak above the inputs, less what the gradients themselves take."""
+    """Peak memory above the inputs in MiB, without the gradients themselves."""
     small = argparse.Namespace(**{**vars(args), "rows": 64, "vocab_size": 512})
-    forward_backward(way, small)()  # libraries loaded, thread pools started
+    forward_backward(way, small)()  # loads libraries and starts thread pools before memory is measured
     size = torch.finfo(getattr(torch, args.dtype)).bits // 8
     gradients = (args.rows + args.vocab_size) * args.d_model * size / 2**20
     return peak_mib(forward_backward(way, args), args.device) - gradients
@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=3, help="0: memory only")
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--peak-of", choices=list(WAYS), help="print the peak of one way, in MiB, and end")
+    parser.add_argument("--peak_of", choices=list(WAYS), help="only print the peak of one way, in MiB")
     args = parser.parse_args(argv)
     if args.peak_of:
         print(beyond_gradients_mib(args.peak_of, args))
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> int:
     exact = exact_loss(args)
     lines = []
     for way in args.ways:
-        command = [sys.executable, "-m", "benchmarks.head", *argv, "--peak-of", way]
+        command = [sys.executable, "-m", "benchmarks.head", *argv, "--peak_of", way]
         peak = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
         lines.append(f"| {way} | {spread(seconds[way])} | {peak:.0f} | {error(losses.get(way), exact)} |")
         print(lines[-1], flush=True)
@@ -139,7 +139,7 @@ def main(argv: list[str]) -> int:
 
 {certificate("head", argv)}
 {args.rows} rows, width {args.d_model}, vocabulary {args.vocab_size}, {args.dtype}, {torch.get_num_threads()} thread(s).
-Medians of {args.repeats}, smallest and largest. Peak: above inputs and gradients.
+Medians of {args.repeats}, smallest and largest. Peak memory excludes inputs and gradients.
 
 | way | s | peak, MiB | loss off by |
 |---|---|---|---|
@@ -150,7 +150,7 @@ Medians of {args.repeats}, smallest and largest. Peak: above inputs and gradient
 
 @torch.no_grad()
 def exact_loss(args: argparse.Namespace) -> float:
-    """In float64, from the same rounded inputs; a few rows at a time."""
+    """The loss in float64 from the same rounded inputs, computed a few rows at a time."""
     hidden, weight, targets = inputs(args)
     if not args.repeats:
         return float("nan")

@@ -2,8 +2,8 @@
 
     make data && python -m benchmarks.indexer [--steps 600] [--windows 32]
 
-Beside the trained indexer stand an oracle, which selects the keys of largest attention mass, and an untrained indexer
-in the trained model. Writes benchmarks/results/indexer_cpu.md; the run lies in outputs/indexer.
+The trained indexer is compared with an oracle, which selects the keys of largest attention mass, and with an untrained
+indexer in the trained model. Writes benchmarks/results/indexer_cpu.md; the run's folder is outputs/indexer.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def main(argv: list[str]) -> int:
     plain = read_config_json(step_dir)
     windows = held_out({plain["data"]["data_dir"]: 1.0}, plain["training"]["max_seq_len"], args.windows)
     torch.manual_seed(plain["training"]["seed"])
-    newborn = GSAForCausalLM(ModelConfig(**plain["model"])).eval()
-    before = measure_coverage(newborn, windows)
+    untrained_model = GSAForCausalLM(ModelConfig(**plain["model"])).eval()
+    before = measure_coverage(untrained_model, windows)
     after = measure_coverage(model, windows)
     untrained = measure_coverage(with_untrained_indexer(model, windows), windows)
     env = environment()
@@ -75,17 +75,17 @@ def main(argv: list[str]) -> int:
 (shared), torch {env["torch"]}. {CONFIG.name}: {model.config.n_layers} layers, T = {plain["training"]["max_seq_len"]},
 k = {model.config.k_base}; {args.steps} steps, of these {plain["training"]["indexer_warmup_steps"]} dense, in
 {seconds:.0f} s; held-out {evals[-1]["eval_bpb"]:.3f} bits per byte (unigram {evals[-1]["unigram_bpb"]:.3f}).
-{len(windows)} held-out windows. Shares of dense attention mass, queries that see more than k keys.
+{len(windows)} held-out windows. Shares of dense attention mass, over queries with more than k visible keys.
 
 After training:
 
 {coverage_table(after, untrained)}
 
-Before the first step (attention is near uniform: nothing to know, and the oracle itself covers little):
+Before the first step (attention is nearly uniform, so that even the oracle covers little):
 
 {coverage_table(before, before)}
 
-What decides the kernel for long context (training.inspect_indexer):
+How far selected sets overlap, which decides the kernel for long context (training.inspect_indexer):
 
 {spread_table(*measure_spread(model, windows[:8]))}
 """

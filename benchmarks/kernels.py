@@ -1,4 +1,4 @@
-"""Each operation of the attention kernels by itself: milliseconds, and the share of a dense forward and backward pass.
+"""Time of each attention operation alone, in ms and as a share of a dense forward and backward pass.
 
     python -m benchmarks.kernels [--device cuda] [--backend triton] [--dtype bfloat16] [--lengths 2048 8192 32768]
 
@@ -99,7 +99,7 @@ def main(argv: list[str]) -> int:
 `python -m benchmarks.kernels {" ".join(argv)}`, commit {commit()}, {datetime.now(UTC):%Y-%m-%d},
 {", ".join(env["devices"])}, torch {env["torch"]}, {args.dtype}, backend {args.backend}, batch 1,
 {H} heads of {D}, {G} key/value heads, indexer {J} x {E}, k = {K}.
-Milliseconds: median of {args.repeats}, smallest and largest; and the share of dense attention.
+Milliseconds: median of {args.repeats}, smallest and largest; then the share of dense attention.
 
 | T | operation | ms | of dense |
 |---|---|---|---|

@@ -1,12 +1,12 @@
-"""Attention that the trainer does not have, put into it for a comparison, and the trainer's entry with it.
+"""Runs training/train.py with another attention layer, for comparison.
 
     python -m benchmarks.layers naive_gather|flash <arguments of training/train.py>
 
-`naive_gather` computes attention as the legacy layer did: the whole score matrix, the top k_base keys of a row, and a
-copy of its keys and values for every query. Only selection and attention are replaced; the alignment loss, which the
-legacy layer did not have, stays. It needs model.adaptive_k=off. `flash` is torch's fused dense attention for
-model.sparse=false. The trainer's own kernel also separates the documents of a window; `flash` is right only when every
-window is a single document, and refuses other data.
+`naive_gather` computes attention as the legacy layer did: the whole score matrix, the top k_base keys of each row, and
+a copy of their keys and values for every query. It replaces selection and attention only; the alignment loss, which the
+legacy layer did not have, stays. It needs model.adaptive_k=off. `flash` is torch's fused dense attention, for
+model.sparse=false. The trainer's own kernel also separates the documents of a window; `flash` does not, so it is
+correct only when every window is a single document, and refuses other data.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Layer = Literal["naive_gather", "flash"]
 
 @contextmanager
 def layer(name: Layer) -> Iterator[None]:
-    """Models that run within it have this layer."""
+    """Within this context, models run with this layer."""
     if name == "flash":
         with patch.object(kernels, "attend", _Flash().attend):
             yield
@@ -43,7 +43,7 @@ def layer(name: Layer) -> Iterator[None]:
 
 
 class _NaiveGather:
-    """In place of kernels.select and kernels.attend, which a layer calls in this order."""
+    """Replaces kernels.select and kernels.attend, which a layer calls in this order."""
 
     @torch.no_grad()
     def select(
@@ -61,7 +61,7 @@ class _NaiveGather:
         scores = kernels.index_scores(*index).masked_fill(~visible, -torch.inf)
         self._best = scores.topk(min(rule.k_base, scores.shape[-1]), -1)
         chosen = torch.zeros_like(visible).scatter_(-1, self._best.indices, True) & visible
-        # packed only for the alignment loss
+        # only the alignment loss reads the packed bits
         return kernels.Selection(kernels.pack(chosen), chosen.sum(-1), None)
 
     def attend(
@@ -78,7 +78,7 @@ class _NaiveGather:
 
 
 class _Flash:
-    """In place of kernels.attend."""
+    """Replaces kernels.attend."""
 
     def __init__(self) -> None:
         self._started = False
@@ -88,7 +88,7 @@ class _Flash:
     ) -> tuple[Tensor, None]:
         if bits is not None:
             raise ValueError("flash attention is dense; set model.sparse=false")
-        if not self._started and doc_start.any():  # once: it makes a device wait
+        if not self._started and doc_start.any():  # only once: it makes the host wait for the device
             raise ValueError("flash attention would join the documents of a window; prepare one document per window")
         self._started = True
         heads = (x.transpose(1, 2) for x in (q, k, v))

@@ -1,4 +1,4 @@
-"""What every benchmark needs: a birth certificate for its numbers, and the peak memory of a call."""
+"""What every benchmark needs: the certificate of its numbers, and the peak memory of a call."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def commit() -> str:
-    """The short hash of the checkout, with "+" when files differ from it; $COMMIT where there is no checkout."""
-    if said := os.environ.get("COMMIT"):
-        return said
+    """The short hash of the checkout, with "+" when files differ from it; $COMMIT where that is set."""
+    if given := os.environ.get("COMMIT"):
+        return given
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=no", "--", "gsa", "training", "benchmarks/*.py"],
@@ -39,7 +39,10 @@ def certificate(name: str, argv: list[str]) -> str:
 
 
 def peak_mib(run: Callable[[], object], device: str = "cpu") -> float:
-    """Memory that `run` takes above what is held before it. On a CPU, the resident memory of this whole process."""
+    """Peak memory in MiB of a call of `run`, above the memory in use before it.
+
+    On a CPU this is the resident memory of the whole process.
+    """
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

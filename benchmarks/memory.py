@@ -1,11 +1,11 @@
-"""Memory that a forward pass leaves for its backward, on a CPU: counted, beside what training/planning predicts.
+"""Memory that a forward pass saves for its backward pass, on a CPU: counted, and as training/planning predicts it.
 
     python -m benchmarks.memory
 
-Counted: the bytes of every tensor that autograd saves (a hook sees each), that a checkpointed part holds, and that
-gsa/kernels/recompute_cache.py saves; each storage once, parameters and inputs left out. Then the curve of activation
-checkpointing: memory beside time, taking turns. Writes benchmarks/results/memory_cpu.md; exit code 1 when a
-prediction is off by 10 % or more.
+Counted: the bytes of every tensor that autograd saves (a hook receives each of them), that a checkpointed part holds,
+and that gsa/kernels/recompute_cache.py saves; each storage is counted once, parameters and inputs are not. Then memory
+and time of activation checkpointing, whose scopes take turns. Writes benchmarks/results/memory_cpu.md; exit code 1 when
+a prediction is off by 10 % or more.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ ROWS_SHARE = 0.25
 
 
 class Counter:
-    """Bytes of the storages it was shown, each once."""
+    """Counts the bytes of storages, each once."""
 
     def __init__(self, known: list[torch.Tensor]) -> None:
         self._known = {x.untyped_storage().data_ptr() for x in known}
-        self._kept: dict[int, torch.Tensor] = {}  # held: a storage that is freed could give its address to another
+        self._kept: dict[int, torch.Tensor] = {}  # keeps storages alive: a freed address could be used again
 
     def see(self, x: object) -> None:
         if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in self._known:
@@ -71,12 +71,12 @@ class Counter:
 
 @contextmanager
 def counted(known: list[torch.Tensor], recomputed: Recomputed) -> Iterator[Counter]:
-    """Counts what is held for the backward pass of what runs inside."""
+    """Counts what code inside this context saves for its backward pass."""
     counter = Counter(known)
     checkpoint, reuse = gsa.model.checkpoint, gsa.kernels.reuse_when_recomputing
 
     def seen_checkpoint(function, *args, **options):
-        # what a checkpointed part holds: what it was given; positions are shared and seen elsewhere
+        # a checkpointed part holds its arguments; storages shared with other parts are counted once
         for x in args:
             counter.see(x)
         return checkpoint(function, *args, **options)
@@ -137,7 +137,7 @@ def calibration() -> tuple[list[str], float]:
 
 
 def curve(rounds: int = 30) -> list[str]:
-    """Memory and time of each scope, relative to none. The scopes take turns, forwards and backwards."""
+    """Rows of memory and time of each scope, relative to none. The scopes take turns, in alternating order."""
     B, T = 4, 512
     config = replace(BASE, n_layers=8)
     forwards, held = {}, {}
@@ -179,8 +179,8 @@ Worst: {worst:.1%}.
 
 ## What activation checkpointing costs
 
-8 layers of the base model, 4 x 512, float32, {torch.get_num_threads()} thread(s), forward and backward; turn by turn,
-the median ratio and its 95 % interval.
+8 layers of the base model, 4 x 512, float32, {torch.get_num_threads()} thread(s), forward and backward. The median of
+the ratios of each turn, with its 95 % interval.
 
 | recomputed | held, MiB | of none | wall time, of none | CPU time, of none |
 |---|---|---|---|---|

@@ -1,10 +1,10 @@
-"""A whole training step, GSA beside the same model with dense attention: forward, losses, backward, AdamW.
+"""A whole training step of GSA and of the same model with dense attention: forward, losses, backward, AdamW.
 
     python -m benchmarks.step [--config YAML] [--micro_batch_size N] [--repeats 10] [key=value ...]
 
-One process, no DeepSpeed; precision, length and activation checkpointing are those of the configuration (default: the
-512M one). Tokens are random, packed as in training: each sequence holds four documents, of a half, a quarter and twice
-an eighth of it. The two models take turns. Writes benchmarks/results/step_<device>.md.
+One process without DeepSpeed; precision, length and activation checkpointing are those of the configuration (default:
+the 512M one). Tokens are random and packed as in training: each sequence holds four documents, of 1/2, 1/4, 1/8 and 1/8
+of its length. The two models take turns. Writes benchmarks/results/step_<device>.md.
 """
 
 from __future__ import annotations
@@ -37,9 +37,13 @@ def main(argv: list[str]) -> int:
         prog="benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, default=DEFAULT)
-    parser.add_argument("--micro_batch_size", type=int, help="sequences (default: that of the configuration)")
+    parser.add_argument(
+        "--micro_batch_size", type=int, help="sequences per micro-batch (default: as in the configuration)"
+    )
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, over the yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="configuration keys that replace those of the yaml"
+    )
     args = parser.parse_args(argv)
     cfg = load_config(args.config, args.overrides)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -48,7 +52,7 @@ def main(argv: list[str]) -> int:
     shape = Shape(c.n_heads, c.n_kv_heads, c.d_head, c.n_indexer_heads, c.d_indexer, dtype)
     backend, fault = resolve(cfg.training.backend, shape, device)
     if fault:
-        print(f"warning: on the chunked kernels: {fault}", file=sys.stderr)
+        print(f"warning: using the chunked kernels: {fault}", file=sys.stderr)
     size = (args.micro_batch_size or cfg.training.micro_batch_size, cfg.training.max_seq_len)
     random = torch.Generator().manual_seed(0)
     tokens, targets = (torch.randint(0, c.vocab_size, size, generator=random).to(device) for _ in range(2))
@@ -70,7 +74,7 @@ def main(argv: list[str]) -> int:
                 torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
             step()
-            if repeat >= 2:  # the first ones compile and allocate
+            if repeat >= 2:  # the first two compile and allocate
                 seconds[name].append(time.perf_counter() - began)
                 peaks[name] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
     text = report(args, argv, cfg, backend, size, seconds, peaks)
@@ -80,7 +84,7 @@ def main(argv: list[str]) -> int:
 
 
 def document_starts(rows: int, length: int) -> torch.Tensor:
-    """(rows, length) int64: where the document of each position begins."""
+    """(rows, length) int64: the position where the document of each token begins."""
     begins = torch.tensor([0, length // 2, length * 3 // 4, length * 7 // 8])
     place = torch.arange(length)
     return begins[torch.bucketize(place, begins, right=True) - 1].expand(rows, length).contiguous()
@@ -112,7 +116,7 @@ def report(args, argv, cfg, backend, size, seconds, peaks) -> str:
 {", ".join(env["devices"])}, torch {env["torch"]}. {args.config.name}:
 {count_params(cfg.model)["total"]:,} parameters, {size[0]} x {size[1]} tokens in four documents each,
 {cfg.training.precision}, backend {backend}, k_base {cfg.model.k_base}. Medians of {args.repeats}, smallest and largest.
-Memory is that of both models and optimizers plus the step's own.
+Memory is that of both models and optimizers and of the step itself.
 
 | attention | s | peak, GiB |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""A prepared dataset (docs/data.md) of random tokens: text of any length and vocabulary, in a moment."""
+"""Writes a prepared dataset (docs/data.md) of random tokens, with any length and vocabulary, within seconds."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from pathlib import Path
 import numpy as np
 
 SKEW = 4
-"""A uniform number to this power, times the vocabulary, is a token: few are frequent, as in text."""
+"""A token is a uniform number to this power times the vocabulary: a few tokens are frequent, as in text."""
 HELD_OUT = 16
-"""Documents, the first ones again: the format wants some, and nothing measured here reads them."""
+"""Held-out documents, copies of the first ones: the format requires some, and no benchmark reads them."""
 
 
 def write_dataset(folder: Path, lengths: np.ndarray, *, vocab_size: int) -> None:
-    """Writes documents of these lengths, in tokens, the end token included, as one shard.
+    """Writes documents of these lengths as one shard.
 
-    lengths: (documents,) int64, each at least 1. Documents that are whole windows fill whole windows.
+    lengths: (documents,) int64, in tokens with the end token, each at least 1. Documents that are whole windows fill
+    whole windows.
     """
     folder.mkdir(parents=True, exist_ok=True)
     eod_id = vocab_size - 1

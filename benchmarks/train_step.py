@@ -1,24 +1,25 @@
-"""What a training step costs beside what it could: the loop, ZeRO, the configuration, the loader, as ratios in one run.
+"""What the loop, ZeRO, the configuration and the loader add to a training step, as ratios measured in one run.
 
     python -m benchmarks.train_step [--ranks 2] [--parts overhead watching zero tuned] [--pairs 60] [--rounds 12]
 
-overhead: Trainer.train, all of its loop, against a bare `engine(batch); engine.backward(loss); engine.step()` on the
-    same model, engine kind and micro-batches, which lie ready in memory with their normalisation: reading, counting
-    targets and drawing rows for the alignment loss are the loop's cost. The loss is the trainer's, `loss +
-    indexer_loss_weight * indexer_loss`. And the loader's share of the trainer's steps, from its own metrics.
+overhead: the whole loop of Trainer.train against a bare `engine(batch); engine.backward(loss); engine.step()` with the
+    same model, engine and micro-batches. The bare loop's micro-batches and their normalisation are prepared in memory,
+    so that reading, counting targets and drawing rows for the alignment loss count as the loop's cost. The loss is the
+    trainer's, `loss + indexer_loss_weight * indexer_loss`. Also the loader's share of the trainer's steps, from its
+    metrics.
 watching: steps that measure the indexer (training.probe_interval) or the gradient and the update
-    (training.health_interval) against the plain step before each, in one run of the trainer.
-zero: ZeRO 1 and 2 against torch's DistributedDataParallel with AdamW (in bf16 on float32 masters) on the same
-    micro-batches, clipping and schedule included, as bare loops.
-tuned: the tuned against the untuned configuration, and against the untuned one with the legacy layer's way of
-    attention (benchmarks/layers.py), as bare loops. On a CPU scaled down: a small model, an eighth of the lengths and
-    of the number of keys, a quarter of the accumulation.
+    (training.health_interval) against the plain step before each of them, in one run of the trainer.
+zero: ZeRO 1 and 2 against torch's DistributedDataParallel with AdamW (in bf16 with float32 masters) on the same
+    micro-batches, with clipping and schedule, as bare loops.
+tuned: the tuned against the untuned configuration, and against the untuned one with the attention of the legacy layer
+    (benchmarks/layers.py), as bare loops. On a CPU everything is scaled down: a small model, an eighth of the lengths
+    and of the number of keys, a quarter of the accumulation.
 
-On CPU ranks it starts `--ranks` of them with one thread each; on GPUs one per GPU, with the 512M model.
-model.adaptive_k is off: under `variance` a step ends with a collective that belongs to the model, and a bare loop
-would not be bare. What is compared takes turns, A B B A, so that a busy machine slows all alike; ratios are taken pair
-by pair; in brackets the 95 % interval of the median, by order statistics. CPU time stands beside wall time: other
-work on the machine stretches it less. Nothing is timed before its losses have agreed. Writes
+On a CPU it starts `--ranks` processes with one thread each; on GPUs one process per GPU, with the 512M model.
+model.adaptive_k is off: under `variance` a step ends with a collective that belongs to the model, which a bare loop
+would lack. What is compared takes turns, A B B A, so that a busy machine slows all of it equally; ratios are computed
+for each pair, with the 95 % interval of their median in brackets, by order statistics. CPU time is given with wall
+time, since other work on the machine lengthens it less. Nothing is timed before the losses agree. Writes
 benchmarks/results/train_step_<device>.{json,md}.
 """
 
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 PARTS = ("overhead", "watching", "zero", "tuned")
 WARM = 3
-"""Steps before anything is timed: connections, kernels, optimizer state; their losses are compared."""
+"""Steps before anything is timed. They set up connections, kernels and optimizer state; their losses are compared."""
 GOAL_OVERHEAD, GOAL_DATA = 0.02, 0.005
 CLOCKS = {"wall_s": "wall time", "cpu_s": "CPU time of rank 0"}
 
@@ -87,14 +88,14 @@ CPU_LENGTH = 256
 
 
 class _Enough(Exception):
-    """Leaves Trainer.train when all pairs are timed."""
+    """Raised to leave Trainer.train when all pairs are timed."""
 
 
 class Interleaved:
-    """In place of Trainer._train_step: between its steps, a bare loop takes its turns.
+    """Replaces Trainer._train_step: a bare loop takes turns with the trainer's steps.
 
-    A turn of the trainer lasts from the beginning of a step to that of the next: all of the loop, whatever it does
-    between steps. Turn i of either side is a pair; turns go A B B A.
+    A turn of the trainer lasts from the beginning of one step to the beginning of the next, so that it includes all
+    that the loop does between steps. Turn i of both sides is a pair; the order is A B B A.
     """
 
     def __init__(
@@ -170,11 +171,11 @@ def overhead(case: Case, folder: Path, pairs: int, steps: int) -> dict:
     }
 
 
-WATCHED = {"probe_interval": "the indexer measured", "health_interval": "norms by part and updates measured"}
+WATCHED = {"probe_interval": "indexer measured", "health_interval": "norms by part and updates measured"}
 
 
 def watching(case: Case, folder: Path, pairs: int) -> dict:
-    """Steps that measure against the plain ones before them: a run for each of WATCHED, at ZeRO 2."""
+    """Times measuring steps against the plain steps before them: one run for each of WATCHED, at ZeRO 2."""
     found = {}
     for key in WATCHED:
         intervals = {**dict.fromkeys(WATCHED, 0), key: 2, "max_steps": 2 * (WARM + pairs)}
@@ -190,7 +191,7 @@ def watching(case: Case, folder: Path, pairs: int) -> dict:
 
 
 def zero(case: Case, rounds: int) -> dict:
-    """Bare loops at ZeRO 1 and 2 against data-parallel training."""
+    """Times bare loops at ZeRO 1 and 2 against data-parallel training."""
     ways = {"data-parallel": Plain(case), "ZeRO 1": Bare(case, 1), "ZeRO 2": Bare(case, 2)}
     micros = case.micros(WARM + rounds)
     curves = {name: [mean_loss(way.step(m), case.world) for m in micros[:WARM]] for name, way in ways.items()}
@@ -208,7 +209,7 @@ def tuned(tuned_case: Case, untuned_case: Case, rounds: int) -> dict:
     """Tokens per second of the tuned configuration over the untuned one's, without the naive layer and with it."""
     cases = {"tuned": tuned_case, "untuned": untuned_case, "untuned, naive gather": untuned_case}
     loops = {name: Bare(case, 2) for name, case in cases.items()}
-    # one step's worth of text: what is in it does not change the time
+    # the micro-batches of one step: their content does not change the time
     micros = {name: case.micros(1)[0] for name, case in cases.items()}
 
     def step(name: str) -> list[Tensor]:
@@ -216,7 +217,7 @@ def tuned(tuned_case: Case, untuned_case: Case, rounds: int) -> dict:
             return loops[name].step(micros[name])
 
     curves = {name: [mean_loss(step(name), cases[name].world) for _ in range(2)] for name in cases}
-    # the first: later ones differ where a key of almost equal score was chosen
+    # only the first step: later losses differ where keys of almost equal score were chosen differently
     first = {name: curve[:1] for name, curve in curves.items()}
     naive, own = first["untuned, naive gather"], first["untuned"]
     apart = require_equal("the naive gather", naive, own, first=untuned_case.tolerance)
@@ -227,7 +228,7 @@ def tuned(tuned_case: Case, untuned_case: Case, rounds: int) -> dict:
         name: [Clocks(s.wall_s / case.tokens_per_step, s.cpu_s / case.tokens_per_step) for s in spent[name]]
         for name, case in cases.items()
     }
-    # seconds per token of the other over ours: tokens per second of ours over the other's
+    # seconds per token of the other over ours equals tokens per second of ours over the other's
     return {
         name: compared(per_token[name], per_token["tuned"]) | {"shape": case.shape, "losses_apart": apart}
         for name, case in cases.items()
@@ -291,7 +292,7 @@ def cases_of(world: World, data_dir: Path) -> tuple[Case, Case, Case]:
 
 
 def make_data(folder: Path, on_gpu: bool) -> None:
-    """Documents from an eighth of a window to two windows, so that windows are packed as those of text are."""
+    """Writes documents of 1/8 to 2 windows, so that windows are packed as in real text."""
     length, vocab_size, windows = (2048, 151936, 2000) if on_gpu else (CPU_LENGTH, CPU_MODEL.vocab_size, 2000)
     random = np.random.Generator(np.random.PCG64(1))
     write_dataset(folder, random.integers(length // 8, 2 * length, windows), vocab_size=vocab_size)
@@ -301,7 +302,7 @@ def make_data(folder: Path, on_gpu: bool) -> None:
 
 
 def launch(ranks: int, argv: Sequence[str]) -> int:
-    """This benchmark on `ranks` processes of their own."""
+    """Runs this benchmark on `ranks` processes; returns the exit code."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -338,8 +339,15 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--ranks", type=int, help="processes (default: one per GPU, 2 on a CPU)")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
-    parser.add_argument("--pairs", type=int, default=60, help="of overhead's turns (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=12, help="of zero; tuned takes half (default: %(default)s)")
+    parser.add_argument(
+        "--pairs", type=int, default=60, help="pairs of turns of the part overhead (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=12,
+        help="rounds of the part zero; tuned takes half as many (default: %(default)s)",
+    )
     args = parser.parse_args(argv)
     if "RANK" not in os.environ:
         return launch(args.ranks or torch.cuda.device_count() or 2, argv)
@@ -351,18 +359,18 @@ def main(argv: list[str]) -> int:
         folder = Path(world.broadcast(own))
         try:
             found = measure(args, world, folder)
-        except Refused as err:  # on all ranks alike: losses are means over them
+        except Refused as err:  # raised on all ranks, since losses are means over the ranks
             if world.is_main:
                 print(f"error: {err}", file=sys.stderr, flush=True)
             world.barrier()
             return 1
         if world.is_main:
             write(argv, found, world)
-        world.barrier()  # the folder is rank 0's
+        world.barrier()  # rank 0 deletes the folder that all ranks use
     return 0
 
 
-# -- telling ---------------------------------------------------------------------------------------------
+# -- report ----------------------------------------------------------------------------------------------
 
 
 def write(argv: list[str], found: dict, world: World) -> None:
@@ -376,7 +384,7 @@ def write(argv: list[str], found: dict, world: World) -> None:
 
 
 def result_name(parts: Sequence[str], on_gpu: bool) -> str:
-    """Of the files in results/: a call that measures some of the parts leaves the results of the others alone."""
+    """The name of the result files. A call that measures some parts only writes files of its own."""
     name = f"train_step_{'cuda' if on_gpu else 'cpu'}"
     return name if tuple(parts) == PARTS else "_".join([name, *parts])
 
@@ -385,13 +393,13 @@ def report(birth: str, found: dict, world: World) -> str:
     before, after = (", ".join(f"{x:.1f}" for x in found[key]) for key in ("load_before", "load_after"))
     model = "The 512M model" if world.device.type == "cuda" else f"{count_params(CPU_MODEL)['total']:,} parameters"
     sections = [
-        "# A training step beside what it could be",
+        "# What the trainer adds to a training step",
         f"{birth}\n{world.size} rank(s), {torch.get_num_threads()} thread(s) each. {model}, adaptive_k off; "
-        f"{found['shape']} unless said.\nLoad of the machine over 1, 5, 15 minutes: {before} before, {after} after "
-        f"(this benchmark included).",
+        f"{found['shape']} unless stated otherwise.\nLoad of the machine over 1, 5, 15 minutes: {before} before, "
+        f"{after} after (this benchmark included).",
     ]
-    tellers = {"overhead": tell_overhead, "watching": tell_watching, "zero": tell_zero, "tuned": tell_tuned}
-    sections += [tell(found[part]) for part, tell in tellers.items() if part in found]
+    reports = {"overhead": report_overhead, "watching": report_watching, "zero": report_zero, "tuned": report_tuned}
+    sections += [report_part(found[part]) for part, report_part in reports.items() if part in found]
     return "\n\n".join(sections) + "\n"
 
 
@@ -399,7 +407,7 @@ def met(good: bool) -> str:
     return "met" if good else "missed"
 
 
-def tell_overhead(part: dict) -> str:
+def report_overhead(part: dict) -> str:
     per_turn = part["steps_per_turn"]
     rows = []
     for clock, words in CLOCKS.items():
@@ -424,21 +432,21 @@ Waiting for data: {data:.3%} of the steps' seconds. Goal: under {GOAL_DATA:.1%}:
 After the last micro-batch: {other * 1e3:.1f} ms (median)."""
 
 
-def tell_watching(part: dict) -> str:
+def report_watching(part: dict) -> str:
     rows = []
     for key, words in WATCHED.items():
         r, every = Ratio(**part[key]["ratio"]), part[key]["every"]
         rows.append(f"| {words} | {r} | {every} | {(r.median - 1) / every:+.2%} |")
-    return f"""## What watching costs
+    return f"""## What measuring costs
 
-Steps that measure against the plain step before each, {Ratio(**part["probe_interval"]["ratio"]).pairs} pairs.
+Measuring steps against the plain step before each of them, {Ratio(**part["probe_interval"]["ratio"]).pairs} pairs.
 
-| | wall time, to a plain step | every, by default | of a run's time |
+| | wall time, relative to a plain step | every N steps by default | share of a run's time |
 |---|---|---|---|
 {chr(10).join(rows)}"""
 
 
-def tell_zero(part: dict) -> str:
+def report_zero(part: dict) -> str:
     plain = next(iter(part.values()))
     cells = [f"{statistics.median(plain[clock]['theirs']):.3f} | 1" for clock in CLOCKS]
     rows = [f"| data-parallel | {' | '.join(cells)} | |"]
@@ -458,7 +466,7 @@ Against DistributedDataParallel and AdamW, bare loops, {len(plain["wall_s"]["our
 {chr(10).join(rows)}"""
 
 
-def tell_tuned(part: dict) -> str:
+def report_tuned(part: dict) -> str:
     rows = []
     for name, found in part.items():
         rate = 1 / statistics.median(found["wall_s"]["ours"])

@@ -2,8 +2,8 @@
 
     TRITON_CACHE_DIR=folder python ahead.py [--jobs 12] [--what trainer benchmark sweep] [--arch 90]
 
-The project's own host code runs on torch's meta device, so Triton's cache keys are those of the real launches. It needs
-no GPU (without one it is a test that everything compiles); on the GPU machine it takes 10 s in place of a minute.
+The project's own host code runs on torch's meta device, so that Triton's cache keys are those of the real launches. It
+needs no GPU (without one it tests that everything compiles); on the GPU machine it takes 10 s instead of a minute.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from triton.runtime import driver, jit
 
 
 class Driver:
-    """Stands for triton's, which needs a GPU."""
+    """Replaces triton's driver, which needs a GPU."""
 
     def __init__(self, arch: int) -> None:
         self.target = GPUTarget("cuda", arch, 32)
@@ -48,9 +48,9 @@ SECONDS = [0.0]
 
 
 def install(arch: int, part: int = 0, parts: int = 1) -> None:
-    """From here on a launch compiles, if the kernel is one of this part's, and does not run."""
+    """From here on, a launch compiles its kernel if it belongs to this part, and does not run it."""
     driver.set_active(Driver(arch))
-    honest = jit.JITFunction.run
+    original = jit.JITFunction.run
     seen = set()
 
     def run(self, *args, grid, warmup, **kwargs):
@@ -62,7 +62,7 @@ def install(arch: int, part: int = 0, parts: int = 1) -> None:
         seen.add(key)
         began = time.perf_counter()
         try:
-            honest(self, *args, grid=grid, warmup=True, **kwargs)
+            original(self, *args, grid=grid, warmup=True, **kwargs)
         except Exception as err:  # a tile that does not fit is a finding, and no reason to stop
             print(
                 f"FAILED {self.fn.__name__} {sorted(options.items())}: {type(err).__name__} {str(err)[:120]}",

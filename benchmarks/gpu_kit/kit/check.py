@@ -1,8 +1,8 @@
-"""Checks in the first minute on a GPU: does each thing the trainer relies on work here at all?
+"""Checks, in the first minute on a GPU, whether each thing that the trainer relies on works.
 
     python check.py [--smoke]
 
-Each probe is by itself: one that fails is a line, and the next one runs. Exit code: the number of failures.
+A probe that fails prints one line and does not stop the next one. Exit code: the number of failures.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Milliseconds of every operation of the attention layer beside torch's dense kernels, from 2K to 128K; tiles swept.
+"""Times every operation of the attention layer and torch's dense kernels, from 2K to 128K tokens; sweeps tile settings.
 
     python kernels_table.py [--parts table sweep head adam] [--lengths 2048 ...] [--out FOLDER] [--smoke]
 
 16 heads of 64, 4 key/value heads, indexer 4 x 64, k 512 (128 to 1024), bf16, about 16K tokens a call (one sequence
-from 16K on). Device time by CUDA's own records (torch.profiler), kernel by kernel, so that the host's share does not
-blur it.
-Random inputs: sets have no locality; today's kernels visit every tile all the same.
+from 16K on). Times are device times of each kernel as torch.profiler records them, without the host's share. Inputs are
+random, so that selected sets have no locality; today's kernels visit every tile in any case.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ SWEEP = {
         {"rows": 32, "BN": 128, "num_warps": 4, "num_stages": 1},
     ],
 }
-"""The first of each is what ships."""
+"""Tile settings to try; the first of each list is the one in use."""
 KERNELS = {
     "FORWARD": "attend_forward",
     "BACKWARD_QUERIES": "attend_backward_queries",

@@ -1,11 +1,11 @@
-"""Where a micro-batch of the 512M configuration spends the device's time, beside its dense twins.
+"""Where a micro-batch of the 512M configuration, and the same model with dense attention, spend the device's time.
 
     python profile_step.py [--ways gsa flash cudnn masked] [--micro 8] [--length 2048] [--out FOLDER] [--smoke]
 
-gsa: the model as it trains, sparse stage. flash, cudnn: model.sparse=false on torch's fused kernels. masked: the same
-on the trainer's own dense kernel. compiled: gsa with the trainer's torch.compile. Forward and backward, no optimizer,
-no DeepSpeed. Prints ms per micro-batch, the host's ms to enqueue it, tokens/s, MFU, peak memory, device ms by kind, the
-longest kernels, and how long the device was idle.
+gsa: the model as it trains in the sparse stage. flash, cudnn: model.sparse=false on torch's fused kernels. masked: the
+same on the trainer's own dense kernel. compiled: gsa with the trainer's torch.compile. Forward and backward pass only,
+without optimizer and DeepSpeed. Prints ms per micro-batch, the host's ms to enqueue it, tokens/s, MFU, peak memory,
+device ms by kind, the longest kernels, and how long the device was idle.
 """
 
 from __future__ import annotations

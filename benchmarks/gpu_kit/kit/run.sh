@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # On the GPU machine, from an unpacked project:  KIT=<folder of this file> OUT=<folder> bash run.sh [--smoke] PART ...
-# Parts, each within its own limit; one that fails or runs out of time does not stop the next:
-#   ahead    the Triton kernels compiled in parallel, into $TRITON_CACHE_DIR             (10-20 s)
-#   check    every thing the trainer relies on, a line each                             (30-60 s)
+# Parts, each with a time limit; a part that fails or exceeds its limit does not stop the next one:
+#   ahead    compiles the Triton kernels in parallel, into $TRITON_CACHE_DIR             (10-20 s)
+#   check    one line for each thing that the trainer relies on                         (30-60 s)
 #   train    training/train.py, the 512M configuration: 12 steps, a save at 8, resume from it, receipt (~150 s)
 #   profile  device time of a micro-batch by kernel: GSA, dense on FA2, cuDNN, our own kernel  (~80 s)
 #   table    operations from 2K to 128K beside torch's dense kernels; tiles swept; heads; AdamW (~150 s)
@@ -24,7 +24,7 @@ part() {  # part NAME LIMIT COMMAND...
     echo "=== $name: exit $code, $((SECONDS - at)) s (total $((SECONDS - began)) s)"
 }
 train() {
-    # in memory where 40 GiB of it are free, since the disk is no part of what is measured; $RUN_FOLDER overrides both
+    # in memory if 40 GiB are free there, since the disk is not to be measured; $RUN_FOLDER overrides this
     local where="$TEMPORARY/run"; [ "$(df --output=avail -BG /dev/shm | tail -1 | tr -dc 0-9)" -ge 40 ] && where=/dev/shm/run
     where="${RUN_FOLDER:-$where}"
     rm -rf "$where"; mkdir -p "$where"

@@ -1,4 +1,4 @@
-"""What a run's metrics.jsonl says of speed, memory, saves and the replay: python summary.py RUN_FOLDER"""
+"""Prints speed, memory, saves and the replay from a run's metrics.jsonl: python summary.py RUN_FOLDER"""
 
 import json
 import sys
