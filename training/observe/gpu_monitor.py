@@ -1,4 +1,4 @@
-"""What the GPUs of this node are doing, sampled by NVML in a thread."""
+"""Samples the GPUs of this node with NVML in a background thread."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from gsa.units import GIB
 
-# Bits of nvml.h, a stable ABI. Left out: idle, clocks set by a person, sync boost and display, which are no fault.
+# Bits of nvml.h, a stable ABI. Reasons that are no fault are left out: idle, clocks that were set, sync boost, display.
 THROTTLE_REASONS = {
     0x04: "power cap",
     0x08: "hardware slowdown",
@@ -25,9 +25,9 @@ THROTTLE_REASONS = {
 
 @dataclass(frozen=True)
 class GpuId:
-    """How NVML is told which GPU is meant: its index there ignores CUDA_VISIBLE_DEVICES and CUDA's own order.
+    """Identifies a GPU to NVML, whose own indices ignore CUDA_VISIBLE_DEVICES and the order of CUDA.
 
-    uuid: as torch has it, without a prefix. pci_bus_id: domain:bus:device.function in hexadecimal.
+    uuid: as torch gives it, without a prefix. pci_bus_id: domain:bus:device.function in hexadecimal.
     """
 
     uuid: str
@@ -49,18 +49,19 @@ Query = Callable[[ModuleType, object], float]
 def _throttle_bits(nvml: ModuleType, handle: object) -> float:
     try:
         return nvml.nvmlDeviceGetCurrentClocksEventReasons(handle)
-    except nvml.NVMLError_FunctionNotFound:  # its name before driver 535
+    except nvml.NVMLError_FunctionNotFound:  # the function's name before driver 535
         return nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
 
 
 def _temperature(nvml: ModuleType, handle: object) -> float:
     try:
         return nvml.nvmlDeviceGetTemperatureV(handle, nvml.NVML_TEMPERATURE_GPU)
-    except nvml.NVMLError_FunctionNotFound:  # its name before driver 570
+    except nvml.NVMLError_FunctionNotFound:  # the function's name before driver 570
         return nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
 
 
 _BITS = "throttle bits"
+"""Not a field of a row: `read` makes two fields of it."""
 _QUERIES: dict[str, Query] = {
     "utilisation": lambda nvml, handle: nvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100,
     "power_w": lambda nvml, handle: nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
@@ -74,12 +75,11 @@ _QUERIES: dict[str, Query] = {
 
 
 class Monitor:
-    """Samples every visible GPU of this node in a thread; one process of a node, not every rank, should hold one.
+    """Samples GPUs in a background thread. One process per node should have one, not every rank.
 
-    gpus: which; the default asks torch. nvml: the library, pynvml by default; it is a parameter because NVML itself
-    runs only where there is an NVIDIA driver, and tests bring a stand-in. Nothing here raises because of NVML: a query
-    that a card does not answer loses that field, an NVML that does not start leaves the monitor without samples, and
-    `new_messages` says so once.
+    gpus: default: those that torch sees. nvml: default: pynvml; a parameter because NVML runs only where there is an
+    NVIDIA driver, and tests pass a stand-in. An error of NVML never raises: a query that a GPU does not answer is not
+    asked again, a GPU that NVML does not know is not sampled, without NVML nothing is; `new_messages` reports it once.
     """
 
     def __init__(
@@ -96,16 +96,16 @@ class Monitor:
             return
         try:
             gpus = visible_gpus() if gpus is None else gpus
-        except AttributeError as err:  # of torch's properties
-            self._messages.append(f"GPUs are not monitored: this torch does not tell them apart: {err}")
+        except AttributeError as err:  # a torch whose device properties lack the UUID or the PCI address
+            self._messages.append(f"GPUs are not monitored: this version of torch does not identify them: {err}")
             return
         handles = {i: self._handle(i, gpu) for i, gpu in enumerate(gpus)}
-        self._asked = [(i, h, field) for i, h in handles.items() if h is not None for field in _QUERIES]
+        self._queries = [(i, h, field) for i, h in handles.items() if h is not None for field in _QUERIES]
         self._thread = threading.Thread(target=self._watch, name="gpu monitor", daemon=True)
         self._thread.start()
 
     def _open(self, nvml: ModuleType | None) -> ModuleType | None:
-        """The library, started; None, and a message, when it is not there."""
+        """The library after nvmlInit. None, with a message, when it is missing or does not start."""
         if nvml is None:
             try:
                 nvml = importlib.import_module("pynvml")
@@ -137,28 +137,27 @@ class Monitor:
             while not self._stop.is_set():
                 self._sample()
                 self._stop.wait(self._interval_s)
-        except Exception as err:  # whatever it is, training goes on, and is told
+        except Exception as err:  # nothing here may end the training
             with self._lock:
                 self._messages.append(f"GPUs are no longer monitored: {type(err).__name__}: {err}")
 
     def _sample(self) -> None:
-        answered = []
-        for index, handle, field in self._asked:
+        working = []
+        for index, handle, field in self._queries:
             try:
                 value = float(_QUERIES[field](self._nvml, handle))
             except self._nvml.NVMLError as err:
                 with self._lock:
-                    self._messages.append(f"GPU {index} has no {field} from here on: {err}")
+                    self._messages.append(f"GPU {index}: {field} is no longer sampled: {err}")
                 continue
-            answered.append((index, handle, field))
+            working.append((index, handle, field))
             with self._lock:
                 self._samples.setdefault((index, field), []).append(value)
-        self._asked = answered
+        self._queries = working
 
     def read(self) -> dict[str, float | str]:
-        """gpu/{i}/... of training.metrics: means of the samples since the last read; no field without a sample.
-
-        Utilisation and "throttled" are shares, 0 to 1; throttle_reasons is there when there was one.
+        """The gpu/{i}/... fields of a row (GPU_METRICS in training/record/metric_schema.py), from the samples since the
+        last call: means, and throttle_reasons where there was one. A field without a sample is left out.
         """
         with self._lock:
             samples, self._samples = self._samples, {}
@@ -171,13 +170,13 @@ class Monitor:
         return row
 
     def new_messages(self) -> list[str]:
-        """What has failed since the last call, one line for each."""
+        """What has failed since the last call, one line per failure."""
         with self._lock:
             messages, self._messages = self._messages, []
         return messages
 
     def close(self) -> None:
-        """Ends the thread and lets go of NVML."""
+        """Ends the thread and shuts NVML down."""
         self._stop.set()
         if self._thread is None:
             return
@@ -185,14 +184,14 @@ class Monitor:
         try:
             self._nvml.nvmlShutdown()
         except self._nvml.NVMLError:
-            pass  # a driver that is gone has nothing left to let go of
+            pass  # the driver is gone, and with it what shutting down would release
 
 
 def _throttling(gpu: str, samples: list[int]) -> dict[str, float | str]:
-    """The two fields of one GPU from its samples of NVML's bits."""
-    costly = sum(THROTTLE_REASONS)
-    row: dict[str, float | str] = {f"{gpu}/throttled": statistics.fmean(bool(bits & costly) for bits in samples)}
-    seen = [name for bit, name in THROTTLE_REASONS.items() if any(bits & bit for bits in samples)]
-    if seen:
-        row[f"{gpu}/throttle_reasons"] = ",".join(seen)
+    """The fields "throttled" and "throttle_reasons" of one GPU, from samples of NVML's bits."""
+    faults = sum(THROTTLE_REASONS)
+    row: dict[str, float | str] = {f"{gpu}/throttled": statistics.fmean(bool(bits & faults) for bits in samples)}
+    reasons = [name for bit, name in THROTTLE_REASONS.items() if any(bits & bit for bits in samples)]
+    if reasons:
+        row[f"{gpu}/throttle_reasons"] = ",".join(reasons)
     return row

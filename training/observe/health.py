@@ -1,4 +1,4 @@
-"""The metrics of a row that come from probes of attention, and from the sizes of gradients and updates."""
+"""Turns sums over ranks into the fields of a step row: probes of attention, gradient norms, relative updates."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from training.engine.zero_internals import PARTS, UPDATED
 
 
 def probe_metrics(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, object]:
-    """The row's PROBE_METRICS from sums over ranks, and how many ranks had each, (n_layers, len(PROBES)) twice.
+    """The row's PROBE_METRICS (training/record/metric_schema.py).
 
-    A rank whose sequence has nothing to measure in a layer counts for nothing there; what no layer has is left out.
+    sums, counts: (n_layers, len(PROBES)), the sum over the ranks that measured a probe in a layer, and their number; a
+    rank whose sequence has nothing to measure there is in neither. Means leave out layers that no rank measured, which
+    are None in "layers"; a metric that no layer has is left out.
     """
     by_name = dict(zip(PROBES, (sums / counts).cpu().unbind(1), strict=True))
-    found = {
+    means = {
         "indexer/coverage": by_name["coverage"].nanmean(),
         "indexer/coverage_worst": by_name["coverage"].nan_to_num(torch.inf).min(),
         "indexer/oracle": by_name["oracle"].nanmean(),
@@ -28,11 +30,15 @@ def probe_metrics(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, object]
     layers = {
         name: [value if math.isfinite(value) else None for value in column.tolist()] for name, column in by_name.items()
     }
-    return {name: value.item() for name, value in found.items() if value.isfinite()} | {"layers": layers}
+    return {name: value.item() for name, value in means.items() if value.isfinite()} | {"layers": layers}
 
 
 def health_metrics(squares: torch.Tensor | None, updates: torch.Tensor) -> dict[str, float]:
-    """HEALTH_METRICS of the row. squares: by part; updates: by group; both summed over ranks."""
+    """The row's HEALTH_METRICS (training/record/metric_schema.py), from sums over ranks.
+
+    squares: (len(PARTS),), the squared gradient of each part, or None where gradients are offloaded. updates:
+    (len(UPDATED), 2), the squared change and the squared weights of each group of matrices.
+    """
     row = {}
     if squares is not None:
         row |= {f"grad_norm/{part}": math.sqrt(square) for part, square in zip(PARTS, squares.tolist(), strict=True)}
