@@ -1,25 +1,25 @@
-"""What a run says of itself: metric names with units, and metrics.jsonl.
+"""Writing, reading and rewinding metrics.jsonl, the record of a run that everything else is derived from.
 
-metrics.jsonl is the truth of a run: one JSON object per line, one row per optimizer step and one per
-event. A step row has "step" and "loss"; an event row has "event", and never "loss". After a resume at
-step N the file reads as one curve: rows of steps after N, which the resumed run trains again, are moved
-to segments/metrics_<k>.jsonl first.
+One JSON object per line: one row per optimizer step and one per event. A step row has "step" and "loss"; an event row
+has "event", and never "loss". The file always reads as one curve: when a launch resumes at step N, the rows of later
+steps, which are trained again, are moved to segments/metrics_<k>.jsonl first.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 from gsa.checkpoint import manifest
+from gsa.files import write_atomically
+from gsa.units import MIB
 
 
 def as_written(value: object) -> Any:
-    """A row, or a part of one, as metrics.jsonl has it: JSON has no number for what is not finite, so it is a word."""
+    """A row, or a part of one, as metrics.jsonl holds it: non-finite numbers are strings, since JSON has none."""
     if isinstance(value, dict):
         return {key: as_written(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -35,10 +35,7 @@ class MetricsLog:
         self._file: TextIO = open(path, "a", encoding="utf-8")
 
     def write(self, row: dict) -> None:
-        """Adds one row. Non-finite numbers are written as strings, since JSON has none.
-
-        CheckpointError when the disk refuses.
-        """
+        """Appends one row, as `as_written` makes it. Raises CheckpointError when the disk refuses."""
         with manifest.writing(self._path):
             self._file.write(json.dumps(as_written(row), allow_nan=False) + "\n")
             self._file.flush()
@@ -48,31 +45,32 @@ class MetricsLog:
 
 
 class DamagedRowsError(manifest.CheckpointError):
-    """A line inside a metrics file is no row; the message says which, and what to do. Refused as damaged state is."""
+    """A line inside a metrics file is not a row; the message names the line and says what to do."""
 
 
 def iter_rows(path: Path) -> Iterator[dict]:
-    """All whole rows of a metrics file, one at a time: days of a run hardly fit into memory as dicts.
+    """All complete rows of a metrics file, one at a time: the rows of a run of days may not fit into memory.
 
-    A torn last line, left by a kill, is passed over. DamagedRowsError for any other line that is no row.
+    A torn last line, left by a kill, is skipped; a file that does not exist has no rows. Raises DamagedRowsError at any
+    other line that is not a JSON object.
     """
-    return (row for _, row in _placed_rows(path))
+    return (row for _, row in _rows_with_ends(path))
 
 
 def read_rows(path: Path) -> list[dict]:
-    """`iter_rows`, all of them."""
+    """All rows of `iter_rows` as a list."""
     return list(iter_rows(path))
 
 
-def _placed_rows(path: Path) -> Iterator[tuple[int, dict]]:
-    """Rows, each with the offset in bytes at which the next line begins."""
+def _rows_with_ends(path: Path) -> Iterator[tuple[int, dict]]:
+    """(offset in bytes at which the next line begins, row) of each row."""
     if not path.exists():
         return
-    end, wrong = 0, None
+    end, error = 0, None
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
-            if wrong is not None:
-                raise wrong
+            if error is not None:  # the line before was not the last one, so it was not merely torn
+                raise error
             end += len(line)
             try:
                 row = json.loads(line)
@@ -80,56 +78,55 @@ def _placed_rows(path: Path) -> Iterator[tuple[int, dict]]:
                     raise ValueError("not an object")
             except ValueError as err:
                 what = f"not JSON ({getattr(err, 'msg', err)})"
-                wrong = DamagedRowsError(f"{path}, line {number}: {what}; restore the file or delete the line")
+                error = DamagedRowsError(f"{path}, line {number}: {what}; restore the file or delete the line")
                 continue
             yield end, row
 
 
 def require_rows(path: Path) -> None:
-    """DamagedRowsError when a line inside it is no row."""
+    """Raises DamagedRowsError when a line inside the file is not a row."""
     for _ in iter_rows(path):
         pass
 
 
 def rewind(path: Path, step: int) -> list[dict]:
-    """Makes metrics.jsonl end at `step`; rows after it go to segments/metrics_<k>.jsonl beside it.
+    """Makes metrics.jsonl end at `step`: moves the rows after it to segments/metrics_<k>.jsonl and returns them.
 
-    Rows are in time order, so everything after the last row that belongs to a step <= `step` moves,
-    events too; but a save is told when it is published, steps later, and stays with its step. A torn last
-    line is dropped. Returns the rows that moved. Atomic: the segment is written
-    first, then the shortened file replaces the old one.
+    Rows are in order of time: from the first row of a later step on, all rows move, events too. The one exception is
+    the "save" event of a step <= `step`: it is written when the save is published, some steps later, and stays. A torn
+    last line is dropped. A kill at any moment loses no row: the moved rows are written to disk first, then the
+    shortened file replaces the old one in one step.
     """
-    kept, late, moved = 0, [], []  # bytes of the head; rows of the rest
-    for end, row in _placed_rows(path):
+    head, late_saves, moved = 0, [], []  # head: bytes at the beginning of the file that stay as they are
+    for end, row in _rows_with_ends(path):
         if moved or ("loss" in row and row["step"] > step):
-            (late if row.get("event") == "save" and row["step"] <= step else moved).append(row)
+            (late_saves if row.get("event") == "save" and row["step"] <= step else moved).append(row)
         else:
-            kept = end
+            head = end
     if moved:
         segments = path.parent / "segments"
         segments.mkdir(exist_ok=True)
         number = len(list(segments.glob("metrics_*.jsonl")))
-        _replace(segments / f"metrics_{number}.jsonl", moved)
-        _replace(path, late, head=kept)
+        with write_atomically(segments / f"metrics_{number}.jsonl", durable=True) as file:
+            file.write(_lines(moved))
+        with open(path, "rb") as before, write_atomically(path, durable=True) as file:
+            _copy(before, file, head)
+            file.write(_lines(late_saves))
     elif path.exists():
         with open(path, "r+b") as file:
-            file.truncate(kept)  # a torn last line
-            file.seek(max(0, kept - 1))
-            if file.read(1) not in (b"\n", b""):  # whole, but for its end
+            file.truncate(head)  # drops a torn last line
+            file.seek(max(0, head - 1))
+            if file.read(1) not in (b"\n", b""):  # the last row is complete but for its line break
                 file.write(b"\n")
     return moved
 
 
-def _replace(path: Path, rows: list[dict], head: int = 0) -> None:
-    """Atomically: the first `head` bytes of what was there, and rows."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        if head:
-            with open(path, "rb") as before:
-                while head and (part := before.read(min(head, 1 << 20))):
-                    file.write(part)
-                    head -= len(part)
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def _lines(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
+    """Copies `size` bytes, a MiB at a time."""
+    while size and (part := source.read(min(size, MIB))):
+        target.write(part)
+        size -= len(part)

@@ -1,4 +1,4 @@
-"""Was the replay identical? Steps that a resumed run trains again, held against the rows of the dead segment."""
+"""Compares steps that a resumed run trains again with their discarded rows: was the replay identical?"""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from training.record.metrics_log import as_written
 
 
 class ReplayReceipt:
-    """Fed every new row; `event` is due once the last step of the dead segment has been trained again.
+    """Compares every new row with the discarded row of the same step; the result is a "receipt" event.
 
-    dead_rows: what metrics.jsonl held after the step resumed from. Times, and what follows from them, may differ.
+    discarded: the rows that followed the step resumed from, as metrics.jsonl held them. Times, and metrics computed
+    from them, are not compared.
     """
 
-    def __init__(self, dead_rows: Iterable[dict]) -> None:
-        self._dead = {row["step"]: row for row in dead_rows if "loss" in row}
-        self._last = max(self._dead, default=0)
+    def __init__(self, discarded: Iterable[dict]) -> None:
+        self._discarded = {row["step"]: row for row in discarded if "loss" in row}
+        self._last = max(self._discarded, default=0)
         self._compared = 0
         self._first_difference: dict | None = None
 
     def compare(self, row: dict) -> dict | None:
-        """The receipt event, when this row was the last to be compared; else None."""
-        before, row = self._dead.pop(row["step"], None), as_written(row)
+        """Compares a step's row; returns the event when it was the last one with a discarded row, otherwise None."""
+        before, row = self._discarded.pop(row["step"], None), as_written(row)
         if before is not None:
             self._compared += 1
             self._first_difference = self._first_difference or first_difference(before, row)
         return self.event() if row["step"] == self._last else None
 
     def event(self) -> dict | None:
-        """What has been compared so far; None when nothing was to be compared, or it has been told."""
+        """The event for the rows compared so far; None when there were none to compare or it was returned before."""
         if not self._last:
             return None
         self._last = 0
@@ -42,7 +43,7 @@ class ReplayReceipt:
 
 
 def first_difference(before: dict, now: dict) -> dict | None:
-    """The first field, in the order of the rows, that is not the same in both; None when all are."""
+    """The first field, in the order of the rows, that differs between the two; None when none does. Ignores times."""
     for field in dict.fromkeys([*before, *now]):
         if not is_timing(field) and before.get(field) != now.get(field):
             return {"step": now["step"], "field": field, "before": before.get(field), "now": now.get(field)}

@@ -1,4 +1,4 @@
-"""Loss spikes: a step whose loss lies far above those before it, and what to do about it."""
+"""Scores how far a loss lies above the losses before it, to find loss spikes."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections import deque
 from collections.abc import Iterable
 
 WINDOW = 1000
-"""Steps of the rolling mean and deviation."""
+"""Number of losses in the rolling mean and standard deviation."""
 KNOWN = 50
-"""Steps that must be known before anything counts as a spike: the first losses of a run fall steeply."""
+"""Number of losses that must be known before a score is given: the first losses of a run fall steeply."""
 
 
 class SpikeDetector:
-    """Scores each loss by its distance from the mean of the last WINDOW, in their standard deviations.
+    """Scores each loss by its distance from the mean of the last WINDOW losses, in standard deviations of these.
 
-    A pure function of the losses it was given, in order: a resumed run that is given those of its metrics.jsonl goes
+    A score depends only on the losses that were added, in order: a resumed run adds those of its metrics.jsonl and goes
     on as if it had never stopped.
     """
 
@@ -23,7 +23,7 @@ class SpikeDetector:
         self._losses: deque[float] = deque(losses, WINDOW)
 
     def score(self, loss: float) -> float:
-        """Standard deviations above (or, negative, below) the mean; 0 while fewer than KNOWN losses are known."""
+        """Standard deviations of `loss` above the mean (negative: below it); 0 while fewer than KNOWN are known."""
         if len(self._losses) < KNOWN:
             return 0.0
         mean = math.fsum(self._losses) / len(self._losses)
