@@ -1,1 +1,1 @@
-"""DeepSpeed and the ranks: the only wing that knows the insides of ZeRO. Import from its modules, not from here."""
+"""DeepSpeed and the ranks: the only wing that uses the internals of ZeRO. Import from its modules, not from here."""

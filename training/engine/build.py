@@ -1,4 +1,4 @@
-"""A configuration made into an engine: the one place that knows how a run's model is set up."""
+"""Builds the engine of a run from its configuration. Every run and every trial sets its model up here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.engine.world import World
 
 
 class Built(NamedTuple):
-    """backend: of the kernels, the same on every rank. fault: what kept "auto" from the fastest, or None."""
+    """backend: the kernels', the same on every rank. fault: why "auto" did not choose the fastest one, or None."""
 
     engine: Engine
     backend: Backend
@@ -26,8 +26,12 @@ class Built(NamedTuple):
 
 
 def build_engine(cfg: RunConfig, ds_config: dict, world: World, *, init_from: str | None) -> Built:
-    """The engine of a run; every rank must call it. init_from: a checkpoint folder whose weights it starts with."""
-    # the CPU generator alone decides the weights: alike on every rank, stage and device
+    """Builds the engine of a run; every rank must call it.
+
+    init_from: a checkpoint folder whose weights the model starts with. Without one the initial weights depend on
+    training.seed only: they are the same on every rank, device and ZeRO stage.
+    """
+    # the model is made on the CPU, by the CPU's generator
     torch.manual_seed(cfg.training.seed)
     model = GSAForCausalLM(cfg.model)
     if init_from is not None:
@@ -42,7 +46,7 @@ def build_engine(cfg: RunConfig, ds_config: dict, world: World, *, init_from: st
 
 
 def _backend(cfg: RunConfig, world: World) -> tuple[Backend, str | None]:
-    """One for all ranks, "auto" resolved; and what kept the first rank that found a fault from the fastest."""
+    """The backend for all ranks, with "auto" resolved, and the fault of the first rank that found one."""
     c = cfg.model
     dtype = torch.bfloat16 if cfg.training.precision == "bf16" else torch.float32
     shape = Shape(c.n_heads, c.n_kv_heads, c.d_head, c.n_indexer_heads, c.d_indexer, dtype)

@@ -1,4 +1,4 @@
-"""The `deepspeed` launcher as a child process: signals for its ranks, what it leaves behind, the exit code it hides."""
+"""Runs the `deepspeed` launcher as a child process: signals to its ranks, left-over processes, true exit code."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import psutil
 from training.config.signals import STOP_SIGNALS
 
 FORWARDED = (*STOP_SIGNALS, signal.SIGHUP)
-"""Signals that the ranks receive."""
+"""Signals that are passed on to the ranks."""
 AS_SIGTERM = (signal.SIGINT, signal.SIGHUP)
-"""Signals that the ranks receive as SIGTERM: Ctrl-C, and a terminal that was closed."""
+"""Signals that are passed on as SIGTERM: Ctrl-C, and the end of the terminal."""
 ORPHAN_GRACE_S = 5.0
-"""Seconds that processes which the launcher left behind have to end after SIGTERM, before they are killed."""
+"""Seconds from SIGTERM to SIGKILL for processes that the launcher has left behind."""
 POLL_S = 1.0
 
 
 class Launch:
-    """The launcher's process and its ranks. ended_by: a signal that came before there were ranks, or 0."""
+    """The launcher's process and its ranks. ended_by: the signal that ended it before there were ranks, or 0."""
 
     def __init__(self) -> None:
         self.ended_by = 0
@@ -35,13 +35,13 @@ class Launch:
         return self._launcher.pid
 
     def start(self, command: list[str]) -> None:
-        """Starts the launcher in a session of its own."""
+        """Starts the launcher in a new session, to which all its processes belong."""
         self._launcher = subprocess.Popen(command, start_new_session=True)
         if self.ended_by:
             self._launcher.terminate()
 
     def wait(self) -> int:
-        """Waits for the launcher to end; its exit code."""
+        """Waits for the launcher to end, and returns its exit code."""
         while not self._ranks_seen:
             try:
                 return self._launcher.wait(timeout=POLL_S)
@@ -50,20 +50,20 @@ class Launch:
         return self._launcher.wait()
 
     def forward(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler: sends the signal to the ranks; before there are any, it ends the launch."""
-        # only to the ranks: the launcher itself answers SIGTERM by killing them one after another
+        """Signal handler: passes the signal on to the ranks. Before there are any, it ends the launcher."""
+        # not to the launcher, which on SIGTERM would kill the ranks one after another
         found = [] if self._launcher is None else ranks(self.session)
         self._ranks_seen = self._ranks_seen or bool(found)
         for process in found:
             _try(lambda process=process: process.send_signal(signal.SIGTERM if number in AS_SIGTERM else number))
-        if not self._ranks_seen:  # nothing has been trained that could be saved
+        if not self._ranks_seen:  # there is no training to save yet
             self.ended_by = number
             if self._launcher is not None:
                 self._launcher.terminate()
 
 
 def ranks(session: int) -> list[psutil.Process]:
-    """The training processes of a session: those with a RANK whose parent has none."""
+    """The training processes of a session: those with RANK in their environment whose parent has none."""
     found: dict[int, tuple[psutil.Process, int]] = {}
     for process in psutil.process_iter():
         try:
@@ -75,12 +75,12 @@ def ranks(session: int) -> list[psutil.Process]:
 
 
 def _session(pid: int) -> int:
-    # fields after the command's closing bracket: state, ppid, pgrp, session
+    # the fields after the command name, which ends at the last bracket: state, ppid, pgrp, session
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[3])
 
 
 def end_session(session: int) -> int:
-    """Ends every process the launcher left behind, and returns how many ranks were among them."""
+    """Ends every process that the launcher has left behind; returns how many of them were ranks."""
     orphans = len(ranks(session))
     for end in (psutil.Process.terminate, psutil.Process.kill):  # the second round also ends what was started meanwhile
         left = [process for process in psutil.process_iter() if _belongs(process, session)]
@@ -105,7 +105,7 @@ def _try(action: Callable[[], None]) -> None:
 
 
 def output_dir(argv: list[str]) -> Path | None:
-    """The run's folder, read from the arguments of training/train.py."""
+    """The run's folder, from the arguments of training/train.py; None where they have none."""
     for i, word in enumerate(argv):
         if word == "--output_dir" and i + 1 < len(argv):
             return Path(argv[i + 1])
@@ -115,10 +115,11 @@ def output_dir(argv: list[str]) -> Path | None:
 
 
 def true_code(code: int, orphans: int, folder: Path | None) -> int:
-    """The exit code of the ranks, from that of the launcher.
+    """The exit code of the ranks, from that of the launcher; 128 + s when signal s ended one.
 
-    The launcher turns a signal -s into 256 - s, and returns 0 when the process that watched the ranks was killed: then
-    ranks were left over, or run.json still says "running". orphans: how many ranks were left over.
+    The launcher returns 256 - s for a rank that signal s killed. It returns 0 when its own process that watches the
+    ranks was killed: then ranks are left behind, or the status in run.json is still "running". orphans: how many ranks
+    were left behind. folder: the run's, where it is known.
     """
     if code == 0:
         unfinished = folder is not None and (folder / "run.json").exists() and _status(folder) == "running"
@@ -132,4 +133,4 @@ def _status(folder: Path) -> str:
     try:
         return json.loads((folder / "run.json").read_text())["status"]
     except (OSError, ValueError, KeyError, TypeError):
-        return "running"  # a run that ends in order leaves a complete file
+        return "running"  # a run that ends normally leaves a complete file

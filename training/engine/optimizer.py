@@ -1,4 +1,4 @@
-"""Parameter groups and the learning-rate schedule."""
+"""AdamW's parameter groups and the learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from training.config import TrainingConfig
 
 
 def group_hyperparameters(name: str, cfg: TrainingConfig) -> dict:
-    """lr, weight_decay, betas and eps of the group called `name`."""
+    """lr, weight_decay, betas and eps of the parameter group `name`."""
     return {
         "lr": cfg.learning_rate * (cfg.indexer_lr_multiplier if name.startswith("indexer") else 1.0),
         "weight_decay": 0.0 if name.endswith("no_decay") else cfg.weight_decay,
@@ -24,10 +24,10 @@ def group_hyperparameters(name: str, cfg: TrainingConfig) -> dict:
 def parameter_groups(model: nn.Module, cfg: TrainingConfig) -> list[dict]:
     """AdamW groups: decay, no_decay, indexer, indexer_no_decay; empty ones are left out.
 
-    Biases, norms and scalars take no weight decay. A parameter is the indexer's when its name contains
-    ".indexer."; the indexer learns from its own loss alone, so it may have its own learning rate
-    (training.indexer_lr_multiplier). Inside a group the order is that of named_parameters(), and torch keeps
-    the names, so that a checkpoint says whose moments it holds.
+    Parameters with fewer than two dimensions (biases, norms, scalars) have no weight decay. A parameter is the
+    indexer's when its name contains ".indexer."; the indexer learns from its own loss only, so it may have its own
+    learning rate (training.indexer_lr_multiplier). A group has the order of named_parameters(), and torch stores the
+    names, so that a checkpoint shows which moments belong to which parameter.
     """
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {
         "decay": [],
@@ -49,17 +49,17 @@ def parameter_groups(model: nn.Module, cfg: TrainingConfig) -> list[dict]:
 
 
 def build_optimizer(model: nn.Module, cfg: TrainingConfig) -> torch.optim.AdamW:
-    """The one optimizer, whatever the ZeRO stage or device: torch's AdamW, which needs no compiler."""
+    """torch's AdamW, for every ZeRO stage and device; DeepSpeed's own would have to be compiled on first use."""
     return torch.optim.AdamW(parameter_groups(model, cfg))
 
 
 def schedule_factor(cfg: TrainingConfig) -> Callable[[int], float]:
-    """Multiplier of the base learning rate for the update that follows `step` finished ones.
+    """Returns factor(step): the multiplier of the base learning rate for the update after `step` finished ones.
 
-    Warm-up rises linearly and reaches 1 with its last update, so that the first update is not a waste.
-    Then by training.lr_scheduler: "cosine" and "linear" fall from the end of warm-up to max_steps; "wsd"
-    stays at 1 and falls linearly over the last wsd_decay_steps (default a fifth of max_steps). All end
-    at min_learning_rate and stay there. Warm-up may be longer than the run.
+    During warm-up it rises linearly, from 1 / warmup_steps (with 0 the first update would change nothing) to 1. Then
+    training.lr_scheduler decides: "cosine" and "linear" fall from the end of warm-up to max_steps; "wsd" stays at 1 and
+    falls linearly over the last wsd_decay_steps (default: a fifth of max_steps). All end at min_learning_rate and stay
+    there. Warm-up may be longer than the run.
     """
     floor = cfg.min_learning_rate / cfg.learning_rate
     wsd_steps = cfg.max_steps // 5 if cfg.wsd_decay_steps is None else cfg.wsd_decay_steps
@@ -77,5 +77,5 @@ def schedule_factor(cfg: TrainingConfig) -> Callable[[int], float]:
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, cfg: TrainingConfig) -> torch.optim.lr_scheduler.LambdaLR:
-    """`schedule_factor` as a scheduler that DeepSpeed steps and checkpoints."""
+    """`schedule_factor` as a scheduler that DeepSpeed steps and saves."""
     return torch.optim.lr_scheduler.LambdaLR(optimizer, schedule_factor(cfg))

@@ -1,7 +1,7 @@
-"""Puts a full training state into the partitions of a DeepSpeed engine, whatever its stage and ranks.
+"""Installs a full training state in the partitions of a DeepSpeed engine of any ZeRO stage and number of ranks.
 
-The other half of gsa/checkpoint/full_state.py. It knows the insides of DeepSpeed 0.19.8's three optimizers,
-and is given one; it reads one parameter at a time.
+The reverse of gsa/checkpoint/full_state.py, which reads a full state from a checkpoint's files. Uses internals of the
+optimizers of DeepSpeed 0.19.8. Only one parameter's state is in memory at a time.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def install(state: FullState, model: nn.Module, optimizer: Any, zero_stage: int) -> None:
-    """Weights, masters, moments, Adam's step, buffers and hyper-parameters of `state` become the engine's.
+    """Sets weights, master weights, moments, Adam's step, buffers and hyperparameters to those of `state`.
 
-    optimizer: the engine's, DeepSpeed's own or at stage 0 torch's. Raises CheckpointError, before anything is
-    changed, when the state has other parameters or shapes than the model.
+    optimizer: the engine's: DeepSpeed's for the ZeRO stage, or torch's at stage 0. Raises CheckpointError when the
+    state has other parameters or shapes than the model, before anything is changed; or when it cannot be represented
+    at this ZeRO stage.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     _require_fit(state, model)
@@ -30,7 +31,7 @@ def install(state: FullState, model: nn.Module, optimizer: Any, zero_stage: int)
         if zero_stage == 0:
             _install_whole(state, names, optimizer)
         elif zero_stage == 3:
-            _install_cut_parameters(state, names, optimizer)
+            _install_partitioned_parameters(state, names, optimizer)
         else:
             _install_flat_partitions(state, names, optimizer)
         for name, buffer in model.named_buffers():
@@ -55,11 +56,11 @@ def _require_fit(state: FullState, model: nn.Module) -> None:
 
 
 def _adam_state(like: torch.Tensor, members: list[ParameterState]) -> dict[str, torch.Tensor]:
-    """A fresh AdamW state for one tensor of the optimizer's, with the step its parameters share."""
+    """A new AdamW state for one tensor of the optimizer: zero moments, and the step that its parameters share."""
     steps = {member.step for member in members}
     if len(steps) > 1:
         raise CheckpointError(
-            f"parameters of one group have taken {sorted(steps)} updates of Adam, and ZeRO counts them together; "
+            f"parameters of one group have had {sorted(steps)} updates of Adam, but ZeRO has one count for a group; "
             f"resume with ZeRO 0 and training.precision=fp32"
         )
     zeros = {moment: torch.zeros_like(like.detach()) for moment in MOMENTS}
@@ -77,7 +78,7 @@ def _install_whole(state: FullState, names: dict[int, str], optimizer: torch.opt
 
 
 def _install_flat_partitions(state: FullState, names: dict[int, str], optimizer: Any) -> None:
-    """ZeRO 1 and 2: each group's masters are one flat tensor, of which a rank has a run."""
+    """ZeRO 1 and 2: the master weights of a group are one flat tensor, of which each rank has a contiguous part."""
     for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
         members = [state.parameters[names[id(parameter)]] for parameter in group]
         adam = optimizer.optimizer.state[flat] = _adam_state(flat, members)
@@ -85,7 +86,7 @@ def _install_flat_partitions(state: FullState, names: dict[int, str], optimizer:
             master = saved.full("master")
             parameter.data.copy_(master)
             at = parameter._hp_mapping
-            if at is None:  # all of it is another rank's
+            if at is None:  # this rank's partition has no part of it
                 continue
             whole, mine = at.lp_fragment_address, at.hp_fragment_address
             pairs = [(flat, master)] + [(adam[moment], saved.full(moment)) for moment in MOMENTS]
@@ -95,10 +96,13 @@ def _install_flat_partitions(state: FullState, names: dict[int, str], optimizer:
                 )
 
 
-def _install_cut_parameters(state: FullState, names: dict[int, str], optimizer: Any) -> None:
-    """ZeRO 3: every rank has its equal part of each parameter, the last part padded."""
+def _install_partitioned_parameters(state: FullState, names: dict[int, str], optimizer: Any) -> None:
+    """ZeRO 3: each rank has an equal part of every parameter, and the last part is padded."""
     if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
-        raise CheckpointError("a checkpoint cannot be reshaped into NVMe offload; resume it once without, save, go on")
+        raise CheckpointError(
+            "a checkpoint of another layout cannot be loaded with NVMe offload; resume without offload, save, and resume "
+            "from that checkpoint with NVMe offload"
+        )
     optimizer.checkpoint_event_prologue()
     rank = dist.get_rank(optimizer.dp_process_group)
     for number, group in enumerate(optimizer.fp16_groups):
@@ -124,7 +128,10 @@ def _install_cut_parameters(state: FullState, names: dict[int, str], optimizer: 
 
 
 def zero_padding(optimizer: Any) -> None:
-    """ZeRO 3 leaves the padding of the last rank's parts as it found the memory: equal states are to be equal files."""
+    """Sets the padding of ZeRO 3's partitions to zero, so that equal states are saved as equal files.
+
+    DeepSpeed leaves it uninitialised.
+    """
     rank = dist.get_rank(optimizer.dp_process_group)
     for number, group in enumerate(optimizer.fp16_groups):
         offset = 0

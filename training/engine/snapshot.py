@@ -1,4 +1,4 @@
-"""Copies of a training state in host memory, made fast because their memory is used again and again."""
+"""Copies a training state to host memory, quickly because every save reuses the same memory."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import torch
 
 @dataclass
 class Snapshot:
-    """What one rank has to write: DeepSpeed's files by path, and on rank 0 the whole weights."""
+    """What one rank has to write. files: the content of DeepSpeed's files by path. weights: all weights, on rank 0."""
 
     files: dict[Path, object] = field(default_factory=dict)
     weights: dict[str, torch.Tensor] | None = None
 
 
 class HostBuffers:
-    """Host tensors that one save after another is copied into. pin: page-locked, so that a GPU writes them itself."""
+    """Host tensors that every save is copied into. pin: page-locked, so that the GPU copies in the background."""
 
     def __init__(self, *, pin: bool) -> None:
         self._pin = pin
         self._tensors: dict[str, torch.Tensor] = {}
 
     def copy(self, key: str, tensor: torch.Tensor) -> torch.Tensor:
-        """`tensor` as a host tensor of its own; a later call with the same key overwrites it.
+        """A host tensor that `tensor` is copied to. A later call with the same key overwrites it.
 
-        From a GPU the copy may be under way when this returns: call `wait` before reading it.
+        With `pin` the copy may still be running when this returns: call `wait` before reading the result.
         """
         held = self._tensors.get(key)
         if held is None or held.shape != tensor.shape or held.dtype != tensor.dtype:
@@ -35,20 +35,23 @@ class HostBuffers:
         return held
 
     def wait(self) -> None:
+        """Waits until all copies are complete."""
         if self._pin:
             torch.cuda.synchronize()
 
 
 def host_tree(value: object, key: str, buffers: HostBuffers | None) -> object:
-    """`value` with its tensors replaced by compact host ones, containers rebuilt, everything else as it is.
+    """A copy of the nested dicts, lists and tuples in `value` with its tensors as compact host tensors.
 
-    buffers: where to copy to; None: tensors that are compact and on the host already are taken as they are.
+    key: a name for `value` that is unique in the save; tensors are copied under names derived from it. buffers: the
+    host memory to copy to; None: tensors that are compact and on the host already are not copied. Values of any other
+    type are returned as they are.
     """
     if isinstance(value, torch.Tensor):
         if buffers is not None:
             return buffers.copy(key, value)
         value = value.detach()
-        # a view would bring its whole storage into the file
+        # torch.save writes the whole storage of a view
         compact = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
         return value if compact and value.device.type == "cpu" else value.cpu().clone()
     if isinstance(value, dict):
