@@ -100,8 +100,8 @@ def _install_partitioned_parameters(state: FullState, names: dict[int, str], opt
     """ZeRO 3: each rank has an equal part of every parameter, and the last part is padded."""
     if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
         raise CheckpointError(
-            "a checkpoint of another layout cannot be loaded with NVMe offload; resume without offload, save, and resume "
-            "from that checkpoint with NVMe offload"
+            "a checkpoint of another layout cannot be loaded with NVMe offload; resume without offload, save, and "
+            "resume from that checkpoint with NVMe offload"
         )
     optimizer.checkpoint_event_prologue()
     rank = dist.get_rank(optimizer.dp_process_group)
