@@ -181,7 +181,7 @@ def test_a_rare_save_or_evaluation_is_not_reported(tmp_path):
 def test_a_low_mfu_without_a_known_cause_asks_for_a_profiler(tmp_path, capsys):
     main([str(a_run(tmp_path / "run", {"mfu": 0.25}))])
     out = capsys.readouterr().out
-    assert "nothing to gain" in out and "turn: a profiler: the goal is 40 %" in out
+    assert "nothing to gain" in out and "change: a profiler: the goal is 40 %" in out
 
 
 # -- each cost ----------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def render(record: Record, s: Summary, verdicts: Sequence[Verdict], notes: Seque
     for number, v in enumerate(verdicts, 1):
         gain = f": {v.hedge} {v.gain:.2f}x" if v.name != "nothing to gain" else ""
         lines += ["", f"{number}. {v.name}{gain}", f"   {v.finding}."]
-        lines += [f"   {'turn' if i == 0 else '  or'}: {setting}" for i, setting in enumerate(v.turn)]
+        lines += [f"   {'change' if i == 0 else '    or'}: {setting}" for i, setting in enumerate(v.turn)]
         lines.append(f"   how: {v.arithmetic}")
     return "\n".join(lines)
 
