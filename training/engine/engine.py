@@ -1,7 +1,7 @@
-"""The only door to DeepSpeed: start, build, step, save, load.
+"""The only module that imports DeepSpeed: process group, training step, snapshots for saving, loading.
 
-Everything this project knows about DeepSpeed's habits is in this file, so that a new version is one
-file's work. Written against deepspeed 0.19.8.
+Written against DeepSpeed 0.19.8, whose private attributes it uses; so do zero_internals.py and reshape.py beside it,
+which are given DeepSpeed's optimizers. A new version of DeepSpeed means checking these three.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from training.engine.optimizer import group_hyperparameters, schedule_factor  # 
 from training.engine.reshape import install, zero_padding  # noqa: E402
 from training.engine.snapshot import HostBuffers, Snapshot, host_tree  # noqa: E402
 from training.engine.world import World, environment_world_size  # noqa: E402
-from training.engine.zero_internals import UpdateSample, drop_gradients, gradient_squares  # noqa: E402
+from training.engine.zero_internals import MasterSubset, drop_gradients, gradient_squares  # noqa: E402
 
 DEEPSPEED_GLOBALS = (LossScaler, ZeroStageEnum, fragment_address)
-"""The classes inside DeepSpeed's own files; the loader's allow-list for them, and nothing more."""
+"""The classes that DeepSpeed pickles into its checkpoint files: what the safe loader allows there besides tensors."""
 
 T = TypeVar("T")
 
@@ -52,9 +52,9 @@ DEEPSPEED_VERSION: str = deepspeed.__version__
 
 
 def start(timeout_s: float, *, verbose: bool = False) -> World:
-    """Joins the process group that `deepspeed` or `torchrun` prepared; alone, makes one of a single rank.
+    """Joins the process group of the launcher (`deepspeed` or `torchrun`); without one, makes a group of one rank.
 
-    timeout_s: how long a collective may wait for a late rank before it raises. verbose: DeepSpeed may say what it does.
+    timeout_s: how long a collective waits for a late rank before it raises. verbose: DeepSpeed logs at level INFO.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -78,20 +78,21 @@ def start(timeout_s: float, *, verbose: bool = False) -> World:
     else:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-        # On CPU init_distributed compiles an operator (35-60 s) that only inference uses, and it leaves
-        # 69 MB per rank in /dev/shm for good. The table is private to DeepSpeed: pinned with its version.
+        # On a CPU init_distributed would compile an operator (35-60 s) that only inference uses and that leaves 69 MB
+        # per rank in /dev/shm for good.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed_logger.setLevel(logging.INFO if verbose else logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
-    # numpy and torch draw nothing during training; seeded all the same, so that nothing can differ by accident
+    # nothing in training draws from it; seeded all the same, so that runs cannot differ by accident
     random.seed(0)
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_s))
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
 
 
-class _SafeFiles(CheckpointEngine):
-    """DeepSpeed's checkpoint files: kept as snapshots for someone else to write, and read without running them."""
+class _SnapshotFiles(CheckpointEngine):
+    """Stands in for DeepSpeed's file access: collects what it saves in `snapshot`, for training.checkpointing to write,
+    and loads files without executing what is pickled in them."""
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -113,33 +114,34 @@ class _SafeFiles(CheckpointEngine):
 
 
 def _order_streams_instead_of_syncing(optimizer: Any) -> None:
-    """Takes a wait of the host for the device out of every micro-batch of ZeRO 2 with overlap_comm.
+    """With ZeRO 2 and overlap_comm, makes two CUDA streams wait for each other in place of the host for the device.
 
-    There DeepSpeed lets go of gradients that another stream may still be summing, or hands that stream gradients that
-    are still being computed: it is enough that the streams wait for each other. Not where gradients go to the host,
-    which reads them there.
+    DeepSpeed calls device.synchronize() in every micro-batch, for two reasons: the reduction stream may still be
+    summing gradients that are about to be freed, and it may be about to read gradients that are still being computed.
+    For both it suffices that the streams wait for each other. Do not use it where gradients are offloaded: then the
+    host reads them, and has to wait.
     """
     epilogue, accelerator = optimizer.independent_gradient_partition_epilogue, get_accelerator()
 
-    def on_the_device(device_index: int | None = None) -> None:
+    def order_streams(device_index: int | None = None) -> None:
         computing, reducing = accelerator.current_stream(), optimizer.reduction_stream
         reducing.wait_stream(computing)
         computing.wait_stream(reducing)
 
     def without_waiting() -> None:
-        waits, accelerator.synchronize = accelerator.synchronize, on_the_device
+        synchronize, accelerator.synchronize = accelerator.synchronize, order_streams
         try:
             epilogue()
         finally:
-            accelerator.synchronize = waits
+            accelerator.synchronize = synchronize
 
     optimizer.independent_gradient_partition_epilogue = without_waiting
 
 
 class Engine:
-    """A model whose gradients, optimizer and checkpoints DeepSpeed owns.
+    """A model whose gradients, optimizer state and checkpoints are managed by DeepSpeed.
 
-    ds_config: complete, nothing "auto". The model is built alike on every rank, on the CPU in float32.
+    model: on the CPU in float32, the same on every rank. ds_config: complete, without "auto".
     """
 
     deepspeed_version = DEEPSPEED_VERSION
@@ -154,9 +156,9 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, lr_scheduler=schedule, config=dict(ds_config), dist_init_required=False
         )
-        self._files = _SafeFiles()
+        self._files = _SnapshotFiles()
         self._engine.checkpoint_engine = self._files
-        # it would put a script that loads pickles unsafely into every run folder
+        # otherwise every run folder gets a script that loads pickles unsafely
         self._engine._copy_recovery_script = lambda save_path: None
         self.zero_stage: int = int(self._engine.zero_optimization_stage())
         self.device: torch.device = torch.device(self._engine.device)
@@ -180,21 +182,21 @@ class Engine:
         return self._engine(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulates the gradient of `loss` / accumulation steps / ranks: training/loop/step.py says of which loss."""
+        """Accumulates the gradient of `loss` / (accumulation steps x ranks)."""
         self._engine.backward(loss)
 
     def at_boundary(self) -> bool:
-        """Whether the micro-batch whose backward pass is done is the last one of a step."""
+        """Whether the micro-batch whose backward pass has ended is the last one of its step."""
         return bool(self._engine.is_gradient_accumulation_boundary())
 
     def step(self, *, drop: bool = False) -> bool:
-        """Called once per micro-batch; updates the weights, and returns True, with the last one of a step.
+        """To be called after every micro-batch; after the last one of a step it updates the weights and returns True.
 
-        drop: the step counts, for the schedule too, but its gradient is forgotten and nothing is updated.
+        drop: the step counts, also for the schedule, but its gradient is discarded and no weight changes.
         """
         boundary = self.at_boundary()
         if boundary and self.zero_stage == 0:
-            # stage 0 reports no norm of its own in float32
+            # DeepSpeed reports no gradient norm at stage 0 in float32
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             self._grad_norm = torch.nn.utils.get_total_norm(gradients)
         if drop and boundary:
@@ -212,15 +214,15 @@ class Engine:
         return boundary
 
     def gradient_squares(self) -> torch.Tensor | None:
-        """This rank's share of the squared gradient by part. Call it at a boundary, before `step`."""
+        """This rank's share of the squared gradient norm by part of the model. Call it at a boundary, before `step`."""
         return gradient_squares(self.module, self._engine.optimizer, self.zero_stage)
 
-    def update_sample(self) -> UpdateSample:
-        """A sample of the masters as they are, to be compared with what `step` makes of them."""
-        return UpdateSample(self._engine.optimizer, self.zero_stage)
+    def master_subset(self) -> MasterSubset:
+        """A subset of the master weights as they are before `step`, to measure the step's update with."""
+        return MasterSubset(self._engine.optimizer, self.zero_stage)
 
     def grad_norm(self) -> float:
-        """L2 norm of the last step's whole gradient before clipping; nan when it was not finite."""
+        """L2 norm of the last step's gradient over all ranks, before clipping; NaN when it was not finite."""
         return float("nan") if self._grad_norm is None else float(self._grad_norm)
 
     def param_groups(self) -> list[dict]:
@@ -231,55 +233,55 @@ class Engine:
         return {group["name"]: float(group["lr"]) for group in self.param_groups()}
 
     def full_weights(self, buffers: HostBuffers | None = None) -> dict[str, torch.Tensor] | None:
-        """The model's state dict on the CPU, whole, on rank 0; None on the others. Every rank must call it."""
-        main = dist.get_rank() == 0
+        """The model's full state dict on the CPU, on rank 0; None on the others. Every rank must call it."""
+        is_main = dist.get_rank() == 0
         weights: dict[str, torch.Tensor] = {}
 
-        def keep(name: str, tensor: torch.Tensor) -> None:
-            if main:
+        def add(name: str, tensor: torch.Tensor) -> None:
+            if is_main:
                 weights[name] = tensor.detach().cpu().clone() if buffers is None else buffers.copy(name, tensor)
 
         for name, parameter in self.module.named_parameters():
             gather = [parameter] if hasattr(parameter, "ds_id") else []
             with deepspeed.zero.GatheredParameters(gather, enabled=bool(gather)):
-                keep(name, parameter)
+                add(name, parameter)
         for name, buffer in self.module.named_buffers():
-            keep(name, buffer)
-        return weights if main else None
+            add(name, buffer)
+        return weights if is_main else None
 
     def snapshot(self, output_dir: Path, tag: str, client_state: dict, *, buffers: HostBuffers | None) -> Snapshot:
-        """What this rank has to write into output_dir/tag, taken by DeepSpeed's save_checkpoint; nothing is written.
+        """What this rank has to write into output_dir/tag, collected by DeepSpeed's save_checkpoint. Writes nothing.
 
-        Every rank must call it, at an optimizer-step boundary. buffers: host memory to copy into, so that
-        training may go on at once; None: the snapshot is the live state, to be written before it does.
+        Every rank must call it, after a finished optimizer step. buffers: host memory to copy the state into, so that
+        training can go on at once. None: the snapshot is the live state and must be written before training goes on.
         """
         self._files.buffers = buffers
         self._engine.save_checkpoint(
             str(output_dir), tag=tag, client_state={CLIENT_KEY: client_state}, save_latest=False
         )
         snapshot = self._files.snapshot
-        whole = next((f["module"] for path, f in snapshot.files.items() if path.name.startswith("mp_rank_00")), None)
+        module = next((f["module"] for path, f in snapshot.files.items() if path.name.startswith("mp_rank_00")), None)
         if self.zero_stage == 3:
             snapshot.weights = self.full_weights(buffers)
         elif dist.get_rank() == 0:
-            snapshot.weights = dict(whole)
+            snapshot.weights = dict(module)
         if buffers is not None:
             buffers.wait()
         return snapshot
 
     def load(self, checkpoint: Path) -> None:
-        """Takes up weights, masters, moments, schedule and counters.
+        """Loads weights, masters, moments, schedule and counters. Every rank must call it.
 
-        Any number of ranks and any ZeRO stage: DeepSpeed loads what was cut alike, the rest is put together
-        from the shards and cut anew. The files must have been verified before: DeepSpeed loads flipped bits in
-        silence. Raises CheckpointError on all ranks when one of them refuses a file.
+        The checkpoint may come from any number of ranks and any ZeRO stage: DeepSpeed loads it when it is partitioned
+        as this engine is, otherwise the full state is assembled from the shards and partitioned again. Verify the files
+        first: DeepSpeed loads flipped bits without an error. Raises CheckpointError on all ranks when one of them
+        refuses a file.
         """
         layout = self.raise_on_all_ranks(lambda: read_layout(checkpoint))
-        alike = layout == self._layout()
-        state = self.raise_on_all_ranks(lambda: self._require_safe(checkpoint, alike))
-        if not alike:
-            self.load_full_state(state)
+        if layout != self._layout():
+            self.load_full_state(self.raise_on_all_ranks(lambda: read_full_state(checkpoint)))
             return
+        self.raise_on_all_ranks(lambda: self._require_safe(checkpoint))
         path, client = self._engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
         if path is None or CLIENT_KEY not in client:
             raise CheckpointError(
@@ -288,7 +290,7 @@ class Engine:
             )
 
     def load_full_state(self, state: FullState) -> None:
-        """Makes the engine's state that of another engine, or of the predecessor. Every rank must call it."""
+        """Loads a full state: of an engine with another layout, or of a legacy checkpoint. Every rank must call it."""
         self.raise_on_all_ranks(lambda: install(state, self.module, self._engine.optimizer, self.zero_stage))
         schedule = self._engine.lr_scheduler
         position = {"last_epoch": state.run.step, "_step_count": state.run.step + 1}
@@ -297,7 +299,7 @@ class Engine:
         self._engine.global_samples = state.run.samples_consumed
 
     def _layout(self) -> Layout:
-        """How this engine would cut a checkpoint."""
+        """How the checkpoints of this engine are partitioned."""
         zero = self.zero_stage > 0
         order = self._engine._get_zero_param_shapes() if zero else ()
         return Layout(
@@ -307,44 +309,42 @@ class Engine:
             tuple(tuple(group) for group in order),
         )
 
-    def _require_safe(self, checkpoint: Path, alike: bool) -> FullState | None:
-        """Parses what this rank is about to load, before any collective waits for it."""
-        if not alike:
-            return read_full_state(checkpoint)
+    def _require_safe(self, checkpoint: Path) -> None:
+        """Reads the files that DeepSpeed will load on this rank, so that a refusal comes before any collective."""
         rank = f"zero_pp_rank_{dist.get_rank()}_"
         for path in checkpoint.glob("*_states.pt"):
             if path.name.startswith("mp_rank_00") or path.name.removeprefix("bf16_").startswith(rank):
                 safe_load.load(path, extra_allowed=DEEPSPEED_GLOBALS, mmap=True)
-        return None
 
     def raise_on_all_ranks(self, call: Callable[[], T]) -> T:
-        """The result of `call`, which reads files: CheckpointError on all ranks when one rank's has failed.
+        """Calls `call`, which reads files, on every rank and returns its result.
 
-        So none waits in a collective for a lost one.
+        When it raises CheckpointError or OSError on one rank, every rank raises CheckpointError, so that none waits in
+        a collective for a rank that is gone.
         """
         result, error = None, None
         try:
             result = call()
         except (CheckpointError, OSError) as err:
             error = err
-        words: list = [None] * dist.get_world_size()
-        dist.all_gather_object(words, None if error is None else str(error))
-        said = list(dict.fromkeys(word for word in words if word is not None))
-        if said:
-            raise CheckpointError("\n".join(said)) from error
+        of_ranks: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(of_ranks, None if error is None else str(error))
+        messages = list(dict.fromkeys(message for message in of_ranks if message is not None))
+        if messages:
+            raise CheckpointError("\n".join(messages)) from error
         return result
 
     def apply_hyperparameters(self, cfg: TrainingConfig) -> None:
-        """Makes learning rates, decay, betas, eps and clipping those of `cfg`.
+        """Sets learning rates, weight decay, betas, eps and gradient clipping to those of `cfg`.
 
-        Loading a checkpoint brings back the saved ones, and DeepSpeed then ignores a changed configuration.
+        Necessary after loading: DeepSpeed restores the saved values and ignores a changed configuration.
         """
         schedule = self._engine.lr_scheduler
         factor = schedule_factor(cfg)(schedule.last_epoch)
         for index, group in enumerate(self.param_groups()):
-            wanted = group_hyperparameters(group["name"], cfg)
-            group.update(wanted, initial_lr=wanted["lr"], lr=wanted["lr"] * factor)
-            schedule.base_lrs[index] = wanted["lr"]
+            new = group_hyperparameters(group["name"], cfg)
+            group.update(new, initial_lr=new["lr"], lr=new["lr"] * factor)
+            schedule.base_lrs[index] = new["lr"]
         schedule._last_lr = [group["lr"] for group in self.param_groups()]
         if self.zero_stage > 0:
             self._engine.optimizer.clip_grad = cfg.grad_clip

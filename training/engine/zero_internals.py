@@ -1,7 +1,7 @@
-"""Work inside the optimizers of DeepSpeed 0.19.8: gradient norms by part, sizes of updates, dropped gradients.
+"""Gradient norms by part, sizes of updates and discarded gradients, inside the optimizers of DeepSpeed 0.19.8.
 
-Each function is given one of DeepSpeed's three optimizers, as those of training/engine/reshape.py are. Nothing here is
-a collective: the loop adds up over ranks what each rank returns, together with the other numbers of the step.
+Each function takes torch's optimizer (ZeRO 0) or one of DeepSpeed's two (ZeRO 1 and 2, ZeRO 3). Nothing here is a
+collective: the loop sums what the ranks return, together with the other numbers of the step.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 PARTS = ("indexer", "gates", "rest")
-"""Parts of a model by the name of a parameter, for norms of the gradient."""
+"""Parts of a model, by the names of its parameters, whose gradient norms are reported."""
 UPDATED = ("main", "indexer")
-"""Groups of matrices whose updates are measured."""
+"""Groups of matrices whose updates are reported."""
 _GROUPS = {"decay": "main", "indexer": "indexer"}
-SAMPLE = 1 << 18
-"""Numbers of a tensor of the optimizer that are watched at most, evenly spread."""
+SUBSET_SIZE = 1 << 18
+"""About how many elements of each master tensor a MasterSubset holds, evenly spaced."""
 
 
 def part_of(name: str) -> str:
@@ -27,9 +27,9 @@ def part_of(name: str) -> str:
 
 
 def gradient_squares(model: nn.Module, optimizer: Any, zero_stage: int) -> torch.Tensor | None:
-    """(len(PARTS),) float64, this rank's share of the squared gradient by part; summed over ranks it is the whole.
+    """(len(PARTS),) float64: this rank's share of the squared gradient norm by part, to be summed over ranks.
 
-    Between the last backward pass of a step and the step. None where gradients are offloaded.
+    Valid between the last backward pass of a step and its update. None where gradients are offloaded.
     """
     if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
         return None
@@ -38,7 +38,7 @@ def gradient_squares(model: nn.Module, optimizer: Any, zero_stage: int) -> torch
     for parameter, gradient in _gradients(model, optimizer, zero_stage):
         squares = torch.linalg.vector_norm(gradient, dtype=torch.float32).double() ** 2
         found[PARTS.index(part_of(names[id(parameter)]))] += squares
-    if zero_stage == 0:  # every rank holds all of it
+    if zero_stage == 0:  # every rank holds the whole gradient
         found /= torch.distributed.get_world_size()
     return found
 
@@ -49,35 +49,35 @@ def _gradients(model: nn.Module, optimizer: Any, zero_stage: int) -> Iterator[tu
         return
     groups = optimizer.fp16_groups if zero_stage == 3 else optimizer.params_in_partition
     for number, parameters in enumerate(groups):
-        # padding follows the last parameter
+        # not strict: padding follows the last parameter
         yield from zip(parameters, optimizer.averaged_gradients[number], strict=False)
 
 
-class UpdateSample:
-    """Remembers a sample of the masters before a step; `squares` compares it with what they are after it."""
+class MasterSubset:
+    """Copies a subset of the master weights before a step; after it, `squares` measures how much they have changed."""
 
     def __init__(self, optimizer: Any, zero_stage: int) -> None:
-        self._whole = zero_stage == 0
+        self._on_every_rank = zero_stage == 0
         self._masters = [(_GROUPS[name], flat) for name, flat in _masters(optimizer, zero_stage) if name in _GROUPS]
-        self._before = [_sampled(flat).clone() for _, flat in self._masters]
+        self._before = [_subset(flat).clone() for _, flat in self._masters]
 
     def squares(self) -> torch.Tensor:
-        """(len(UPDATED), 2) float64: squared change and squared weights of this rank's sample."""
+        """(len(UPDATED), 2) float64: squared change and squared weights of the subset, to be summed over ranks."""
         device = self._before[0].device if self._before else "cpu"
         found = torch.zeros(len(UPDATED), 2, dtype=torch.float64, device=device)
         for (name, flat), before in zip(self._masters, self._before, strict=True):
-            now = _sampled(flat)
+            now = _subset(flat)
             found[UPDATED.index(name), 0] += (now - before).double().square().sum()
             found[UPDATED.index(name), 1] += now.double().square().sum()
-        return found / torch.distributed.get_world_size() if self._whole else found
+        return found / torch.distributed.get_world_size() if self._on_every_rank else found
 
 
-def _sampled(flat: torch.Tensor) -> torch.Tensor:
-    return flat.detach().flatten()[:: max(1, flat.numel() // SAMPLE)]
+def _subset(flat: torch.Tensor) -> torch.Tensor:
+    return flat.detach().flatten()[:: max(1, flat.numel() // SUBSET_SIZE)]
 
 
 def _masters(optimizer: Any, zero_stage: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name of the group and a tensor of masters."""
+    """(name of the parameter group, tensor of its masters on this rank), for every tensor of the optimizer."""
     if zero_stage == 0:
         yield from ((group["name"], p) for group in optimizer.param_groups for p in group["params"])
     elif zero_stage == 3:
@@ -89,7 +89,7 @@ def _masters(optimizer: Any, zero_stage: int) -> Iterator[tuple[str, torch.Tenso
 
 
 def drop_gradients(optimizer: Any, zero_stage: int) -> None:
-    """Forgets the accumulated gradient, as the optimizers do where an fp16 gradient overflows."""
+    """Discards the accumulated gradient, as the optimizers do themselves when an fp16 gradient overflows."""
     if zero_stage == 0:
         optimizer.zero_grad(set_to_none=True)
     elif zero_stage == 3:

@@ -17,7 +17,7 @@ from gsa.attention.probe import PROBES
 from training.config import BatchPlan, TrainingConfig
 from training.data.dataset import Batch
 from training.data.order import permute
-from training.engine.zero_internals import UpdateSample
+from training.engine.zero_internals import MasterSubset
 from training.observe.health import health_metrics, probe_metrics
 
 if TYPE_CHECKING:  # importing DeepSpeed takes seconds
@@ -62,7 +62,7 @@ class StepSums:
     selected: list[torch.Tensor] = field(default_factory=list)
     visible: list[torch.Tensor] = field(default_factory=list)
     squares: torch.Tensor | None = None
-    updates: UpdateSample | None = None
+    updates: MasterSubset | None = None
     dropped: bool = False
 
     def means(self) -> torch.Tensor:
@@ -122,7 +122,7 @@ def forward_backward(
         sums.selection += out.selection_stats
         last = micro == plan.accumulation_steps - 1
         if measuring and last:
-            sums.squares, sums.updates = engine.gradient_squares(), engine.update_sample()
+            sums.squares, sums.updates = engine.gradient_squares(), engine.master_subset()
         sums.dropped = last and drop is not None and drop(sums)
         engine.step(drop=sums.dropped)
     phase("other")
