@@ -28,7 +28,7 @@ from gsa.checkpoint.state import RunState
 from training import train
 from training.checkpointing import saver as saving
 from training.checkpointing.saver import Retention, Saver
-from training.engine.engine import _SafeFiles
+from training.engine.engine import _SnapshotFiles
 from training.engine.snapshot import HostBuffers, Snapshot, host_tree
 from training.engine.world import World
 from training.loop.run import _record_failure
@@ -527,7 +527,7 @@ def test_the_engines_own_loader_runs_nothing_in_a_file(tmp_path):
 
     torch.save({"module": Evil()}, tmp_path / "mp_rank_00_model_states.pt")
     with pytest.raises(CheckpointError, match="nothing in it was run"):
-        _SafeFiles().load(str(tmp_path / "mp_rank_00_model_states.pt"), map_location="cpu")
+        _SnapshotFiles().load(str(tmp_path / "mp_rank_00_model_states.pt"), map_location="cpu")
     assert not (tmp_path / "ran").exists()
 
 
