@@ -14,20 +14,21 @@ from typing import BinaryIO
 def write_atomically(path: Path, *, durable: bool, unique: bool = False) -> Iterator[BinaryIO]:
     """Opens a temporary file beside `path` for writing; when the block ends, it replaces `path` in one step.
 
-    A reader, or a process killed at any moment, leaves and finds either the old content or all of the new. When the
-    block raises, `path` is untouched and the temporary file is removed; a kill leaves it behind as `<name>.tmp`.
+    A reader finds either the old content or all of the new, even after the writer was killed. When the block raises,
+    `path` is untouched and the temporary file is removed; a kill leaves it behind as `<name>.tmp`. A library that
+    writes to a path, not to a file, may write to the `name` of the file instead.
 
     durable: the content and the name survive a power cut once the block has ended (fsync of file and folder).
-    unique: the temporary file has a name of its own, for a path that several processes may write at the same time.
-    Raises OSError when the disk refuses.
+    unique: the temporary file gets a name that no other writer uses, for a path that several processes may write at
+    the same time.
+    Raises OSError when the disk refuses; when only the last fsync, of the folder, fails, `path` has its new content.
     """
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp" if unique else f"{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
             yield file
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+        if durable:
+            fsync(temporary)  # by name: who wrote to the file's name may have put another file there
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):

@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gsa.checkpoint.manifest import CheckpointError, replace_durably, write_durably, writing
+from gsa.checkpoint.manifest import CheckpointError, write_durably, writing
 from gsa.checkpoint.state import CONFIG, read_json_object, require_plain
+from gsa.files import write_atomically
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -43,16 +44,15 @@ def save_weights(state_dict: Mapping[str, torch.Tensor], config: dict[str, Any],
         storages.add(tensor.untyped_storage().data_ptr())
     with writing(dir / WEIGHTS):
         dir.mkdir(parents=True, exist_ok=True)
-        temporary = dir / f"{WEIGHTS}.tmp"
-        temporary.touch()
-        mode = temporary.stat().st_mode
-        try:
-            # one metadata key only: safetensors writes several in random order, and equal weights must be equal files
-            save_file(stored, temporary, metadata={"format": "pt"})
-        except SafetensorError as err:  # safetensors raises it in place of OSError
-            raise OSError(str(err)) from err
-        temporary.chmod(mode)  # safetensors removes the read permission of group and others
-        replace_durably(temporary, dir / WEIGHTS)
+        with write_atomically(dir / WEIGHTS, durable=True) as file:
+            temporary = Path(file.name)
+            mode = temporary.stat().st_mode
+            try:
+                # one metadata key: safetensors writes several in random order, and equal weights must be equal files
+                save_file(stored, temporary, metadata={"format": "pt"})
+            except SafetensorError as err:  # safetensors raises it in place of OSError
+                raise OSError(str(err)) from err
+            temporary.chmod(mode)  # safetensors replaces the file by one that group and others cannot read
     header["tied"] = tied
     write_durably(dir / CONFIG, (json.dumps(header, indent=2) + "\n").encode())
 

@@ -21,6 +21,8 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
+from gsa.files import fsync, write_atomically
+
 FORMAT = 1
 MANIFEST = "manifest.json"
 LATEST = "latest"
@@ -129,7 +131,7 @@ def seal(
         path = present[name]
         if not stat.S_ISREG(path.lstat().st_mode):
             raise CheckpointError(f"{path}: a link or special file; a checkpoint holds only files of its own")
-        _fsync(path)
+        fsync(path)
         size = path.stat().st_size
         if name not in hashes:
             return FileEntry(size, sha256_of(path))
@@ -143,10 +145,10 @@ def seal(
             entries = dict(zip(sorted(wanted), pool.map(entry_of, sorted(wanted)), strict=True))
         folders = {folder for path in present.values() for folder in path.parents}
         for folder in (f for f in folders if f.is_relative_to(step_dir)):
-            _fsync(folder)
+            fsync(folder)
         manifest = Manifest(entries, datetime.now(UTC).isoformat(timespec="seconds"))
         write_durably(step_dir / MANIFEST, manifest.render())
-        _fsync(step_dir.parent)  # the folder's own name
+        fsync(step_dir.parent)  # the folder's own name
     return manifest
 
 
@@ -173,17 +175,8 @@ def write_durably(path: Path, data: bytes) -> None:
 
     Raises CheckpointError when the disk refuses.
     """
-    temporary = path.with_name(path.name + _TEMPORARY)
-    with writing(path):
-        temporary.write_bytes(data)
-        replace_durably(temporary, path)
-
-
-def replace_durably(temporary: Path, path: Path) -> None:
-    """Gives a finished file its name; it and its name are on disk when this returns."""
-    _fsync(temporary)
-    os.replace(temporary, path)
-    _fsync(path.parent)
+    with writing(path), write_atomically(path, durable=True) as file:
+        file.write(data)
 
 
 def clear_torn(step_dir: Path) -> None:
@@ -447,7 +440,7 @@ def _discard(step_dir: Path) -> None:
     """Deletes a folder. It is renamed first, so that what a kill leaves no longer has a checkpoint's name."""
     trash = step_dir.with_name(_TRASH + step_dir.name)
     os.replace(step_dir, trash)
-    _fsync(trash.parent)  # a power cut must not restore the name of a half-deleted folder
+    fsync(trash.parent)  # a power cut must not restore the name of a half-deleted folder
     shutil.rmtree(trash)
 
 
@@ -458,11 +451,3 @@ def sha256_of(path: Path) -> str:
         while count := file.readinto(block):
             sha.update(block[:count])
     return sha.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ import torch.utils.cpp_extension
 import gsa.weights
 from gsa.checkpoint import manifest
 from gsa.checkpoint.state import RunState
+from gsa.files import write_atomically
 from training.checkpointing import saver as saving
 from training.engine import engine  # noqa: F401  imported once, before the forks
 from training.engine.snapshot import Snapshot
@@ -75,7 +77,7 @@ def kill_at(number: int, diary: Path) -> None:
             if "step_4" in path.parts or path.name.startswith("latest"):
                 moment(f"before {event} of {path.name}")
 
-    write, save_file, write_bytes = saving._HashingFile.write, gsa.weights.save_file, Path.write_bytes
+    write, save_file = saving._HashingFile.write, gsa.weights.save_file
 
     def write_by_halves(self, data):
         if len(data) > 1000 and not hasattr(self, "halved"):  # in each file once, with half of a tensor written
@@ -92,14 +94,24 @@ def kill_at(number: int, diary: Path) -> None:
         moment(f"inside {path.stem}")
         save_file(tensors, path, metadata=metadata)
 
-    def write_bytes_by_halves(self, data):
-        write_bytes(self, data[: len(data) // 2])
-        moment(f"inside {self.stem}")
-        return write_bytes(self, data)
+    class Halves:
+        def __init__(self, file):
+            self._file = file
+
+        def write(self, data):
+            self._file.write(data[: len(data) // 2])
+            self._file.flush()
+            moment(f"inside {Path(self._file.name).stem}")
+            return self._file.write(data[len(data) // 2 :])
+
+    @contextmanager
+    def write_atomically_by_halves(path, **how):
+        with write_atomically(path, **how) as file:
+            yield Halves(file)
 
     saving._HashingFile.write = write_by_halves
     gsa.weights.save_file = save_file_by_halves
-    Path.write_bytes = write_bytes_by_halves
+    manifest.write_atomically = write_atomically_by_halves  # manifest.json, config.json and latest
     sys.addaudithook(audit)
 
 

@@ -20,7 +20,6 @@ An error on any rank in any phase is raised on all ranks, at the next `poll` or 
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ import torch
 from gsa.checkpoint import manifest
 from gsa.checkpoint.manifest import CheckpointError, Removed
 from gsa.checkpoint.state import CONFIG, RunState
+from gsa.files import write_atomically
 from gsa.units import MIB
 from gsa.weights import WEIGHTS, save_weights
 from training.engine.engine import Engine
@@ -285,12 +285,7 @@ class _HashingFile:
 
 def write_file(path: Path, content: object) -> tuple[int, str]:
     """torch.save, whole or not at all; returns (bytes, sha256). Raises CheckpointError when the disk refuses."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with manifest.writing(path):
-        with open(temporary, "wb") as raw:
-            file = _HashingFile(raw)
-            torch.save(content, file)
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(temporary, path)
+    with manifest.writing(path), write_atomically(path, durable=True) as raw:
+        file = _HashingFile(raw)
+        torch.save(content, file)
     return file.bytes, file.sha256

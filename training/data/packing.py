@@ -9,13 +9,13 @@ from __future__ import annotations
 import bisect
 import hashlib
 import io
-import os
 import sys
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
+from gsa.files import write_atomically
 
 VERSION = 1
 """Raise it when `pack` changes what it returns: the order of the data is a contract."""
@@ -112,11 +112,10 @@ def cached_windows(shard: Path, ends: np.ndarray, ends_sha256: str, window_token
     body = io.BytesIO()
     np.savez(body, **vars(windows))
     digest = hashlib.sha256(body.getvalue()).digest()
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         folder.mkdir(exist_ok=True)
-        temporary.write_bytes(digest + body.getvalue())
-        os.replace(temporary, path)
+        with write_atomically(path, durable=False, unique=True) as file:  # every rank may write it
+            file.write(digest + body.getvalue())
     except OSError as err:
         print(f"note: window table {path.name} stays in memory: {err.strerror} ({folder})", file=sys.stderr)
     return windows

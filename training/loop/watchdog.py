@@ -18,6 +18,8 @@ import threading
 import time
 from pathlib import Path
 
+from gsa.files import write_atomically
+
 POLL_S = 1.0
 PATIENT_PHASES = {"start", "save", "load", "evaluate", "first step"}
 """Phases whose length depends on the disk or on compilers: they may take ten times as long."""
@@ -78,9 +80,8 @@ class Watchdog:
             "state": state,
             "time": time.time(),
         }
-        temporary = self._file(self._rank).with_suffix(".tmp")
-        temporary.write_text(json.dumps(own))
-        os.replace(temporary, self._file(self._rank))
+        with write_atomically(self._file(self._rank), durable=False) as file:
+            file.write(json.dumps(own).encode())
 
     def _try_publish(self, state: str) -> bool:
         """Publishes; False when the disk refuses. A full disk must not end the watch, nor hide the run's own error."""

@@ -13,7 +13,9 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +23,7 @@ from hypothesis import strategies as st
 
 from gsa.checkpoint import manifest
 from gsa.checkpoint.manifest import CheckpointError
+from gsa.files import write_atomically
 
 FILES = {
     "mp_rank_00_model_states.pt": 700,
@@ -131,21 +134,25 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_good_checkpoint_and_the_save_ca
 def test_a_kill_inside_a_write_leaves_a_good_checkpoint(tmp_path, interrupted, share):
     save(tmp_path, 1)
 
-    def half_write(path: Path, data: bytes) -> None:
-        with open(path, "wb") as file:
-            if path.name.startswith(interrupted):
-                file.write(data[: int(share * len(data))])
-                file.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-            file.write(data)
+    class HalfWritten(SimpleNamespace):
+        def write(self, data: bytes) -> None:
+            self.file.write(data[: int(share * len(data))])
+            self.file.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    @contextmanager
+    def half_write(path: Path, **how: bool) -> Iterator[object]:
+        with write_atomically(path, **how) as file:
+            yield HalfWritten(file=file) if path.name == interrupted else file
 
     def interrupted_save() -> None:
         write_files(tmp_path / "step_2")
-        Path.write_bytes = half_write
+        manifest.write_atomically = half_write
         manifest.seal(tmp_path / "step_2")
         manifest.publish(tmp_path, "step_2")
 
     assert exit_of_child(interrupted_save) == -signal.SIGKILL
+    assert len(list(tmp_path.rglob(f"{interrupted}.tmp"))) == 1
     check_after_crash(tmp_path, previous="step_1", torn="step_2")
     assert manifest.latest_tag(tmp_path) == "step_1"
 
@@ -212,7 +219,7 @@ def test_a_file_size_limit_reached_for_real_is_reported_and_leaves_the_previous_
             manifest.seal(tmp_path / "step_2")
 
     assert exit_of_child(seal_with_limit) == 0
-    assert (tmp_path / "step_2" / "manifest.json.tmp").stat().st_size == 100
+    assert not list((tmp_path / "step_2").glob("manifest.json*"))
     check_after_crash(tmp_path, previous="step_1", torn="step_2")
     save(tmp_path, 2)
 

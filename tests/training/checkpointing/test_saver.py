@@ -22,6 +22,7 @@ import pytest
 import torch
 from support.launching import ROOT, Case, rank_environment, run_cases, start_training
 
+from gsa import files
 from gsa.checkpoint import manifest
 from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import RunState
@@ -536,8 +537,8 @@ def test_the_engines_own_loader_runs_nothing_in_a_file(tmp_path):
 
 def test_run_json_is_on_disk_before_it_has_its_name_and_a_damaged_one_is_said_once(tmp_path, monkeypatch, capsys):
     folder, synced = RunFolder(tmp_path), []
-    fsync = manifest._fsync
-    monkeypatch.setattr(manifest, "_fsync", lambda path: (synced.append(path.name), fsync(path)))
+    fsync = files.fsync
+    monkeypatch.setattr(files, "fsync", lambda path: (synced.append(path.name), fsync(path)))
     folder.update_run(status="running", step=3)
     assert synced == ["run.json.tmp", tmp_path.name] and folder.read_run()["step"] == 3
     folder.run_json.write_bytes(b"")  # a power cut, on a disk that lies
