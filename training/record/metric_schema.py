@@ -15,12 +15,14 @@ STEP_METRICS: dict[str, Metric] = {
     "step": Metric("optimizer steps", "optimizer steps finished, including this one"),
     "epoch": Metric("passes", "passes over the training text so far, as a fraction"),
     "samples": Metric("windows", "training windows consumed so far, over all ranks"),
-    "tokens": Metric("positions", "positions of the windows consumed so far (samples x max_seq_len), targets or not"),
+    "tokens": Metric("tokens", "positions of the windows consumed so far (samples x max_seq_len), targets or not"),
     "loss": Metric("nats/token", "next-token cross-entropy of the step's global batch, mean over target tokens"),
     "spike_score": Metric(
         "deviations", "standard deviations of the loss above the mean of the last 1000; 0 while fewer than 50 are known"
     ),
-    "indexer_loss": Metric("nats/query", "alignment loss of the indexer (KL), mean over layers and sampled queries"),
+    "indexer_loss": Metric(
+        "nats/row", "alignment loss of the indexer (KL), mean over layers and sampled rows (query positions)"
+    ),
     "grad_norm": Metric("1", "global L2 norm of the gradient before clipping"),
     "lr": Metric("1", "learning rate of the main parameter groups in this step"),
     "lr_indexer": Metric("1", "learning rate of the indexer's parameter groups in this step"),

@@ -459,7 +459,7 @@ def number_table(runs: Sequence[Analysis]) -> Table:
         ("held-out, last (bits/byte)", lambda run: number(run.bpb)),
         ("held-out, best (bits/byte)", lambda run: number(run.best_bpb)),
         ("unigram (bits/byte)", lambda run: number(run.unigram_bpb)),
-        ("indexer loss (nats/query)", lambda run: number(recent(run.record.steps, "indexer_loss"))),
+        ("indexer loss (nats/row)", lambda run: number(recent(run.record.steps, "indexer_loss"))),
         ("indexer coverage", lambda run: percent(recent(run.record.steps, "indexer/coverage"))),
         ("spikes", lambda run: _spike_cell(run.spikes)),
         ("tokens/s", lambda run: count(run.tokens_per_s)),

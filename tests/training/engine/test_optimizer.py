@@ -1,4 +1,4 @@
-"""The schedule's shape, and who decays."""
+"""The shape of the learning-rate schedule, and which parameters have weight decay."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_wsd_decays_over_its_own_steps():
     assert factor(80) == pytest.approx(0.55)
 
 
-def test_warmup_longer_than_the_run():
+def test_warmup_may_be_longer_than_the_run():
     factor = schedule_factor(replace(BASE, warmup_steps=1000))
     assert factor(99) == pytest.approx(0.1)
 

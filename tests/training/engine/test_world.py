@@ -1,4 +1,4 @@
-"""What rank 0 alone may do reaches all ranks: its result, and its error."""
+"""World.from_main: rank 0 alone runs a call, and all ranks get its result or its error."""
 
 from __future__ import annotations
 

@@ -834,7 +834,7 @@ def test_the_page_in_a_browser(browser, days, tmp_path, width, scheme):
     for title in (
         "Loss nats/token",
         "Held-out text bits/byte",
-        "Indexer loss nats/query",
+        "Indexer loss nats/row",
         "Gradient norm",
         "Learning rate",
         "Throughput tokens/s",
