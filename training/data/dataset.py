@@ -1,6 +1,7 @@
-"""Prepared text as training batches: a batch is a pure function of (seed, samples consumed, rank, ranks).
+"""Prepared datasets as batches of packed windows. A batch is a pure function of the seed and the sample numbers.
 
-Source: docs/data.md for the files, docs/gsa.md 2 and 7 for doc_start and targets.
+A sample number is the position of a window in the training order, counted over all epochs. Source: docs/data.md for
+the files and the order, docs/gsa.md, sections 2 and 7, for doc_start and targets.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ MANIFEST_KEYS = ("dtype", "vocab_size", "eod_id", "tokenizer_sha256", "fingerpri
 
 
 class DataError(Refusal):
-    """A dataset that is missing, damaged or does not fit; the message names the file and what to do."""
+    """A dataset is missing, damaged or unsuitable. The message names the file and says what to do."""
 
     exit_code = ExitCode.REFUSED_INPUT
 
 
 @dataclass(frozen=True)
 class Batch:
-    """tokens, targets, doc_start: (B, T) int64. Targets are the next token of the same document, or -100."""
+    """tokens, targets, doc_start: (B, T) int64. A target is the next token of the same document, or -100."""
 
     tokens: torch.Tensor
     targets: torch.Tensor
@@ -52,7 +53,7 @@ class _Shard:
     windows: packing.Windows
 
 
-class _Source:
+class _Split:
     """One split of one prepared dataset."""
 
     def __init__(self, folder: Path, split: str, window_tokens: int) -> None:
@@ -81,14 +82,14 @@ class _Source:
         self.targets = np.concatenate([shard.windows.targets for shard in self.shards])
 
     def fill(self, window: int, tokens: np.ndarray, targets: np.ndarray, doc_start: np.ndarray) -> None:
-        """Writes one window into rows of T that are padding already."""
+        """Writes one window into rows of length T that hold padding."""
         at = int(np.searchsorted(self.first_window, window, side="right")) - 1
         shard = self.shards[at]
         w = shard.windows
         local = window - int(self.first_window[at])
         position = 0
-        for piece in range(w.first[local], w.first[local + 1]):
-            start, length, whole = int(w.start[piece]), int(w.length[piece]), bool(w.whole[piece])
+        for span in range(w.first[local], w.first[local + 1]):
+            start, length, whole = int(w.start[span]), int(w.length[span]), bool(w.whole[span])
             here = slice(position, position + length)
             tokens[here] = shard.tokens[start : start + length]
             predicted = length - whole
@@ -100,9 +101,9 @@ class _Source:
 class PackedTokens:
     """One split of one or several prepared datasets, as packed windows in a seeded order.
 
-    sources: folder -> weight. Opens memory maps; holds the window tables and no text. `fingerprint` names the
-    text and its mixture; with seed and max_seq_len it decides every batch. DataError when a
-    dataset is missing, incomplete, of another format or size, or made with another tokenizer than the first.
+    sources: folder -> weight. It opens memory maps; it holds the window tables and no text. `fingerprint` identifies
+    the text and its mixture; together with seed and max_seq_len it decides every batch. Raises DataError when a dataset
+    is missing, incomplete, of another format or size, or made with another tokenizer than the first.
     """
 
     def __init__(self, sources: Mapping[str, float], *, split: str, max_seq_len: int, seed: int) -> None:
@@ -114,10 +115,10 @@ class PackedTokens:
             if weight < sum(self.sources.values()) / BLOCK:
                 raise DataError(
                     f"data.mixture: weight {weight} of {folder} is below 1/{BLOCK} of the sum, and shares are exact in "
-                    f"every {BLOCK} samples; raise it or leave it out"
+                    f"every {BLOCK} windows; raise it or leave it out"
                 )
-        self._sources = [_Source(Path(folder), split, max_seq_len) for folder in self.sources]
-        manifests = [source.manifest for source in self._sources]
+        self._splits = [_Split(Path(folder), split, max_seq_len) for folder in self.sources]
+        manifests = [source.manifest for source in self._splits]
         for folder, manifest in zip(self.sources, manifests, strict=True):
             if manifest["tokenizer_sha256"] != manifests[0]["tokenizer_sha256"]:
                 raise DataError(
@@ -126,9 +127,9 @@ class PackedTokens:
                 )
         self.vocab_size: int = manifests[0]["vocab_size"]
         self.eod_id: int = manifests[0]["eod_id"]
-        self.n_windows = sum(source.n_windows for source in self._sources)
+        self.n_windows = sum(source.n_windows for source in self._splits)
         self.token_bytes: np.ndarray = np.load(Path(next(iter(self.sources))) / "token_bytes.npy")
-        self._order = Order([source.n_windows for source in self._sources], list(self.sources.values()), seed)
+        self._order = Order([source.n_windows for source in self._splits], list(self.sources.values()), seed)
         described = [
             [[m["fingerprint"], part] for m, part in zip(manifests, self._order.parts, strict=True)],
             split,
@@ -137,50 +138,50 @@ class PackedTokens:
         self.fingerprint: str = hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
     def batch(self, samples: np.ndarray) -> Batch:
-        """The windows of the given sample numbers, in training order over all epochs. samples: (B,) int64."""
+        """The windows at the given positions of the training order. samples: (B,) int64, sample numbers."""
         place = self._order(samples)
         B, T = len(place.window), self.max_seq_len
         tokens = np.full((B, T), self.eod_id, dtype=np.int64)
         targets = np.full((B, T), IGNORE, dtype=np.int64)
-        # a padding position is a document of its own: nothing sees it, and it sees nothing else
+        # a padding position is a document of its own: no other position attends to it, and it attends to no other
         doc_start = np.tile(np.arange(T), (B, 1))
         for row in range(B):
-            self._sources[place.source[row]].fill(int(place.window[row]), tokens[row], targets[row], doc_start[row])
+            self._splits[place.source[row]].fill(int(place.window[row]), tokens[row], targets[row], doc_start[row])
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(doc_start))
 
     def n_targets(self, first: int, count: int) -> int:
-        """Valid targets of `count` samples from `first` on, from the window tables, without reading text."""
+        """The number of targets in the `count` windows from sample number `first` on. No text is read for it."""
         place = self._order(np.arange(first, first + count))
         return int(
             sum(
-                source.targets[place.window[place.source == number]].sum()
-                for number, source in enumerate(self._sources)
+                source.targets[place.window[place.source == number]].sum() for number, source in enumerate(self._splits)
             )
         )
 
     def describe(self, samples: np.ndarray) -> list[str]:
-        """Where each sample comes from, for messages: folder, pass, window."""
+        """The origin of each window, for messages: folder, pass, window. samples: (B,) int64, sample numbers."""
         place = self._order(samples)
         return [
-            f"{self._sources[s].folder}/{self.split}, pass {e + 1}, window {w}"
+            f"{self._splits[s].folder}/{self.split}, pass {e + 1}, window {w}"
             for s, e, w in zip(place.source, place.epoch, place.window, strict=True)
         ]
 
     @property
     def tokenizer_file(self) -> Path:
-        """Where prepare_data leaves the tokenizer. Only what shows text needs it: it may be missing."""
+        """The tokenizer that prepare_data wrote. It may be missing, since only code that shows text needs it."""
         return Path(next(iter(self.sources))) / "tokenizer.json"
 
     def epoch(self, samples: int) -> float:
-        """StepSums over the text after `samples` samples; over the most repeated source of a mixture."""
+        """Passes over the text after `samples` windows; in a mixture, over the source that was repeated most."""
         return max(self._order.epochs(samples))
 
     def epochs_by_source(self, samples: int) -> dict[str, float]:
+        """Passes over each source after `samples` windows."""
         return dict(zip(self.sources, self._order.epochs(samples), strict=True))
 
     def verify(self) -> None:
-        """Reads every shard and compares its sha256 with the manifest. DataError naming the file."""
-        for source in self._sources:
+        """Reads every shard and compares its sha256 with the manifest. Raises DataError, which names the file."""
+        for source in self._splits:
             for entry in source.manifest["splits"][self.split]["shards"]:
                 path = source.folder / entry["file"]
                 with open(path, "rb") as file:
@@ -189,7 +190,7 @@ class PackedTokens:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a prepared dataset. DataError when there is none or it cannot be used."""
+    """The manifest of a prepared dataset. Raises DataError when there is none or it cannot be used."""
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -207,7 +208,7 @@ def read_manifest(folder: Path) -> dict:
 
 
 def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """The tokens of a shard, read from disk when touched. Holds no descriptor: a process has about 1000."""
+    """The tokens of a shard, mapped into memory. It holds no file descriptor: a process has about 1000 of them."""
     assert sys.byteorder == "little"
     return torch.from_file(str(path), shared=False, size=count, dtype=getattr(torch, dtype.name)).numpy()
 
@@ -222,7 +223,7 @@ def _require_size(path: Path, expected: int) -> None:
 
 
 def _require_sha256(path: Path, expected: str, folder: Path) -> None:
-    """A moved document end would give wrong targets, and a wrong window table under a good name."""
+    """Raises DataError for other content: a wrong document end would give wrong targets and a wrong window table."""
     try:
         found = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as err:

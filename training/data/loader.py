@@ -1,4 +1,4 @@
-"""Micro-batches of one rank, step after step: which samples each step trains on, read ahead by threads."""
+"""Micro-batches of one rank, step after step: which windows each step trains on, read ahead by threads."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from training.data.dataset import Batch, DataError, PackedTokens
 
 
 def step_samples(samples_consumed: int, plan: BatchPlan, rank: int) -> list[np.ndarray]:
-    """Sample numbers of each micro-batch of one rank in the step that begins at samples_consumed.
+    """The sample numbers of each micro-batch of one rank, in the step that begins at samples_consumed.
 
-    Micro-batch m of all ranks together is a run of consecutive samples, so the samples of a step are the same
-    for any number of ranks.
+    Micro-batch m of all ranks together covers consecutive sample numbers, so that a step trains on the same windows for
+    any number of ranks.
     """
     width = plan.micro_batch_size
     starts = [samples_consumed + (m * plan.world_size + rank) * width for m in range(plan.accumulation_steps)]
@@ -24,7 +24,10 @@ def step_samples(samples_consumed: int, plan: BatchPlan, rank: int) -> list[np.n
 
 
 def past(skipped: Iterable[tuple[int, int]], first: int, count: int) -> int:
-    """The first sample from `first` on from which `count` samples avoid every skipped (first, count) range."""
+    """The lowest sample number s >= `first` such that none of s ... s + count - 1 lies in a skipped range.
+
+    skipped: (first, count) ranges of sample numbers.
+    """
     for start, length in sorted(skipped):
         if first < start + length and start < first + count:
             first = start + length
@@ -34,9 +37,9 @@ def past(skipped: Iterable[tuple[int, int]], first: int, count: int) -> int:
 class Loader:
     """Micro-batches of one rank, step after step, read ahead by threads.
 
-    The sequence is the same for any num_workers; 0 reads in line. skipped: (first, count) ranges of samples that no
-    step may touch. An error in a reader is raised by the
-    `next` that would have returned its batch, with its sample numbers.
+    num_workers: threads; 0 reads each batch when it is requested. The sequence does not depend on it.
+    skipped: (first, count) ranges of sample numbers that no step trains on.
+    When a batch cannot be read, the `next` that would have returned it raises DataError with its sample numbers.
     """
 
     def __init__(

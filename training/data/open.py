@@ -1,4 +1,4 @@
-"""The training text and the held-out text of a run."""
+"""Opens the datasets of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def open_data(cfg: RunConfig) -> tuple[PackedTokens, PackedTokens]:
     sources = cfg.data.mixture or {cfg.data.data_dir: 1.0}
     length = cfg.training.max_seq_len
     data = PackedTokens(sources, split="train", max_seq_len=length, seed=cfg.training.seed)
-    # the held-out order has a seed of its own: runs with other seeds are scored on the same windows
+    # the held-out order does not use the run's seed, so that all runs are scored on the same windows
     held_out = PackedTokens(sources, split="held_out", max_seq_len=length, seed=0)
     if data.vocab_size > cfg.model.vocab_size:
         raise DataError(

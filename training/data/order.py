@@ -1,6 +1,6 @@
-"""Which window comes when: keyed permutations without a table, and mixtures. numpy only.
+"""The order of the windows: keyed permutations that need no table, and mixtures of datasets. It needs numpy only.
 
-The order is a contract: a run resumed years later must read on where it stopped. A golden test holds it.
+The order is a contract: a run that is resumed years later must continue where it stopped. A golden test checks it.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import numpy as np
 
 ROUNDS = 6
 BLOCK = 1000
-"""Samples per block of a mixture; shares are exact to one part in BLOCK, and exact in every block."""
+"""Windows per block of a mixture. Shares are rounded to one part in BLOCK, and every block has exactly these shares."""
 
 _U = np.uint64
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """A bijective scramble of 64-bit numbers (the finaliser of splitmix64); wraps on purpose."""
+    """A bijective scramble of 64-bit numbers, the finaliser of splitmix64; overflow is intended."""
     x = (x ^ (x >> _U(30))) * _U(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> _U(27))) * _U(0x94D049BB133111EB)
     return x ^ (x >> _U(31))
 
 
 def permute(index: np.ndarray, n: int, key: Hashable) -> np.ndarray:
-    """Positions in a pseudo-random permutation of range(n) that `key` names; no table, so any n.
+    """Positions in the pseudo-random permutation of range(n) that `key` names, computed without a table.
 
-    index: int64 array within range(n), n <= 2**62. key: anything whose repr is stable.
-    Returns int64, same shape. IndexError outside the range. A mixed-radix Feistel network of six rounds on
-    a x b >= n, walked until the value is below n (Black and Rogaway, 2002).
+    index: int64 array within range(n), n <= 2**62. key: any value with a stable repr.
+    Returns int64, same shape. Raises IndexError outside the range. A mixed-radix Feistel network of six rounds on
+    a x b >= n, repeated until the value is below n (Black and Rogaway, 2002).
     """
     index = np.asarray(index, dtype=np.int64)
     if not 0 < n <= 1 << 62:
@@ -53,7 +53,7 @@ def permute(index: np.ndarray, n: int, key: Hashable) -> np.ndarray:
 def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, keys: np.ndarray) -> np.ndarray:
     high, low = x // b, x % b
     for even, odd in zip(keys[::2], keys[1::2], strict=True):
-        # the upper half of the scramble, scaled to the radix by a multiplication: exact while a, b < 2**32
+        # a multiplication scales the upper half of the scramble to the radix; it is exact while a, b < 2**32
         high = high + (((_mix(low ^ even) >> _U(32)) * a) >> _U(32))
         high -= np.where(high >= a, a, _U(0))
         low = low + (((_mix(high ^ odd) >> _U(32)) * b) >> _U(32))
@@ -63,7 +63,7 @@ def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, keys: np.ndarray) -> np.
 
 @dataclass(frozen=True)
 class Place:
-    """Where samples come from, as parallel int64 arrays: source number, epoch of it, window in it."""
+    """The origin of windows, as parallel int64 arrays: source number, epoch of that source, window of that source."""
 
     source: np.ndarray
     epoch: np.ndarray
@@ -71,11 +71,11 @@ class Place:
 
 
 class Order:
-    """Sample number -> place, for any mixture of sources, over any number of epochs.
+    """Maps sample numbers to windows, for any mixture of sources, over any number of epochs.
 
-    windows: how many each source has. weights: their shares, any positive scale. Each block of BLOCK samples
-    holds each source's exact share, in a keyed order; each source runs through all its windows once per
-    epoch of its own, in a new order each time. Nothing depends on ranks or workers.
+    windows: the number of windows of each source. weights: their shares, on any positive scale. Each block of BLOCK
+    windows holds the exact share of each source, in a keyed order. Each source has its own epochs: in each of them,
+    every window occurs once, in a new order. Nothing depends on ranks or workers.
     """
 
     def __init__(self, windows: list[int], weights: list[float], seed: int) -> None:
@@ -99,13 +99,13 @@ class Order:
         return Place(source, epoch, window)
 
     def epochs(self, samples: int) -> list[float]:
-        """StepSums over each source after `samples` samples; exact at block boundaries and for one source."""
+        """Passes over each source after `samples` windows; exact at block boundaries and for one source."""
         total = int(self._starts[-1])
         return [samples * part / total / windows for part, windows in zip(self.parts, self.windows, strict=True)]
 
 
 def _integer_shares(weights: list[float]) -> list[int]:
-    """Shares of a block by largest remainder, each at least 1; [1] for a single source."""
+    """The windows of each source per block, at least 1, rounded by largest remainder; [1] for a single source."""
     if len(weights) == 1:
         return [1]
     exact = [BLOCK * w / sum(weights) for w in weights]

@@ -1,7 +1,7 @@
-"""Documents into windows of max_seq_len tokens, by best fit: few documents are cut, little is padded.
+"""Packs documents into windows of max_seq_len tokens by best fit, so that few are cut and there is little padding.
 
-The table of a shard's windows is a cache beside the dataset. It is a pure function of the shard's document
-ends and the window length, so any rank may write it, and a damaged one is made again.
+The table of a shard's windows is cached beside the dataset. It is a pure function of the shard's document ends and the
+window length, so any rank may write it, and a damaged one is made again.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy as np
 from gsa.files import write_atomically
 
 VERSION = 1
-"""Raise it when `pack` changes what it returns: the order of the data is a contract."""
+"""Raise it when the result of `pack` changes: the order of the data is a contract."""
 
 
 @dataclass(frozen=True)
 class Windows:
-    """The windows of one shard; window w holds pieces first[w] .. first[w + 1].
+    """The windows of one shard. Window w holds the spans first[w] to first[w + 1] - 1; a span is a run of tokens.
 
-    start, length: int64 (pieces,), where a piece lies in the shard, in tokens. whole: bool (pieces,), the
-    piece reaches its document's end, so its last token has no target. first: int64 (windows + 1,).
-    targets: int64 (windows,), tokens with a target.
+    start, length: int64 (spans,), the position of a span in the shard, in tokens.
+    whole: bool (spans,), whether the span reaches its document's end, so that its last token has no target.
+    first: int64 (windows + 1,). targets: int64 (windows,), tokens with a target.
     """
 
     start: np.ndarray
@@ -41,10 +41,10 @@ class Windows:
 
 
 def pack(ends: np.ndarray, window_tokens: int) -> Windows:
-    """Best-fit decreasing: the longest piece goes where it leaves the least room.
+    """Best-fit decreasing: span by span, the longest first, each goes where it leaves the least room.
 
-    ends: int64 (documents,), exclusive ends of a shard's documents. Documents longer than a window are cut
-    into whole windows and a rest. Ties go by position in the shard, so the result is a pure function.
+    ends: int64 (documents,), exclusive ends of a shard's documents. A document longer than a window is cut into spans
+    that fill a window each, and a rest. Ties are broken by the position in the shard, so the result is a pure function.
     """
     begins = np.concatenate([[0], ends[:-1]])
     lengths = ends - begins
@@ -74,8 +74,8 @@ def pack(ends: np.ndarray, window_tokens: int) -> Windows:
 
 
 def _best_fit(sizes: list[int], capacity: int) -> np.ndarray:
-    """Bin number of each size, sizes falling. Bins with the same room are used oldest first."""
-    rooms: list[int] = []  # distinct rooms of open bins, rising
+    """The bin number of each size. sizes: in descending order. Of bins with the same room, the oldest is used first."""
+    rooms: list[int] = []  # distinct rooms of open bins, ascending
     by_room: dict[int, list[int]] = {}  # room -> bins, oldest last
     placed = np.empty(len(sizes), dtype=np.int64)
     bins = 0
@@ -99,9 +99,9 @@ def _best_fit(sizes: list[int], capacity: int) -> np.ndarray:
 
 
 def cached_windows(shard: Path, ends: np.ndarray, ends_sha256: str, window_tokens: int) -> Windows:
-    """`pack`, from the cache beside the dataset when it is there and whole; otherwise made, and cached.
+    """The result of `pack`, read from the cache beside the dataset, or computed and written there.
 
-    A dataset folder that cannot be written keeps the table in memory and says so.
+    When the dataset's folder cannot be written, a note is printed and the table exists in memory only.
     """
     folder = shard.parent.parent / "packed"
     path = folder / f"{shard.parent.name}_{shard.stem}_{window_tokens}_v{VERSION}_{ends_sha256[:16]}.npz"
@@ -122,7 +122,7 @@ def cached_windows(shard: Path, ends: np.ndarray, ends_sha256: str, window_token
 
 
 def _read(path: Path) -> Windows | None:
-    """The cached table, or None when there is none or its checksum does not hold."""
+    """The cached table, or None when there is none or its checksum is wrong."""
     try:
         raw = path.read_bytes()
     except OSError:
