@@ -1,6 +1,6 @@
-"""What a GSA model is: one frozen dataclass whose fields check themselves.
+"""The configuration of a GSA model: one frozen dataclass whose fields check themselves.
 
-`key` and `check_keys` are shared with the configuration of a run (training/config/schema.py): a key is one line.
+training/config/schema.py uses `key` and `check_keys` too, for the configuration of a run.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Effect = Literal["harmless", "curve", "impossible"]
-"""What changing a key on resume does: nothing to the numbers; changes the loss curve; does not fit the tensors."""
+"""What changing a key on resume does: no number changes; the loss curve changes; the saved tensors no longer fit."""
 
 
 def key(
@@ -23,9 +23,9 @@ def key(
     at_most: float | None = None,
     below: float | None = None,
 ) -> Any:
-    """A configuration key: default, meaning with unit, effect of a change on resume, and bounds of a number.
+    """A configuration key: its default, meaning with unit, effect of a change on resume, and bounds if it is a number.
 
-    The choices of a word are its type, a Literal. None is allowed where the type allows it, whatever the bounds.
+    The type lists the choices, as a Literal. None is allowed where the type allows it, whatever the bounds.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     known = {words: limit for words, limit in bounds.items() if limit is not None}
@@ -35,17 +35,17 @@ def key(
 
 
 def choices(hint: Any) -> tuple[str, ...]:
-    """The words that a key of this type may be; empty unless it is a Literal."""
+    """The values that a key of this type may have; empty unless the type is a Literal."""
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def check_keys(cfg: Any, section: str) -> None:
-    """Holds every field of a dataclass of keys to its choices and bounds. Raises ValueError naming section.key."""
+    """Checks each field of a dataclass of keys against its choices and bounds. Raises ValueError naming section.key."""
     hints = get_type_hints(type(cfg))
     for f in fields(cfg):
-        value, words = getattr(cfg, f.name), choices(hints[f.name])
-        if words and value not in words:
-            raise ValueError(f"{section}.{f.name}={value!r} is not one of {', '.join(words)}")
+        value, allowed = getattr(cfg, f.name), choices(hints[f.name])
+        if allowed and value not in allowed:
+            raise ValueError(f"{section}.{f.name}={value!r} is not one of {', '.join(allowed)}")
         for bound, limit in f.metadata["bounds"].items() if value is not None else ():
             if not _within(value, bound, limit):
                 raise ValueError(f"{section}.{f.name}={value} must be {bound} {limit}")
@@ -61,7 +61,7 @@ def _within(value: float, bound: str, limit: float) -> bool:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape and parts of a model. Raises ValueError naming the key for a value that cannot be. Source: docs/gsa.md."""
+    """Shape and parts of a model. Raises ValueError, naming the key, for an impossible value. Source: docs/gsa.md."""
 
     d_model: int = key(512, "Width of the residual stream.", above=0, resume="impossible")
     n_layers: int = key(8, "Number of blocks.", above=0, resume="impossible")
@@ -70,7 +70,7 @@ class ModelConfig:
     d_head: int | None = key(None, "Width of a head (D), even. Default: d_model / n_heads.", resume="impossible")
     d_ffn: int = key(1536, "Hidden width of the SwiGLU feed-forward.", above=0, resume="impossible")
     vocab_size: int = key(
-        32000, "Entries of the embedding (V); at least the tokenizer's.", above=0, resume="impossible"
+        32000, "Entries of the embedding (V); at least as many as the tokenizer has.", above=0, resume="impossible"
     )
     max_position_embeddings: int = key(2048, "Longest sequence, in tokens.", above=0, resume="curve")
     rope_base: float = key(10000.0, "Base of the rotary position frequencies.", above=0, resume="curve")
@@ -78,23 +78,23 @@ class ModelConfig:
     init_std: float = key(0.02, "Standard deviation of the initial weights.", above=0, resume="curve")
     tie_embeddings: bool = key(True, "Use the embedding matrix as the output head.", resume="impossible")
     sparse: bool = key(
-        True, "Select keys with an indexer; off: dense attention without indexer parameters.", resume="impossible"
+        True, "Select keys with an indexer; false: dense attention without indexer parameters.", resume="impossible"
     )
-    value_gate: bool = key(True, "Sigmoid gate on the values; off: absent.", resume="impossible")
-    output_gate: bool = key(True, "Sigmoid gate on the attention output; off: absent.", resume="impossible")
+    value_gate: bool = key(True, "Put a sigmoid gate on the values; false: no gate.", resume="impossible")
+    output_gate: bool = key(True, "Put a sigmoid gate on the attention output; false: no gate.", resume="impossible")
     d_indexer: int = key(64, "Width of an indexer head (E), even.", above=0, resume="impossible")
     n_indexer_heads: int = key(4, "Indexer heads (J).", above=0, resume="impossible")
     indexer_rope: bool = key(True, "Rotate the indexer's queries and keys by position.", resume="curve")
-    k_base: int = key(512, "Keys per query before adaptation.", above=0, resume="curve")
-    k_min: int = key(128, "Fewest keys per query, where that many are visible.", above=0, resume="curve")
-    k_max: int = key(1024, "Most keys per query.", above=0, resume="curve")
+    k_base: int = key(512, "Selected keys per query before adaptation.", above=0, resume="curve")
+    k_min: int = key(128, "Fewest selected keys per query, if that many are visible.", above=0, resume="curve")
+    k_max: int = key(1024, "Most selected keys per query.", above=0, resume="curve")
     adaptive_k: Literal["off", "variance", "entropy"] = key(
         "variance",
-        "How the number of keys adapts to a query: not at all, by the variance or by the entropy of its scores.",
+        "How the number of selected keys adapts to a query: not at all, or by the variance or entropy of its scores.",
         resume="curve",
     )
     adaptive_k_temperature: float = key(
-        1.0, "c of adaptive_k=variance: how strongly the variance counts.", at_least=0, resume="curve"
+        1.0, "How strongly adaptive_k=variance reacts to the variance (c in docs/gsa.md).", at_least=0, resume="curve"
     )
 
     def __post_init__(self) -> None:

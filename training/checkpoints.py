@@ -2,11 +2,13 @@
 
     list   RUN                          every checkpoint: step, epoch, tokens, size, layout, complete or torn, pinned
     verify RUN                          proves that each of them can be used, as `training.verify --all RUN` does
-    prune  RUN --keep_last N [--keep_every M] [--yes [--force]]   shows what would go, and with --yes deletes it
-    pin    STEP_DIR      unpin STEP_DIR a pinned checkpoint is never deleted
+    prune  RUN --keep_last N [--keep_every M] [--yes [--force]]   lists what would be deleted; --yes deletes it
+    pin    STEP_DIR                     a pinned checkpoint is never deleted by a run or by prune
+    unpin  STEP_DIR
     diff   STEP_DIR STEP_DIR            configuration, position, and how far weights and moments have moved
 
-Exit codes: 0 done; 2 refused argument; 3 a checkpoint is missing or not good, or could not be deleted.
+Exit codes: 0 done; 2 refused argument, or the run is still training; 3 a checkpoint is missing or not good, or could
+not be deleted.
 """
 
 from __future__ import annotations
@@ -32,14 +34,18 @@ from training.record.run_folder import RunFolder
 def main(argv: Sequence[str]) -> int:
     parser = command_parser("checkpoints", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("list", "verify"):
-        add_run(commands.add_parser(name))
+    add_run(commands.add_parser("list"))
+    check = commands.add_parser("verify")
+    add_run(check)
+    check.add_argument("--config", type=Path, help="the run's yaml, which a legacy checkpoint may need")
     prune = commands.add_parser("prune")
     add_run(prune)
-    prune.add_argument("--keep_last", type=int, required=True, help="how many of the newest stay, at least 1")
-    prune.add_argument("--keep_every", type=int, help="steps that are multiples of this stay")
-    prune.add_argument("--yes", action="store_true", help="delete; without it, only show")
-    prune.add_argument("--force", action="store_true", help="also where run.json says that the run is still training")
+    prune.add_argument("--keep_last", type=int, required=True, help="number of newest checkpoints to leave, at least 1")
+    prune.add_argument("--keep_every", type=int, help="leave the steps that are multiples of this, too")
+    prune.add_argument("--yes", action="store_true", help="delete; without it, only list")
+    prune.add_argument(
+        "--force", action="store_true", help="delete even if run.json says that the run is still training"
+    )
     for name in ("pin", "unpin"):
         commands.add_parser(name).add_argument("checkpoint", type=Path, metavar="STEP_DIR")
     diff = commands.add_parser("diff")
@@ -50,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
         case "list":
             return _list(args.run)
         case "verify":
-            return ExitCode.FINISHED if verify_all(args.run) else ExitCode.REFUSED_INPUT
+            return ExitCode.FINISHED if verify_all(args.run, config=args.config) else ExitCode.REFUSED_INPUT
         case "prune":
             return _prune(args.run, args.keep_last, args.keep_every, delete=args.yes, force=args.force)
         case "pin" | "unpin":
@@ -66,9 +72,9 @@ def _list(run: Path) -> int:
     latest = manifest.latest_tag(run)
     print(f"{'tag':<14}{'epoch':>9}{'tokens':>16}{'MiB':>11}  {'made by':<18}state")
     for f in found:
-        notes = [word for word, so in (("latest", f.tag == latest), ("pinned", (f.path / manifest.PIN).exists())) if so]
+        notes = ["latest"] * (f.tag == latest) + ["pinned"] * (f.path / manifest.PIN).exists()
         if legacy.is_legacy(f.path):
-            print(f"{f.tag:<14}{'':>36}  {'legacy trainer':<18}{', '.join(['not verifiable', *notes])}")
+            print(f"{f.tag:<14}{'':>36}  {'legacy trainer':<18}{', '.join(['no manifest', *notes])}")
         elif not f.complete:
             print(f"{f.tag:<14}{'':>36}  {'':<18}{', '.join([*notes, f.reason])}")
         else:
@@ -86,7 +92,7 @@ def _prune(run: Path, keep_last: int, keep_every: int | None, *, delete: bool, f
     if delete and not force and RunFolder(run).read_run().get("status") == "running":
         raise Refusal(
             f"{run / 'run.json'} says that the run is still training, and only one process may delete there: the run "
-            f"itself prunes by training.keep_last. If it was killed, add --force"
+            f"itself prunes by training.keep_last; if it was killed, add --force"
         )
     if keep_last < 1 or (keep_every is not None and keep_every < 1):
         raise Refusal("--keep_last and --keep_every must be at least 1")

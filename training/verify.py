@@ -1,9 +1,9 @@
 """Proves that a checkpoint can be used: `python -m training.verify STEP_DIR`, on a CPU, without a launcher.
 
-Checks that every file is there and unchanged, loads model and optimizer without running anything that is in the files,
-compares shapes with the configuration and working weights with masters, and runs a forward pass. `--all RUN` checks
-every checkpoint of a run's folder, as `python -m training.checkpoints verify RUN` does. Exit codes: 0 all good;
-3 a checkpoint is missing or not good.
+Checks that every file is there and unchanged, loads model and optimizer without executing anything in the files,
+compares shapes with the configuration and working weights with their float32 masters, and runs a forward pass.
+`--all RUN` checks every checkpoint of a run's folder, as `python -m training.checkpoints verify RUN` does. Exit codes:
+0 all are good; 2 refused argument; 3 a checkpoint is missing or not good.
 """
 
 from __future__ import annotations

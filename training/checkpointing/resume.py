@@ -1,6 +1,6 @@
-"""Chooses the checkpoint that a run continues, reports what has changed since, and where in the data it goes on.
+"""Chooses the checkpoint that a run continues, and prints what has changed since and where in the data it goes on.
 
-All of this happens on rank 0, before any process group exists.
+Except for `restore`, all of this happens on rank 0, before any process group exists.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ if TYPE_CHECKING:  # importing DeepSpeed takes seconds
 
 @dataclass(frozen=True)
 class Start:
-    """A verified checkpoint, and the state that the run goes on from, in this run's units.
+    """A verified checkpoint, and the state from which the run goes on.
 
-    legacy: the checkpoint was written by the legacy trainer.
+    state: its position is in windows of this run's length. legacy: the checkpoint was written by the legacy trainer.
     """
 
     checkpoint: Path
@@ -40,7 +40,8 @@ class Start:
 def find_checkpoint(resume_from: str, folder: RunFolder) -> Path | None:
     """The checkpoint that --resume_from names, every byte verified; None when "auto" finds none and a new run starts.
 
-    Prints each checkpoint that it passes over, with the reason. Raises CheckpointError or FolderError.
+    Prints each checkpoint that it passes over, with the reason. Raises CheckpointError when the named checkpoint is
+    missing or damaged, FolderError when it belongs to another run than the one in the output folder.
     """
     if resume_from == "auto":
         found, passed_over = manifest.newest_good(folder.path)
@@ -65,7 +66,7 @@ def find_checkpoint(resume_from: str, folder: RunFolder) -> Path | None:
 
 
 def decided_by(checkpoint: Path, cfg: RunConfig) -> RunConfig:
-    """`cfg` with the keys in which the checkpoint takes precedence over the yaml: those of an imported architecture."""
+    """`cfg` with the keys that the checkpoint decides: those of an architecture imported from the legacy trainer."""
     decided = legacy.DECIDED if legacy.is_legacy(checkpoint) else read_run_state(checkpoint).decided
     plain = to_plain(cfg)
     for key, value in decided.items():

@@ -1,4 +1,4 @@
-"""Proves that a checkpoint can be used: on a CPU, without a launcher, without running anything that is in its files."""
+"""Proves that a checkpoint can be used, on a CPU, without a launcher and without executing anything in its files."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from gsa.units import MIB
 from gsa.weights import load_weights
 
 PROBE_TOKENS = 32
-"""Tokens of the forward pass that a checkpoint must survive."""
+"""Tokens of the forward pass that is run with the weights of a checkpoint."""
 
 Report = Callable[[str], None]
 
 
 def verify_all(run: Path, *, config: Path | None = None, report: Report = print) -> bool:
-    """Checks every checkpoint of a run's folder; whether all are good. Raises CheckpointError when there is none."""
+    """Checks every checkpoint of a run's folder, as `verify` does, and returns whether all are good.
+
+    Raises CheckpointError when there is none.
+    """
     found = [f.path for f in manifest.list_checkpoints(run)]
     if not found:
         raise CheckpointError(f"{run}: no step_N folder in it; give a run's folder, such as outputs/mine")
@@ -118,7 +121,7 @@ def _compare(step_dir: Path, state: FullState, model: GSAForCausalLM, weights: d
         if wanted.get(name) != saved.get(name):
             raise CheckpointError(
                 f"{step_dir}: {name} is {_shape(saved.get(name))} in the shards and {_shape(wanted.get(name))} by the "
-                f"configuration; take another checkpoint"
+                f"configuration; use another checkpoint"
             )
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
@@ -140,7 +143,7 @@ def _finite(step_dir: Path, state: FullState) -> None:
     for name, parameter in state.parameters.items():
         for what in ("master", "exp_avg", "exp_avg_sq"):
             if not parameter.full(what).isfinite().all():
-                raise CheckpointError(f"{step_dir}: {what} of {name} is not finite; take an earlier checkpoint")
+                raise CheckpointError(f"{step_dir}: {what} of {name} is not finite; use an earlier checkpoint")
 
 
 def _shape(shape: torch.Size | None) -> str:
@@ -153,6 +156,4 @@ def _forward(step_dir: Path, model: GSAForCausalLM) -> None:
     with torch.no_grad():
         logits = model.float().eval()(tokens).logits
     if not logits.isfinite().all():
-        raise CheckpointError(
-            f"{step_dir}: a forward pass gives logits that are not finite; take an earlier checkpoint"
-        )
+        raise CheckpointError(f"{step_dir}: a forward pass gives logits that are not finite; use an earlier checkpoint")

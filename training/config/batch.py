@@ -9,7 +9,10 @@ from training.config.schema import ConfigError, TrainingConfig
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """global_batch_size = micro_batch_size x accumulation_steps x world_size. note: a line to log, or None."""
+    """global_batch_size = micro_batch_size x accumulation_steps x world_size, in windows per step.
+
+    note: a line to log about an adapted accumulation, or None.
+    """
 
     micro_batch_size: int
     accumulation_steps: int
@@ -19,9 +22,9 @@ class BatchPlan:
 
 
 def plan_batch(cfg: TrainingConfig, world_size: int) -> BatchPlan:
-    """Batch arithmetic for this many ranks; global_batch_size takes precedence where it is set.
+    """Divides the batch over this many ranks; global_batch_size takes precedence over accumulation where it is set.
 
-    Raises ConfigError, listing what fits, when the ranks' micro-batches cannot make up the global batch.
+    Raises ConfigError, listing what fits, when the global batch is not a multiple of the ranks' micro-batches.
     """
     micro, wanted, total = cfg.micro_batch_size, cfg.gradient_accumulation_steps, cfg.global_batch_size
     if total is None:

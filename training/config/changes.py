@@ -1,4 +1,4 @@
-"""What has changed between two configurations of a run, and what each change means when the run is resumed."""
+"""Compares two configurations of a run: what differs, and what each difference does when the run is resumed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.config.schema import RESUME_EFFECT, RunConfig, to_plain
 EFFECT_WORDS: dict[Effect, str] = {"harmless": "harmless", "curve": "changes the curve", "impossible": "impossible"}
 
 WHERE_TEXT_LIES = ("data.data_dir", "data.mixture")
-"""Keys that may change where the fingerprint of the data stays the same."""
+"""Keys whose change is harmless while the fingerprint of the data stays the same."""
 
 _DS_CURVE = (
     "communication_data_type",
@@ -28,7 +28,7 @@ _DS_CURVE = (
     "zero_optimization.zero_quantized_nontrainable_weights",
     "zero_optimization.zero_quantized_gradients",
 )
-"""Keys of a ds_configs/*.json that change the numbers: how gradients are stored, scaled, sent. The rest is layout."""
+"""Keys of a ds_configs/*.json that change the curve: how gradients are stored, scaled and sent. The rest is layout."""
 
 _DS_OWNED = (
     "train_batch_size",
@@ -38,12 +38,12 @@ _DS_OWNED = (
     "bf16",
     "zero_optimization.stage",
 )
-"""Keys that follow from the run's yaml, or that are announced with the layout."""
+"""Keys that follow from the run's yaml, which is compared itself, or that are printed with the layout."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A key with different values, and what that does on resume."""
+    """A key whose value differs, and what that does on resume."""
 
     key: str
     old: Any
@@ -52,10 +52,10 @@ class Change:
 
 
 def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """Keys that differ between two plain configurations, sorted; a key that one lacks counts as its default.
+    """Keys that differ between two plain configurations, sorted; a missing key counts as its default.
 
-    Micro-batch and accumulation are harmless by themselves: compare `windows_per_step` of both runs as well.
-    A max_steps below the old one changes the curve.
+    Micro-batch and accumulation are harmless by themselves: compare `windows_per_step` of both runs as well. A lower
+    max_steps changes the curve: the steps so far have followed a longer schedule.
     """
     defaults = to_plain(RunConfig())
     changes = []
@@ -64,7 +64,7 @@ def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Chang
         before, after = (cfg.get(section, {}).get(short, defaults[section][short]) for cfg in (old, new))
         if before != after:
             if name == "training.max_steps" and after < before:
-                effect = "curve"  # the steps so far followed a longer schedule
+                effect = "curve"
             changes.append(Change(name, before, after, effect))
     return sorted(changes, key=lambda change: change.key)
 
@@ -85,9 +85,9 @@ def changes_on_resume(
 
 
 def with_batch_size(changes: list[Change], before: int, now: int) -> list[Change]:
-    """`changes` with the effect of global_batch_size decided by the windows per step.
+    """`changes`, where a changed global_batch_size is harmless if micro-batch, accumulation and ranks make up for it.
 
-    Other keys may make up the same number. before, now: windows per step.
+    before, now: windows per step.
     """
     name = "training.global_batch_size"
     others = [c for c in changes if c.key != name]
@@ -97,7 +97,7 @@ def with_batch_size(changes: list[Change], before: int, now: int) -> list[Change
 
 
 def _ds_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """Differences between two resolved DeepSpeed dicts; none where the checkpoint does not hold its own."""
+    """Differences between two resolved DeepSpeed dicts; none where the checkpoint holds no dict (`old` is empty)."""
     before, after = flatten(old), flatten(new)
     names = sorted(before.keys() | after.keys()) if old else []
     changed = [n for n in names if before.get(n) != after.get(n) and not _is_below(n, _DS_OWNED)]

@@ -1,4 +1,4 @@
-"""The one DeepSpeed dict of a run: ds_configs/*.json for ZeRO, the run's yaml for everything else."""
+"""Makes the one DeepSpeed dict of a run: ZeRO from a ds_configs/*.json, everything else from the run's yaml."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ REFUSED = {
     "torch_autocast": "use training.precision=bf16",
     "checkpoint": "checkpoints are written by this project, which verifies them",
     "wandb": "tracking belongs to logging.wandb",
-    "tensorboard": "metrics.jsonl has every number",
+    "tensorboard": "use logging.tensorboard",
     "csv_monitor": "metrics.jsonl has every number",
     "gradient_accumulation_dtype": "set it as data_types.grad_accum_dtype",
     "zero_allow_untested_optimizer": "set by this project",
     "zero_force_ds_cpu_optimizer": "set by this project: torch's AdamW serves offload too, and needs no compiler",
-    "timers": "metrics.jsonl has the seconds of every phase; DeepSpeed's timers wait for the device each micro-batch",
-    "elasticity": "removed from DeepSpeed 0.19.8; this project resizes by itself",
+    "timers": "metrics.jsonl has the seconds of every phase; DeepSpeed's timers wait for the device in every pass",
+    "elasticity": "removed from DeepSpeed 0.19.8; here a run resumes on any number of ranks",
     "curriculum_learning": "removed from DeepSpeed 0.19.8",
     "compression_training": "removed from DeepSpeed 0.19.8",
     "sparse_attention": "removed from DeepSpeed 0.19.8; the layer is model.sparse",
@@ -57,10 +57,11 @@ ALLOWED = (
 
 
 def resolve_ds_config(path: Path | None, cfg: RunConfig, plan: BatchPlan, config_path: Path) -> dict[str, Any]:
-    """A complete DeepSpeed configuration, nothing "auto".
+    """The complete DeepSpeed configuration, with nothing left "auto".
 
-    path: a ds_configs/*.json, or None for ZeRO 2. config_path: the run's yaml, for messages. A key that the yaml owns
-    may be left out of the json, be "auto", or have the same value; another is a ConfigError that names both files.
+    path: a ds_configs/*.json, or None for ZeRO 2. config_path: the run's yaml, for messages. A key that the yaml
+    decides may be left out of the json, be "auto", or have the same value. Raises ConfigError, naming both files, for
+    another value, and for sections that are unknown, refused, or do not go with the yaml.
     """
     path = path or DEFAULT
     given = _read(path)
@@ -104,8 +105,8 @@ def resolve_ds_config(path: Path | None, cfg: RunConfig, plan: BatchPlan, config
         )
     if stage == 3 and cfg.training.compile:
         raise ConfigError(
-            f"{path} has ZeRO stage 3 and {config_path} training.compile=true: compiled parts cannot hold weights that "
-            f"are gathered around them; use stage 1 or 2, or training.compile=false"
+            f"{path} has ZeRO stage 3 and {config_path} training.compile=true: compiled code does not see the weights "
+            f"that ZeRO gathers around it; use stage 1 or 2, or training.compile=false"
         )
     return {
         "steps_per_print": 2**31 - 1,
@@ -150,7 +151,7 @@ def _refuse_auto(section: dict[str, Any], path: Path, prefix: str = "") -> None:
             _refuse_auto(value, path, f"{prefix}{key}.")
         elif value == "auto":
             # DeepSpeed would silently use its default
-            raise ConfigError(f'{path}: {prefix}{key} is "auto", which nobody resolves; give a value or leave it out')
+            raise ConfigError(f'{path}: {prefix}{key} is "auto", which nothing resolves; give a value or leave it out')
 
 
 def _close(key: str, known: list[str]) -> str:

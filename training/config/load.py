@@ -1,16 +1,17 @@
-"""Reading a run's configuration: defaults, then the yaml, then each key=value; and the help made from its keys.
+"""Reads a run's configuration from its yaml and the key=value arguments, and makes help and docs from its keys.
 
-Everything wrong with a configuration is a ConfigError that names the key, the file and line or the override, and what
-would fit. It is raised before any process group starts.
+Whatever is wrong with a configuration raises ConfigError, which names the key, the file and line or the override, and
+what would fit.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -37,13 +38,13 @@ def load_config(path: Path, overrides: Sequence[str]) -> RunConfig:
     """The run's configuration: defaults, then the yaml, then each key=value.
 
     Raises ConfigError for a missing or broken file, an unknown or repeated key, a value of the wrong type,
-    a combination that cannot be; the message names the file and line, or the override.
+    or an impossible combination; the message names the file and line, or the override.
     """
     given = [*_read_yaml(path), *(_read_override(text) for text in overrides)]
     cfg = OmegaConf.structured(RunConfig)
     for node in (cfg, *(cfg[name] for name in SECTIONS)):
-        OmegaConf.set_readonly(node, False)  # OmegaConf makes frozen dataclasses read-only
-    cfg.model.d_head = None  # the default instance has derived its own: this model's may differ
+        OmegaConf.set_readonly(node, False)  # OmegaConf makes the nodes of frozen dataclasses read-only
+    cfg.model.d_head = None  # derived from the default widths; ModelConfig derives it again from those given
     for one in given:
         if one.key not in KEYS:
             raise ConfigError(f"{one.by}: unknown key {one.key!r}{did_you_mean(one.key, KEYS)}")
@@ -61,7 +62,7 @@ def load_config(path: Path, overrides: Sequence[str]) -> RunConfig:
 
 
 def did_you_mean(key: str, known: Sequence[str] | dict[str, Any]) -> str:
-    """A clause with the closest known names, "; did you mean ...?", or how to list all keys."""
+    """The end of an error message: "; did you mean ...?" with the closest known names, or how to list all keys."""
     last = key.rpartition(".")[2]
     elsewhere = [k for k in known if k.rpartition(".")[2] == last]
     close = elsewhere or difflib.get_close_matches(key, list(known), n=3, cutoff=0.6)
@@ -104,13 +105,13 @@ def _read_yaml(path: Path) -> list[_Given]:
 
 
 def _as_word(key: str, value: Any, text: str) -> Any:
-    """`value`; where yaml has read a word such as `adaptive_k: off` as a boolean and the key wants a word, the word."""
-    wants_a_word = TYPES.get(key) is str or choices(TYPES.get(key))
-    return text.strip() if isinstance(value, bool) and wants_a_word else value
+    """`value`, or its text where yaml has read the word of a text key, as in `adaptive_k: off`, as a boolean."""
+    is_text = TYPES.get(key) is str or choices(TYPES.get(key))
+    return text.strip() if isinstance(value, bool) and is_text else value
 
 
 def _translated(given: list[_Given], path: Path) -> list[_Given]:
-    """The legacy trainer's layout, which has a section model.gsa, by our keys; where each was given stays the same."""
+    """`given` under this project's key names, if the yaml has the legacy trainer's layout (a section model.gsa)."""
     by = {one.key: one.by for one in given}
     try:
         ours = legacy.translate({one.key: one.value for one in given})
@@ -120,11 +121,11 @@ def _translated(given: list[_Given], path: Path) -> list[_Given]:
 
 
 def _items(node: yaml.MappingNode, path: Path) -> Iterator[tuple[str, int, yaml.Node]]:
+    """(key, line, value) of every entry. Raises ConfigError for a repeated key, of which yaml would use the last."""
     seen: dict[str, int] = {}
     for key, value in node.value:
         name, line = str(key.value), key.start_mark.line + 1
         if name in seen:
-            # yaml itself would silently take the last one
             raise ConfigError(f"{path}, line {line}: {name!r} is set already in line {seen[name]}; keep one")
         seen[name] = line
         yield name, line, value
@@ -150,21 +151,21 @@ def format_help() -> str:
         section, _, short = name.partition(".")
         if f"{section}:" not in lines:
             lines.append(f"{section}:")
-        kind, default, bounds, meaning, effect = describe_key(name)
-        facts = ", ".join(fact for fact in (kind, f"default {default}", bounds) if fact)
-        lines.append(f"  {short} ({facts})\n      {meaning} [on resume: {effect}]")
+        text = _describe(name)
+        facts = ", ".join(fact for fact in (text.kind, f"default {text.default}", text.bounds) if fact)
+        lines.append(f"  {short} ({facts})\n      {text.meaning} [on resume: {text.effect}]")
     return "\n".join(lines)
 
 
 def markdown_table() -> str:
-    """docs/configuration.md: every key, from the same fields as `--help`."""
+    """The text of docs/configuration.md: every key, from the same fields as `--help`."""
     lines = [
         "# Configuration",
         "",
-        "Made by `python scripts/write_docs.py`; a test compares it with the fields in training/config/schema.py and",
-        "gsa/config.py. Every key can stand in the yaml or on the command line as `section.key=value`.",
-        '"On resume" says what changing the key does to a run that continues: *harmless* changes no number,',
-        "*changes the curve* needs `--allow_config_change`, *impossible* does not fit the saved tensors.",
+        "Made by `python scripts/write_docs.py` from the fields in training/config/schema.py and gsa/config.py; a test",
+        "compares them. Every key can stand in the yaml, or on the command line as `section.key=value`.",
+        "The last column is what changing the key does to a run that resumes: *harmless* changes no number,",
+        "*changes the curve* needs `--allow_config_change`, and with *impossible* the saved tensors no longer fit.",
     ]
     for name in KEYS:
         section, _, short = name.partition(".")
@@ -176,22 +177,28 @@ def markdown_table() -> str:
                 "| key | type | default | bounds | meaning | on resume |",
                 "|---|---|---|---|---|---|",
             ]
-        kind, default, bounds, meaning, effect = describe_key(name)
+        kind, default, bounds, meaning, effect = _describe(name)
         lines.append(f"| `{short}` | {kind} | `{default}` | {bounds} | {meaning} | {effect} |")
     return "\n".join(lines) + "\n"
 
 
-def describe_key(name: str) -> tuple[str, str, str, str, str]:
-    """Type or choices, default, bounds, meaning, and effect of a change on resume of a dotted key, as text."""
+class _KeyText(NamedTuple):
+    """What the help and the docs print about a key."""
+
+    kind: str
+    default: str
+    bounds: str
+    meaning: str
+    effect: str
+
+
+def _describe(name: str) -> _KeyText:
     f = KEYS[name]
-    words = choices(TYPES[name])
-    kind = " or ".join(words) if words else f.type.removesuffix(" | None")
     default = f.default_factory() if f.default is MISSING else f.default
-    bounds = ", ".join(f"{bound} {limit}" for bound, limit in f.metadata["bounds"].items())
-    return (
-        kind,
-        "none" if default is None else str(default),
-        bounds,
-        f.metadata["meaning"],
-        EFFECT_WORDS[f.metadata["resume"]],
+    return _KeyText(
+        kind=" or ".join(choices(TYPES[name])) or f.type.replace(" | None", " or null"),
+        default=default if isinstance(default, str) else json.dumps(default),
+        bounds=", ".join(f"{bound} {limit}" for bound, limit in f.metadata["bounds"].items()),
+        meaning=f.metadata["meaning"],
+        effect=EFFECT_WORDS[f.metadata["resume"]],
     )

@@ -36,10 +36,12 @@ def _check(cfg: Any, section: str) -> None:
 class TrainingConfig:
     """How a run trains. Steps are optimizer steps; batch sizes count windows of max_seq_len tokens."""
 
-    seed: int = key(0, "Decides initial weights, data order and sampled rows.", at_least=0, resume="curve")
+    seed: int = key(
+        0, "Decides initial weights, data order and the rows of the indexer's loss.", at_least=0, resume="curve"
+    )
     max_steps: int = key(1000, "Steps of the whole run; the schedule ends here.", at_least=1, resume="harmless")
     stop_at_step: int | None = key(
-        None, "Stop early with a checkpoint; the schedule stays the same.", at_least=1, resume="harmless"
+        None, "Stop early, at this step, with a checkpoint; the schedule stays the same.", at_least=1, resume="harmless"
     )
     micro_batch_size: int = key(8, "Windows per rank and forward pass.", at_least=1, resume="harmless")
     global_batch_size: int | None = key(
@@ -49,28 +51,28 @@ class TrainingConfig:
         resume="curve",
     )
     gradient_accumulation_steps: int | None = key(
-        None, "Forward passes per step. Default: 1, or what global_batch_size needs.", at_least=1, resume="harmless"
+        None, "Passes per rank and step. Default: 1, or what global_batch_size needs.", at_least=1, resume="harmless"
     )
     max_seq_len: int = key(1024, "Tokens per window.", at_least=1, resume="curve")
     precision: Literal["bf16", "fp32"] = key(
-        "bf16", "Number format of the passes; bf16 keeps float32 master weights.", resume="curve"
+        "bf16", "Number format of the passes; the master weights are float32 in both cases.", resume="curve"
     )
     learning_rate: float = key(3e-4, "Peak learning rate of AdamW.", above=0, resume="curve")
     min_learning_rate: float = key(3e-5, "Learning rate at the end of the schedule.", at_least=0, resume="curve")
-    warmup_steps: int = key(100, "Steps of linear warm-up; may exceed the run.", at_least=0, resume="curve")
+    warmup_steps: int = key(100, "Steps of linear warm-up; may be longer than the run.", at_least=0, resume="curve")
     lr_scheduler: Literal["cosine", "linear", "wsd"] = key(
-        "cosine", "Decay after the warm-up; wsd stays constant, then decays linearly.", resume="curve"
+        "cosine", "Learning rate after the warm-up; wsd stays constant, then decays linearly.", resume="curve"
     )
     wsd_decay_steps: int | None = key(
-        None, "Steps of the final decay of wsd. Default: a fifth of max_steps.", at_least=0, resume="curve"
+        None, "Steps of the final decay of lr_scheduler=wsd. Default: a fifth of max_steps.", at_least=0, resume="curve"
     )
     weight_decay: float = key(
-        0.1, "Decay of matrices; biases, norms and scalars have none.", at_least=0, resume="curve"
+        0.1, "AdamW's weight decay of matrices; biases, norms and scalars have none.", at_least=0, resume="curve"
     )
-    beta1: float = key(0.9, "AdamW's decay of the first moment.", at_least=0, below=1, resume="curve")
-    beta2: float = key(0.95, "AdamW's decay of the second moment.", at_least=0, below=1, resume="curve")
+    beta1: float = key(0.9, "AdamW's decay rate of the first moment.", at_least=0, below=1, resume="curve")
+    beta2: float = key(0.95, "AdamW's decay rate of the second moment.", at_least=0, below=1, resume="curve")
     eps: float = key(1e-8, "AdamW's epsilon.", above=0, resume="curve")
-    grad_clip: float = key(1.0, "Largest global gradient norm; 0: no clipping.", at_least=0, resume="curve")
+    grad_clip: float = key(1.0, "Clip gradients to this global norm; 0: no clipping.", at_least=0, resume="curve")
     gradient_checkpointing: bool = key(
         False, "Recompute activations in the backward pass instead of storing them.", resume="harmless"
     )
@@ -81,10 +83,13 @@ class TrainingConfig:
         resume="harmless",
     )
     compile: bool = key(
-        False, "Fuse norms, gates and feed-forwards by torch.compile; not with ZeRO 3.", resume="harmless"
+        False, "Fuse norms, gates and feed-forwards with torch.compile; not with ZeRO 3.", resume="harmless"
     )
     indexer_warmup_steps: int = key(
-        0, "First steps with dense attention, while the indexer learns; may exceed the run.", at_least=0, resume="curve"
+        0,
+        "Steps of dense attention at the start, while the indexer learns; may be longer than the run.",
+        at_least=0,
+        resume="curve",
     )
     indexer_lr_multiplier: float = key(
         1.0, "Learning rate of the indexer divided by that of the rest.", above=0, resume="curve"
@@ -119,12 +124,12 @@ class TrainingConfig:
     )
     on_spike: OnSpike = key(
         "log",
-        "What a loss above spike_sigmas does. skip: drop the step's update. rollback: restore the last good checkpoint "
-        "and skip the step's samples.",
+        "What happens at a loss spike. log: only log it. skip: drop the step's update. rollback: restore the last good "
+        "checkpoint and skip the step's windows.",
         resume="curve",
     )
     spike_sigmas: float = key(
-        7.0, "A spike is this many standard deviations above the last 1000 losses.", above=0, resume="curve"
+        7.0, "A spike is a loss this many standard deviations above the mean of the last 1000.", above=0, resume="curve"
     )
     sample_interval: int = key(
         0, "Steps between completions of sample_prompts; 0: never.", at_least=0, resume="harmless"
@@ -134,7 +139,7 @@ class TrainingConfig:
         meaning="Prompts that the model continues, greedily, every sample_interval steps.",
         resume="harmless",
     )
-    sample_tokens: int = key(48, "Tokens of a completion.", at_least=1, resume="harmless")
+    sample_tokens: int = key(48, "Tokens per completion.", at_least=1, resume="harmless")
     eval_interval: int = key(
         500, "Steps between held-out evaluations; 0: only at the end.", at_least=0, resume="harmless"
     )
@@ -143,19 +148,19 @@ class TrainingConfig:
         1000, "Steps between checkpoints; 0: only at the stop or the end.", at_least=0, resume="harmless"
     )
     keep_last: int | None = key(
-        3, "How many of the newest checkpoints are kept, besides pinned ones; null: all.", at_least=1, resume="harmless"
+        3, "Newest checkpoints that are not deleted, besides pinned ones; null: all.", at_least=1, resume="harmless"
     )
     keep_every: int | None = key(
-        None, "Checkpoints of steps that are multiples of this are never deleted.", at_least=1, resume="harmless"
+        None, "Never delete the checkpoints of steps that are multiples of this.", at_least=1, resume="harmless"
     )
     async_save: bool = key(True, "Write checkpoints in the background, from a copy in host memory.", resume="harmless")
     log_interval: int = key(
-        10, "Steps between lines on a console that is not a terminal.", at_least=0, resume="harmless"
+        10, "Steps between printed lines when not on a terminal; 0: every step.", at_least=0, resume="harmless"
     )
     init_from: str | None = key(None, "Folder of a checkpoint whose weights a new run starts from.", resume="harmless")
     hang_timeout_s: float = key(
         45.0,
-        "Seconds without progress in one phase of a step after which a rank counts as hung.",
+        "Seconds that one phase of a step may take before the rank is reported as hung.",
         above=0,
         resume="harmless",
     )
@@ -188,14 +193,14 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the text lies: folders that training/prepare_data.py made."""
+    """The prepared text: folders that training/prepare_data.py made."""
 
     data_dir: str = key("data/quickstart", "A prepared dataset.", resume="curve")
     mixture: dict[str, float] | None = key(
         None, "Several prepared datasets in place of data_dir: folder -> weight.", resume="curve"
     )
     num_workers: int = key(
-        1, "Threads that read ahead; 0 reads in line. It never changes the data.", at_least=0, resume="harmless"
+        1, "Threads that load ahead; 0: load when needed. Never changes the data.", at_least=0, resume="harmless"
     )
 
     def __post_init__(self) -> None:
@@ -212,12 +217,12 @@ class DataConfig:
 class LoggingConfig:
     """Weights & Biases and TensorBoard; metrics.jsonl is written in any case."""
 
-    wandb: bool = key(False, "Send metrics to W&B; offline without a key.", resume="harmless")
+    wandb: bool = key(False, "Send metrics to W&B; without an API key they are recorded offline.", resume="harmless")
     project: str = key("gsa-pretrain", "W&B project.", resume="harmless")
-    entity: str | None = key(None, "W&B entity. Default: the owner of the key.", resume="harmless")
+    entity: str | None = key(None, "W&B entity. Default: the owner of the API key.", resume="harmless")
     run_name: str | None = key(None, "W&B name of the run. Default: the name of the output folder.", resume="harmless")
     run_id: str | None = key(
-        None, "W&B id of an existing run that is to be continued. Default: made once.", resume="harmless"
+        None, "W&B id of an existing run to continue. Default: a new id for each new run.", resume="harmless"
     )
     tensorboard: bool = key(
         False, "Write TensorBoard files into the run's folder; needs the extra `tensorboard`.", resume="harmless"
@@ -231,7 +236,7 @@ class LoggingConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The whole configuration of a run, apart from the ZeRO settings in ds_configs/*.json."""
+    """The whole configuration of a run, except for the ZeRO settings in ds_configs/*.json."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -260,15 +265,15 @@ def all_keys() -> dict[str, Any]:
 
 
 def to_plain(cfg: RunConfig) -> dict:
-    """The configuration as dicts, lists, numbers, strings and None: what files and checkpoints hold."""
+    """The configuration as dicts, lists, numbers, strings and None, as files and checkpoints hold it."""
     return asdict(cfg)
 
 
 def from_plain(plain: dict[str, Any]) -> RunConfig:
-    """What `to_plain` gave, of this version or an earlier one. ConfigError for anything else."""
+    """The configuration from what `to_plain` returned, in this version or an earlier one; else raises ConfigError."""
     try:
         return RunConfig(**{name: made(**plain.get(name, {})) for name, made in SECTIONS.items()})
-    except (TypeError, AttributeError) as err:
+    except (TypeError, AttributeError, ValueError) as err:
         raise ConfigError(f"not a configuration of this version: {err}") from err
 
 
