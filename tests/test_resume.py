@@ -1,6 +1,8 @@
-"""Is a checkpoint fit to resume from? `python3 tests/test_resume.py [CHECKPOINT] [--config YAML]`
+"""Checks whether a run can resume from a checkpoint: `python3 tests/test_resume.py [CHECKPOINT] [--config YAML]`
 
-Without a checkpoint, the newest under outputs/ is checked. --config: the run's yaml, which a legacy checkpoint may need. The same as `python -m training.verify`. Under pytest, the script is run on good and bad checkpoints.
+Without a checkpoint, the newest under outputs/ is checked. --config: the run's yaml, which a legacy checkpoint may need.
+The checks are those of `python -m training.verify`. Exit codes: 0 good; 1 not good, or none found. Under pytest, the
+script is run on good and bad checkpoints.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from training.checkpointing.verification import verify  # noqa: E402
 
 
 def newest_under(outputs: Path) -> Path | None:
-    """The checkpoint that was finished last in any run folder under `outputs`, legacy ones among them."""
+    """The checkpoint that was finished last in any run folder under `outputs`, legacy ones included; None without any."""
     finished = {}
     for path in outputs.glob("*/*"):
         proof = path / manifest.MANIFEST
@@ -58,7 +60,7 @@ def test_the_script_passes_a_good_checkpoint_and_finds_the_newest(a_run, tmp_pat
     assert lines[-1] == "✓ All checkpoint resume tests passed!"
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs" / "run").symlink_to(a_run)
-    torn = tmp_path / "outputs" / "later" / "step_9"  # newer, and no checkpoint
+    torn = tmp_path / "outputs" / "later" / "step_9"  # newer, but no checkpoint
     torn.mkdir(parents=True)
     (torn / "config.json").touch()
     monkeypatch.chdir(tmp_path)
@@ -72,7 +74,7 @@ def test_the_script_reports_what_is_wrong(tmp_path, monkeypatch, capsys):
     assert main([]) == 1 and "no checkpoint under outputs/" in capsys.readouterr().out
 
 
-def test_the_newest_may_be_a_legacy_one_and_an_interrupted_save_does_not_count(tmp_path):
+def test_the_newest_may_be_legacy_and_an_interrupted_save_does_not_count(tmp_path):
     assert newest_under(tmp_path) is None
     ours, theirs = tmp_path / "a" / "step_3", tmp_path / "b" / "final"
     for number, (folder, name) in enumerate([(ours, "manifest.json"), (theirs, "checkpoint_5.pt")]):
@@ -88,7 +90,9 @@ def test_the_newest_may_be_a_legacy_one_and_an_interrupted_save_does_not_count(t
 def test_the_script_takes_the_yaml_of_a_legacy_checkpoint(tmp_path):
     (tmp_path / "step_5").mkdir()
     (tmp_path / "step_5" / "checkpoint_5.pt").write_bytes(b"?")
-    assert main([str(tmp_path / "step_5"), "--config", "run.yaml"]) == 1  # understood, and refused as damaged
+    assert (
+        main([str(tmp_path / "step_5"), "--config", "run.yaml"]) == 1
+    )  # the flag is accepted; the checkpoint is refused as damaged
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a configuration may say, who owns what, and what the refusals tell."""
+"""Reading and checking a configuration, its batch arithmetic, DeepSpeed's dict, and the effects of a change."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from training.config import (
     all_keys,
     config_changes,
     format_help,
-    global_batch_size,
+    from_plain,
     load_config,
     plan_batch,
     to_plain,
     to_yaml,
+    windows_per_step,
 )
 from training.config.deepspeed import resolve_ds_config
 from training.config.load import TYPES, markdown_table
@@ -134,24 +135,36 @@ def test_warmup_and_intervals_longer_than_the_run_are_allowed(tmp_path):
     assert load_config(path, []).training.warmup_steps == 50
 
 
-def test_help_lists_every_key_with_default_and_meaning():
+def test_help_lists_every_key_with_type_default_bounds_meaning_and_effect():
     text = format_help()
     for key, field in all_keys().items():
-        assert f"  {key.split('.')[1]} (" in text and field.metadata["meaning"] in text, key
-    assert "  max_steps (int, default 1000, at least 1)\n" in text
-    assert (
-        "  precision (bf16 or fp32, default bf16)\n" in text
-        and "  beta1 (float, default 0.9, at least 0, below 1)" in text
-    )
-    assert "takes precedence over gradient_accumulation_steps. [on resume: changes the curve]" in text.replace(
-        "Takes", "takes"
-    )
+        effect = EFFECT_WORDS[RESUME_EFFECT[key]]
+        assert f"  {key.split('.')[1]} (" in text, key
+        assert f"      {field.metadata['meaning']} [on resume: {effect}]\n" in text + "\n", key
+    for line in (
+        "max_steps (int, default 1000, at least 1)",
+        "precision (bf16 or fp32, default bf16)",
+        "beta1 (float, default 0.9, at least 0, below 1)",
+        "stop_at_step (int or null, default null, at least 1)",
+        "async_save (bool, default true)",
+    ):
+        assert f"  {line}\n" in text
+    assert "Takes precedence over gradient_accumulation_steps. [on resume: changes the curve]" in text
 
 
-def test_the_resolved_yaml_reads_back_the_same(tmp_path):
+def test_the_resolved_configuration_reads_back_the_same(tmp_path):
     cfg = load_config(QUICKSTART, ["training.seed=9"])
     assert load_config(written(tmp_path, to_yaml(cfg)), []) == cfg
     assert json.loads(json.dumps(to_plain(cfg))) == to_plain(cfg)
+    assert from_plain(to_plain(cfg)) == cfg
+
+
+@pytest.mark.parametrize(
+    "plain", [{"model": {"n_heads": 0}}, {"training": {"seed": -1}}, {"training": {"no_such_key": 1}}, {"data": None}]
+)
+def test_a_plain_configuration_that_does_not_fit_is_refused(plain):
+    with pytest.raises(ConfigError, match="not a configuration of this version"):
+        from_plain(plain)
 
 
 # -- batch arithmetic -------------------------------------------------------------------------------------
@@ -244,7 +257,7 @@ def test_every_shipped_yaml_resolves_with_every_shipped_json_or_is_refused_with_
         ("[]", ["is a JSON object"]),
     ],
 )
-def test_a_json_that_sets_what_the_yaml_owns_is_refused(tmp_path, content, words):
+def test_a_json_with_a_wrong_value_or_section_is_refused(tmp_path, content, words):
     path = tmp_path / "zero.json"
     path.write_text(content)
     cfg = load_config(QUICKSTART, [])
@@ -269,7 +282,7 @@ def test_keys_that_the_yaml_owns_may_be_auto_or_have_the_same_value(tmp_path):
 # -- shipped runs, and what a change does -----------------------------------------------------------------
 
 
-def test_the_pretraining_run_is_what_its_name_says():
+def test_the_512m_configuration_has_512m_parameters_and_the_documented_batch():
     cfg = load_config(ROOT / "training" / "configs" / "pretrain_512m_low_memory.yaml", [])
     m, t = cfg.model, cfg.training
     assert (m.d_model, m.n_layers, m.n_heads, m.n_kv_heads, m.d_ffn, m.vocab_size, m.tie_embeddings) == (
@@ -287,16 +300,17 @@ def test_the_pretraining_run_is_what_its_name_says():
     assert plan.note is None
 
 
-def test_every_key_says_what_it_means_and_what_a_change_on_resume_does():
+def test_every_key_has_a_meaning_and_an_effect_on_resume():
     assert set(RESUME_EFFECT) == set(all_keys()) and set(RESUME_EFFECT.values()) == set(EFFECT_WORDS)
     for name, field in all_keys().items():
         assert field.metadata["meaning"].endswith("."), name
 
 
-UNBOUNDED = {"model.d_head"}  # must be even and positive, which the model checks itself
+UNBOUNDED = {"model.d_head"}
+"""Numbers without a bound in their field: ModelConfig itself checks that d_head is even and positive."""
 
 
-def test_every_number_has_a_bound_and_every_bound_is_held(tmp_path):
+def test_every_number_has_a_bound_and_every_bound_is_enforced(tmp_path):
     path = written(tmp_path, "{}")
     for name, field in all_keys().items():
         bounds = field.metadata["bounds"]
@@ -311,7 +325,7 @@ def test_every_number_has_a_bound_and_every_bound_is_held(tmp_path):
             )
 
 
-def test_the_page_of_all_keys_is_made_from_them():
+def test_docs_configuration_md_is_up_to_date():
     page = (ROOT / "docs" / "configuration.md").read_text()
     assert page == markdown_table(), "run python scripts/write_docs.py"
 
@@ -341,14 +355,14 @@ def test_each_change_has_the_effect_of_its_key():
     assert config_changes(old, old) == []
     shorter = to_plain(load_config(QUICKSTART, ["training.max_steps=2", "training.stop_at_step=null"]))
     assert {c.key: c.effect for c in config_changes(new, shorter)}["training.max_steps"] == "curve"
-    del old["training"]["seed"]  # a key that an older version did not know
+    del old["training"]["seed"]  # a key that an older version did not have
     assert "training.seed" not in {c.key for c in config_changes(old, new)}
 
 
 def test_windows_per_step_follow_from_accumulation_when_no_global_batch_is_set():
     plain = to_plain(load_config(QUICKSTART, ["training.global_batch_size=16"]))
-    assert global_batch_size(plain, 4) == 16
+    assert windows_per_step(plain, 4) == 16
     plain["training"].update(global_batch_size=None, micro_batch_size=3, gradient_accumulation_steps=None)
-    assert global_batch_size(plain, 4) == 12
+    assert windows_per_step(plain, 4) == 12
     plain["training"]["gradient_accumulation_steps"] = 2
-    assert global_batch_size(plain, 4) == 24
+    assert windows_per_step(plain, 4) == 24
