@@ -1,0 +1,1 @@
+"""The attention layer and its parts: indexer, selection, gates, positions, cache. Source: docs/gsa.md."""
