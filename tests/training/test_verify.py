@@ -1,6 +1,6 @@
-"""Every corruption is named, by verify and by resume; nothing in a file is run; what a run is told anew is said and done.
+"""Damaged and malicious checkpoints are refused by verify and by resume; a changed configuration is printed and applied.
 
-One launch makes checkpoints of ZeRO 1, 2 and 3 on two ranks, a second one resumes what the tests have made of them.
+One launch makes checkpoints of ZeRO 1, 2 and 3 on two ranks; a second one resumes changed copies of them.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RATES = (
 
 @pytest.fixture(scope="module")
 def argv(tiny_yaml) -> Callable[..., tuple[str, ...]]:
-    """Arguments of a run: its ZeRO stage, its folder, and more."""
+    """Returns a function that makes the arguments of a run from its ZeRO stage, its folder and further arguments."""
 
     def arguments(stage: int, folder: Path, *extra: str) -> tuple[str, ...]:
         precision = "bf16" if stage == 3 else "fp32"
@@ -75,7 +75,7 @@ def argv(tiny_yaml) -> Callable[..., tuple[str, ...]]:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory, argv) -> dict[int, Path]:
-    """By ZeRO stage: a run of two ranks with step_1 and step_2; ZeRO 3 in bf16. Copy before you change one."""
+    """ZeRO stage -> folder of a run of two ranks with step_1 and step_2; ZeRO 3 in bf16. Copy it before changing it."""
     base = tmp_path_factory.mktemp("good")
     folders = {stage: base / str(stage) for stage in (1, 2, 3)}
     two_saves = ("training.stop_at_step=2", "training.save_interval=1")
@@ -85,6 +85,8 @@ def good(tmp_path_factory, argv) -> dict[int, Path]:
 
 @pytest.fixture
 def copy(good, tmp_path) -> Callable[[int], Path]:
+    """Returns a function that copies the run of a ZeRO stage into the test's own folder."""
+
     def copied(stage: int) -> Path:
         shutil.copytree(good[stage], tmp_path / str(stage), dirs_exist_ok=True)
         return tmp_path / str(stage)
@@ -93,7 +95,7 @@ def copy(good, tmp_path) -> Callable[[int], Path]:
 
 
 def forge(step_dir: Path, change: Callable[[dict], None]) -> None:
-    """Changes the model's file, which holds plain values and tensors, and seals the checkpoint again."""
+    """Changes the contents of the model's .pt file and seals the checkpoint again, so that all hashes are right."""
     data = torch.load(step_dir / MODEL, weights_only=True)
     change(data)
     torch.save(data, step_dir / MODEL)
@@ -101,7 +103,7 @@ def forge(step_dir: Path, change: Callable[[dict], None]) -> None:
 
 
 def forge_shard(step_dir: Path, rank: int, change: Callable[[dict], None]) -> None:
-    """Changes tensors of an optimizer shard where they lie in the file, and seals the checkpoint again."""
+    """Changes tensors of an optimizer shard in place in its file and seals the checkpoint again."""
     with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
         shard = safe_load.load(step_dir / OPTIMIZER[rank], extra_allowed=full_state._STAND_INS, mmap=True)
         change(shard["optimizer_state_dict"])
@@ -109,6 +111,8 @@ def forge_shard(step_dir: Path, rank: int, change: Callable[[dict], None]) -> No
 
 
 class Evil:
+    """Unpickling it would create the file `marker`."""
+
     def __init__(self, marker: Path) -> None:
         self.marker = marker
 
@@ -120,7 +124,7 @@ class Evil:
 
 
 def refused(step_dir: Path, capsys, argv, stage: int, *names: str) -> None:
-    """By verify, with all of the names in what it prints, and by resume, by path."""
+    """Asserts that verify and resume refuse the checkpoint, both naming all of `names`, and print no traceback."""
     capsys.readouterr()
     assert run_command(verify.main, [str(step_dir)]) == 3
     out = capsys.readouterr()
@@ -157,28 +161,33 @@ def test_files_swapped_between_ranks_are_refused(copy, capsys, argv, stage, kind
     a, b = (step_dir / name for name in FILES[stage] if "_pp_rank_" in name and kind in name)
     one, other = a.read_bytes(), b.read_bytes()
     a.write_bytes(other), b.write_bytes(one)
-    # model shards of ZeRO 3 are placeholders: where they are equal, nothing has been swapped
+    # the model shards of ZeRO 3 are placeholders: if they are equal, nothing has been swapped
     if one != other:
         refused(step_dir, capsys, argv, stage, a.name, b.name)
     assert one != other or kind == "model_states"
 
 
-def test_one_bad_checkpoint_of_a_run_decides_the_exit_code(copy, capsys):
+def test_one_bad_checkpoint_of_a_run_decides_the_exit_code_of_both_commands(copy, capsys):
     run = copy(2)
     assert verify.main([str(run), "--all"]) == 0
     (run / "step_1" / "config.json").write_text("{}")
+    capsys.readouterr()
     assert run_command(verify.main, [str(run), "--all"]) == 3
-    assert "1 of 2 checkpoints are good" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 of 2 checkpoints are good" in out
+    assert run_command(checkpoints.main, ["verify", str(run), "--config", "run.yaml"]) == 3
+    assert capsys.readouterr().out == out
 
 
-# -- whole by their hashes, and wrong: sealed again after the change -------------------------------------------
+# -- wrong contents with right hashes: sealed again after the change -------------------------------------------
 
 
 def not_verified(step_dir: Path) -> str:
-    said: list[str] = []
-    assert not verification.verify(step_dir, report=said.append)
-    assert said[-1].startswith("✗")
-    return said[-1]
+    """The line with which verify refuses a checkpoint."""
+    printed: list[str] = []
+    assert not verification.verify(step_dir, report=printed.append)
+    assert printed[-1].startswith("✗")
+    return printed[-1]
 
 
 def test_a_config_json_that_differs_from_the_shards_is_found(copy):
@@ -196,8 +205,8 @@ def test_shapes_are_compared_with_the_configuration(copy, argv):
     config["model"]["d_ffn"] = 32
     (step_dir / "config.json").write_text(json.dumps(config))
     forge(step_dir, lambda data: data[CLIENT_KEY]["config"]["model"].update(d_ffn=32))
-    said = not_verified(step_dir)
-    assert "ffn.down_proj.weight is (32, 64) in the shards and (32, 32) by the configuration" in said
+    printed = not_verified(step_dir)
+    assert "ffn.down_proj.weight is (32, 64) in the shards and (32, 32) by the configuration" in printed
 
 
 def test_a_model_safetensors_that_differs_from_the_masters_is_found(copy):
@@ -224,14 +233,18 @@ def test_a_number_that_is_not_finite_is_found(copy, what):
             tensor.view(-1)[5] = float("nan")
 
     forge_shard(step_dir, 1, spoil)
-    assert f"{what} of " in (said := not_verified(step_dir)) and "is not finite" in said
+    assert f"{what} of " in (printed := not_verified(step_dir)) and "is not finite" in printed
 
 
 def test_ranks_with_different_numbers_of_updates_are_found(copy, argv):
     step_dir = copy(2) / "step_2"
     forge_shard(step_dir, 1, lambda state: state["base_optimizer_state"]["state"][0]["step"].add_(1))
-    said = not_verified(step_dir)
-    assert OPTIMIZER[1] in said and "Adam has done 3 updates of " in said and "here, 2 in the shards before it" in said
+    printed = not_verified(step_dir)
+    assert (
+        OPTIMIZER[1] in printed
+        and "Adam has done 3 updates of " in printed
+        and "here, 2 in the shards before it" in printed
+    )
 
 
 def test_a_renamed_folder_is_refused_by_verify_and_by_resume(copy, argv, capsys):
@@ -258,15 +271,16 @@ def test_a_pickle_in_place_of_a_file_of_another_format_is_refused_and_not_run(co
 # -- the second launch ----------------------------------------------------------------------------------------
 
 
-def of_the_first_version(state: dict) -> dict:
+def as_version_1(state: dict) -> dict:
+    """A run state as the first version of the format held it."""
     newer = ("epoch_offset", "indexer_start", "decided", "skipped")
     return {**{key: value for key, value in state.items() if key not in newer}, "version": 1}
 
 
 @pytest.fixture(scope="module")
-def lives(tmp_path_factory, good, argv):
-    """Folders of the resumed runs by name, beside what was printed, and where malicious files would have left a mark."""
-    base = tmp_path_factory.mktemp("lives")
+def resumed(tmp_path_factory, good, argv):
+    """The folder with all resumed runs, in which a malicious file would have created `ran`, and what was printed."""
+    base = tmp_path_factory.mktemp("resumed")
 
     def copied(stage: int, name: str) -> Path:
         shutil.copytree(good[stage], base / name)
@@ -277,7 +291,7 @@ def lives(tmp_path_factory, good, argv):
         resume = ("--resume_from", "step_1", "training.stop_at_step=2", *RATES, "--allow_config_change")
         cases.append(Case(f"rates_{stage}", argv(stage, copied(stage, f"rates_{stage}"), *resume)))
     first = copied(2, "first_version")
-    forge(first / "step_2", lambda data: data.update({CLIENT_KEY: of_the_first_version(data[CLIENT_KEY])}))
+    forge(first / "step_2", lambda data: data.update({CLIENT_KEY: as_version_1(data[CLIENT_KEY])}))
     length = ("--resume_from", "step_2", "training.max_seq_len=16", "--allow_config_change", "training.stop_at_step=3")
     damaged = copied(2, "damaged") / "step_2" / OPTIMIZER[0]
     damaged.write_bytes(damaged.read_bytes()[:-1])
@@ -298,34 +312,34 @@ def lives(tmp_path_factory, good, argv):
     return base, run_cases(2, cases, base)
 
 
-def test_a_malicious_pickle_in_any_file_is_refused_and_not_run(lives, argv):
-    """ZeRO 1, 2, 3, each file in turn, resealed: verify, the checks before a launch, and each rank before its load."""
-    base, output = lives
+def test_a_malicious_pickle_in_any_file_is_refused_and_not_run(resumed, argv):
+    """Each .pt file at ZeRO 1, 2 and 3 is refused by verify, and either before the launch or by each rank that loads it."""
+    base, output = resumed
     folders = sorted(base.glob("evil_*"))
     assert len(folders) == 3 + 3 + 4
     for folder in folders:
         stage, name = int(folder.name.split("_")[1]), folder.name.split("_", 2)[2]
-        assert name in (said := not_verified(folder / "step_2")) and "nothing in it was run" in said
+        assert name in (printed := not_verified(folder / "step_2")) and "nothing in it was run" in printed
         if name in (MODEL, f"zero_pp_rank_0_{MODEL}"):
             with pytest.raises(CheckpointError, match="nothing in it was run"):
                 train.prepare(train.parse([*argv(stage, folder, "--resume_from", "step_2")]))
         else:
-            # on both ranks, none of which waits for the other
+            # printed by both ranks; neither waits for the other
             assert output.count(f"{folder / 'step_2' / name}: refused, and nothing in it was run") == 2
     assert not (base / "ran").exists()
 
 
-def test_auto_skips_a_damaged_checkpoint(lives):
-    base, output = lives
+def test_auto_skips_a_damaged_checkpoint(resumed):
+    base, output = resumed
     assert f"passed over: step_2: {OPTIMIZER[0]}" in output
-    assert (base / "damaged" / "latest").read_text().strip() == "step_2"  # trained and saved again
+    assert (base / "damaged" / "latest").read_text().strip() == "step_2"  # the step was trained and saved again
     manifest.verify(base / "damaged" / "step_2")
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_changed_rates_apply_although_deepspeed_restores_the_old_ones(lives, stage):
-    """As many ranks and the same stage: DeepSpeed's own loader restores rate, decay and clipping."""
-    base, output = lives
+def test_changed_rates_apply_although_deepspeed_restores_the_old_ones(resumed, stage):
+    """With the same ranks and stage, DeepSpeed's own loader is used, which restores rate, decay and clipping."""
+    base, output = resumed
     assert "training.learning_rate: 0.003 -> 0.001 (changes the curve)" in output
     assert "training.max_steps: 6 -> 12 (harmless)" in output
     row = [r for r in read_rows(base / f"rates_{stage}" / "metrics.jsonl") if "loss" in r][-1]
@@ -333,15 +347,15 @@ def test_changed_rates_apply_although_deepspeed_restores_the_old_ones(lives, sta
     step_dir = base / f"rates_{stage}" / "step_2"
     state = read_full_state(step_dir)
     assert state.groups["decay"]["weight_decay"] == 0.3 and state.groups["no_decay"]["weight_decay"] == 0.0
-    # of the next step: the first on the line from step 2 to 12
+    # the rate of the next step, the first of the linear decay from step 2 to 12
     assert state.groups["decay"]["lr"] == pytest.approx(1e-3) and state.schedule["base_lrs"][0] == 1e-3
-    if stage == 2:  # ZeRO 3 keeps no clipping in its files
+    if stage == 2:  # the files of ZeRO 3 hold no clipping
         shard = safe_load.load(step_dir / OPTIMIZER[0], extra_allowed=full_state._STAND_INS)
         assert shard["optimizer_state_dict"]["clip_grad"] == 0.5
 
 
-def test_a_checkpoint_of_version_1_verifies_and_resumes_like_a_present_one(lives):
-    base, _ = lives
+def test_a_checkpoint_of_version_1_verifies_and_resumes_like_a_current_one(resumed):
+    base, _ = resumed
     assert verification.verify(base / "first_version" / "step_2", report=lambda line: None)
     assert read_run_state(base / "first_version" / "step_2").indexer_start == 0
     ours, theirs = (manifest.read(base / name / "step_3").files for name in ("first_version", "straight"))
@@ -351,16 +365,16 @@ def test_a_checkpoint_of_version_1_verifies_and_resumes_like_a_present_one(lives
     assert state["version"] == VERSION > 1 and state["decided"] == {}
 
 
-def test_with_another_window_length_the_position_is_the_same_number_of_tokens(lives):
-    row = [r for r in read_rows(lives[0] / "length" / "metrics.jsonl") if "loss" in r][-1]
+def test_with_another_window_length_the_position_is_the_same_number_of_tokens(resumed):
+    row = [r for r in read_rows(resumed[0] / "length" / "metrics.jsonl") if "loss" in r][-1]
     assert row["samples"] == 2 * 8 * 2 + 8 and row["tokens"] == 2 * 8 * 32 + 8 * 16
 
 
-# -- what has changed since: before a launch ------------------------------------------------------------------
+# -- changes since the checkpoint, found before a launch ------------------------------------------------------------------
 
 
 def start(argv, folder: Path, *extra: str):
-    """On one rank here: the checkpoint was made by two."""
+    """The Start of a resumed run on one rank, although the checkpoint was made by two."""
     return train.prepare(train.parse([*argv(2, folder, "--resume_from", "step_2", *extra)])).start
 
 
@@ -386,10 +400,10 @@ def test_the_same_global_batch_from_other_factors_is_harmless(copy, argv, capsys
 def test_the_same_text_in_another_place_is_harmless(copy, argv, corpus, tmp_path, capsys):
     shutil.copytree(corpus, tmp_path / "elsewhere")
     assert start(argv, copy(2), f"data.data_dir={tmp_path / 'elsewhere'}").state.step == 2
-    said = capsys.readouterr().out
-    assert f"data.data_dir: '{corpus}' -> '{tmp_path / 'elsewhere'}' (harmless)" in said
+    printed = capsys.readouterr().out
+    assert f"data.data_dir: '{corpus}' -> '{tmp_path / 'elsewhere'}' (harmless)" in printed
     half = f"data.mixture={{{corpus}: 0.5, {tmp_path / 'elsewhere'}: 0.5}}"
-    with pytest.raises(ConfigError, match="data.mixture"):  # the same documents in another order
+    with pytest.raises(ConfigError, match="data.mixture"):  # the same documents, but in another order
         start(argv, copy(2), half)
 
 
@@ -437,7 +451,7 @@ def test_list_prune_pin_and_diff(copy, capsys):
     assert run_command(checkpoints.main, ["prune", str(run), "--keep_last", "1"]) == 0
     assert one.exists() and "would remove step_1" in capsys.readouterr().out
     (run / "run.json").write_text('{"status": "running"}')
-    assert run_command(checkpoints.main, ["prune", str(run), "--keep_last", "1"]) == 0  # looking is free
+    assert run_command(checkpoints.main, ["prune", str(run), "--keep_last", "1"]) == 0  # without --yes it only lists
     assert run_command(checkpoints.main, ["prune", str(run), "--keep_last", "1", "--yes"]) == 2
     assert one.exists() and "says that the run is still training" in capsys.readouterr().err
     assert run_command(checkpoints.main, ["prune", str(run), "--keep_last", "1", "--yes", "--force"]) == 0

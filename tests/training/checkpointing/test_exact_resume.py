@@ -1,8 +1,9 @@
-"""Resuming is never having stopped: every row and every byte, at any stage and precision; and on other ranks or stages.
+"""A resumed run equals one that never stopped, in every row and byte, at any stage and precision; and after a resize.
 
-Per number of ranks one launch runs every cell straight and to step 2, and a second, fresh one resumes them all.
-The cells cross the end of an epoch and of the indexer's dense stage after the resume, with accumulation (but on
-four ranks) and loader threads; activation checkpointing is on in the bf16 cells and at ZeRO 0, off in the others.
+For each number of ranks, one launch trains every cell (a ZeRO stage and a precision) once without a stop and once to
+step 2; a second launch resumes the stopped ones. After the resume, each cell passes the end of an epoch and of the
+indexer's dense stage, with loader threads and, except on four ranks, accumulation. Activation checkpointing is on in
+the bf16 cells and at ZeRO 0, off in the others.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ from training.record.metrics_log import read_rows
 CELLS = [("zero0", "fp32")] + [(f"zero{z}", p) for z in (1, 2, 3) for p in ("bf16", "fp32")]
 RESUME = ("path", "step_2", "latest", "auto")
 RANKS = (4, 2, 1)
-LAYERS = {4: 1, 2: 2, 1: 2}  # a ZeRO 3 step of four ranks on two cores is seconds of Python
-# (stage on 4 ranks, on 2, on 1, on 4 again): each link of a chain trains one step
+LAYERS = {4: 1, 2: 2, 1: 2}  # a ZeRO 3 step of four ranks takes seconds on two cores
 SAME_RANKS = {"down": (3, 2), "up": (2, 3)}
-"""bf16 on two ranks, from one stage to another, without a step."""
+"""name -> (ZeRO stage before, after): resumed in bf16 on two ranks without training a step."""
 CHAINS = {"same": (2, 2, 2, 2), "up": (1, 2, 3, 3), "down": (3, 3, 1, 1), "across": (2, 3, 0, 2)}
+"""name -> ZeRO stages on 4 ranks, then on 2, on 1 and on 4 again. Each link of a chain trains one step."""
 
 
 @pytest.fixture(scope="module")
-def lives(tmp_path_factory):
-    base = tmp_path_factory.mktemp("lives")
+def runs(tmp_path_factory):
+    """The folder that holds every run, under its number of ranks and its name, and the chains under chain/."""
+    base = tmp_path_factory.mktemp("runs")
     write_dataset(base / "text", documents(32, seed=1), vocab_size=64, held_out=documents(8, seed=2))
     (base / "run.yaml").write_text(TINY_YAML.format(data=base / "text"))
 
@@ -58,13 +60,13 @@ def lives(tmp_path_factory):
         )
 
     chained = base / "chain"
-    for life in ("first", "second"):
+    for launch in ("first", "second"):
         for ranks in RANKS:
             cases = []
             for number, (stage, precision) in enumerate(CELLS):
                 name, recomputed = f"{stage}_{precision}", str(stage == "zero0" or precision == "bf16").lower()
                 kind = (f"training.precision={precision}", f"training.gradient_checkpointing={recomputed}")
-                if life == "first":
+                if launch == "first":
                     cases += [
                         case(ranks, f"{name}_straight", stage, *kind),
                         case(ranks, f"{name}_halves", stage, *kind, "training.stop_at_step=2"),
@@ -73,13 +75,13 @@ def lives(tmp_path_factory):
                     how = RESUME[number % len(RESUME)]
                     given = str(base / str(ranks) / f"{name}_halves" / "step_2") if how == "path" else how
                     cases += [case(ranks, name, stage, *kind, "--resume_from", given, into=f"{name}_halves")]
-            if (life, ranks) == ("second", 2):
+            if (launch, ranks) == ("second", 2):
                 for name, (before, now) in SAME_RANKS.items():
                     saved = base / "2" / f"zero{before}_bf16_halves" / "step_2"
                     still = ("training.precision=bf16", "training.stop_at_step=2", "--resume_from", str(saved))
                     cases.append(case(2, f"bf16_{name}", f"zero{now}", *still))
             for chain, stages in CHAINS.items():
-                link = {("first", 4): 0, ("first", 2): 1, ("first", 1): 2, ("second", 4): 3}.get((life, ranks))
+                link = {("first", 4): 0, ("first", 2): 1, ("first", 1): 2, ("second", 4): 3}.get((launch, ranks))
                 if link is None:
                     continue
                 steps = f"training.stop_at_step={2 + link}"
@@ -87,11 +89,11 @@ def lives(tmp_path_factory):
                 argv = case(ranks, chain, f"zero{stages[link]}", "model.n_layers=1", *resume).argv
                 folder = ("--output_dir", str(chained / chain / str(link)))
                 cases.append(Case(f"{chain}_{link}", (*argv, steps, *folder)))
-                if link:  # and taken up without a step: what is saved again must be what was read
+                if link:  # also resumed without training a step: what is saved again must be what was loaded
                     same = ("--output_dir", str(chained / chain / f"{link}_same"), f"training.stop_at_step={1 + link}")
                     cases.append(Case(f"{chain}_{link}_same", (*argv, *same)))
             output = run_cases(ranks, cases, base / str(ranks), timeout_s=1200)
-            (base / f"{ranks}_{life}.txt").write_text(output)
+            (base / f"{ranks}_{launch}.txt").write_text(output)
     return base
 
 
@@ -101,7 +103,7 @@ def rows_of(folder: Path) -> list[dict]:
 
 
 def assert_same_state(one: Path, other: Path) -> None:
-    """Masters, moments, Adam's step, hyper-parameters, buffers, schedule: bitwise."""
+    """Asserts that masters, moments, Adam's step, hyper-parameters, buffers and schedule are bitwise the same."""
     a, b = read_full_state(one), read_full_state(other)
     assert a.parameters.keys() == b.parameters.keys() and len(a.parameters) in (21, 40)
     for name in a.parameters:
@@ -116,8 +118,8 @@ def assert_same_state(one: Path, other: Path) -> None:
 
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize(("stage", "precision"), CELLS)
-def test_a_resumed_run_is_the_straight_run_in_every_row_and_byte(lives, ranks, stage, precision):
-    straight, halves = (lives / str(ranks) / f"{stage}_{precision}_{half}" for half in ("straight", "halves"))
+def test_a_resumed_run_equals_the_straight_run_in_every_row_and_byte(runs, ranks, stage, precision):
+    straight, halves = (runs / str(ranks) / f"{stage}_{precision}_{half}" for half in ("straight", "halves"))
     assert rows_of(halves) == rows_of(straight) and len(rows_of(halves)) == 5
     assert [row["stage"] for row in rows_of(halves)] == ["dense"] * 3 + ["sparse"] * 2
     epochs = [int(row["epoch"]) for row in rows_of(halves)]
@@ -133,15 +135,15 @@ def test_a_resumed_run_is_the_straight_run_in_every_row_and_byte(lives, ranks, s
 
 @pytest.mark.parametrize("link", [1, 2, 3])
 @pytest.mark.parametrize("chain", CHAINS)
-def test_another_number_of_ranks_and_another_stage_take_up_every_bit(lives, chain, link):
-    before, after = lives / "chain" / chain / str(link - 1), lives / "chain" / chain / f"{link}_same"
+def test_another_number_of_ranks_and_stage_load_every_bit(runs, chain, link):
+    before, after = runs / "chain" / chain / str(link - 1), runs / "chain" / chain / f"{link}_same"
     assert_same_state(before / f"step_{1 + link}", after / f"step_{1 + link}")
 
 
 @pytest.mark.parametrize("name", SAME_RANKS)
-def test_another_stage_alone_takes_up_every_bit_in_bf16(lives, name):
+def test_another_stage_on_the_same_ranks_loads_every_bit_in_bf16(runs, name):
     before, now = SAME_RANKS[name]
-    saved, again = lives / "2" / f"zero{before}_bf16_halves" / "step_2", lives / "2" / f"bf16_{name}" / "step_2"
+    saved, again = runs / "2" / f"zero{before}_bf16_halves" / "step_2", runs / "2" / f"bf16_{name}" / "step_2"
     assert_same_state(saved, again)
     assert read_layout(again).family == now and read_layout(again).precision == "bf16"
     weights = [manifest.read(folder).files["model.safetensors"] for folder in (saved, again)]
@@ -149,15 +151,15 @@ def test_another_stage_alone_takes_up_every_bit_in_bf16(lives, name):
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_a_resized_run_trains_on_the_same_samples_to_the_same_losses(lives, chain):
-    """fp32, 4 -> 2 -> 1 -> 4 ranks: losses within 1e-5 of the run that stayed on four."""
-    resized = [row for link in range(4) for row in rows_of(lives / "chain" / chain / str(link))]
-    straight = rows_of(lives / "4" / "zero2_fp32_straight")
+def test_a_resized_run_trains_on_the_same_samples_to_the_same_losses(runs, chain):
+    """In fp32 on 4 -> 2 -> 1 -> 4 ranks; losses are within 1e-5 of the run that stayed on four."""
+    resized = [row for link in range(4) for row in rows_of(runs / "chain" / chain / str(link))]
+    straight = rows_of(runs / "4" / "zero2_fp32_straight")
     assert [row["samples"] for row in resized] == [row["samples"] for row in straight]
     assert [row["lr"] for row in resized] == [row["lr"] for row in straight]
     for a, b in zip(resized, straight, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
-def test_resizing_is_announced(lives):
-    assert "step_2 was saved by 4 rank(s) at ZeRO 1" in (lives / "2_first.txt").read_text()
+def test_resizing_is_announced(runs):
+    assert "step_2 was saved by 4 rank(s) at ZeRO 1" in (runs / "2_first.txt").read_text()

@@ -1,6 +1,6 @@
-"""Legacy checkpoints: recognised, read without running them, resumed at any stage.
+"""Legacy checkpoints are recognised, read without executing anything in them, and resumed at any ZeRO stage.
 
-A writer makes small files of its layout; the real ones are used where ../shared/fixtures is there.
+`write_legacy` makes small files in the legacy layout; real ones are tested too where ../shared/fixtures exists.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ data: {data_dir: DATA, dataset: some/corpus, tokenizer: some/tokenizer, num_work
 logging: {project: gsa-pretrain, log_interval: 10, eval_interval: 1000, save_interval: 5000}
 """
 SHAPE = 0.5 * (1 + math.cos(math.pi * 3000 / 98000))
-"""Of the cosine at step 5000."""
+"""The factor of the legacy cosine schedule at step 5000."""
 TUNED = (
     "training.max_seq_len=32",
     "training.micro_batch_size=2",
@@ -68,7 +68,8 @@ TUNED = (
 )
 
 
-def their_name(name: str) -> str:
+def legacy_name(name: str) -> str:
+    """The name of a parameter in a legacy checkpoint."""
     back = {ours: theirs for theirs, ours in legacy._LAYER.items()} | {
         ours: theirs for theirs, ours in legacy._TOP.items()
     }
@@ -85,9 +86,10 @@ def write_legacy(
     step: int = 5000,
     epoch: int = 51,
 ) -> dict:
-    """A checkpoint in the legacy layout with random weights and moments; returns what is in it.
+    """Writes a checkpoint in the legacy layout with random weights and moments; returns weights and moments by name.
 
-    training: what the older variant says of its run, if it is not what `config` does.
+    omegaconf: the older variant, whose configuration is an OmegaConf node. training: its training section, if it is to
+    differ from that of `config`.
     """
     torch.manual_seed(3)
     model = {
@@ -96,7 +98,7 @@ def write_legacy(
     made = GSAForCausalLM(legacy.ModelConfig(**model))
     names = [name for name, _ in made.named_parameters() if not name.endswith("log_alpha")]
     parameters = dict(made.named_parameters())
-    weights = {their_name(name): torch.randn_like(parameters[name]) * 0.1 for name in names}
+    weights = {legacy_name(name): torch.randn_like(parameters[name]) * 0.1 for name in names}
     groups = [[], [], [], []]
     for name in weights:
         groups[2 * ("indexer" in name) + ("bias" in name or "norm" in name)].append(name)
@@ -132,12 +134,15 @@ def write_legacy(
 
 
 UNTOUCHED = {"zero0": "fp32", "zero1": "fp32", "zero2": "bf16", "zero3": "fp32", "zero3_bf16": "bf16"}
-"""Taken up and saved again without a step: what is read there must be what was written here."""
+"""name -> precision: resumed at this stage without training a step, so that what is saved must be what was imported."""
 
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory):
-    """Both variants, and what became of them on two ranks: ZeRO 1 and 3 for three steps, every stage without a step."""
+    """Both variants, imported on two ranks: at ZeRO 1 and 3 for three steps, at every stage without a step.
+
+    Returns the folder of all runs, the yaml's contents, what each variant's checkpoint holds, and what was printed.
+    """
     base = tmp_path_factory.mktemp("legacy")
     write_dataset(base / "text", documents(200, seed=1), vocab_size=64, held_out=documents(20, seed=2))
     (base / "run.yaml").write_text(YAML.replace("DATA", str(base / "text")))
@@ -170,7 +175,7 @@ def imported(tmp_path_factory):
     for name, precision in UNTOUCHED.items():
         still = (f"training.precision={precision}", "training.stop_at_step=5000", "--allow_config_change")
         cases.append(case(f"untouched_{name}", base / "dict" / "step_5000", name.split("_")[0], *still))
-    # the import decided the head and the indexer's positions; our own layout of the yaml need not say so
+    # the checkpoint decides tie_embeddings and indexer_rope: the yaml, in our layout, may have other values
     ours = {**config, "model": {**legacy._model_section(config, ""), "tie_embeddings": True, "indexer_rope": True}}
     ours["training"] = {k: v for k, v in config["training"].items() if k != "optimizer"}
     ours["data"], ours["logging"] = {"data_dir": str(base / "text")}, {}
@@ -197,7 +202,7 @@ def imported(tmp_path_factory):
 
 
 @pytest.mark.parametrize("variant", ["dict", "omegaconf"])
-def test_the_model_alone_has_the_weights(imported, variant):
+def test_the_model_loads_with_the_weights_alone(imported, variant):
     base, config, written, _ = imported
     model = legacy.load_legacy_model(base / variant / "step_5000", base / "run.yaml")
     held = model.state_dict()
@@ -213,7 +218,11 @@ def test_a_resumed_legacy_run_goes_on_at_its_step_epoch_and_tokens(imported, sta
     assert [row["step"] for row in rows] == [5001, 5002, 5003]
     assert rows[0]["samples"] == 5000 * 8 * 16 // 32 + 8 and rows[0]["tokens"] == 5000 * 8 * 16 + 8 * 32
     assert 51 < rows[0]["epoch"] < 51.1
-    assert [row["stage"] for row in rows] == ["dense", "dense", "sparse"]  # its warm-up counts from the import
+    assert [row["stage"] for row in rows] == [
+        "dense",
+        "dense",
+        "sparse",
+    ]  # the indexer's warm-up counts from the import
     assert rows[0]["lr"] == pytest.approx(3e-4 * (0.1 + 0.9 * SHAPE))
     assert (base / f"zero{stage}" / "latest").read_text().strip() == "step_5003"
     manifest.verify(base / f"zero{stage}" / "step_5003")
@@ -233,21 +242,21 @@ def test_weights_moments_and_step_arrive_bitwise_and_the_indexer_starts_untraine
     assert state.schedule["last_epoch"] == 5000
 
 
-def test_an_import_says_what_has_changed_and_both_learning_rates(imported):
-    """The schedule stands where it stood, and ours rounds its floor otherwise: docs/checkpoints.md."""
+def test_an_import_prints_what_has_changed_and_both_learning_rates(imported):
+    """The schedule is at the same step, but its formula differs at the ends: docs/checkpoints.md."""
     output = imported[3]
     assert "training.max_seq_len: 16 -> 32 (harmless)" in output and "step 5000, epoch 51" in output
     rates = f"the learning rate of step 5001 is {3e-4 * (0.1 + 0.9 * SHAPE):.6e} here, {3e-4 * SHAPE:.6e} there"
     assert rates in output and rates.split(" is ")[1] == "2.993762e-04 here, 2.993069e-04 there"
 
 
-def test_the_new_checkpoint_resumes_with_the_yaml_that_ties_its_head(imported):
+def test_a_checkpoint_made_after_the_import_resumes_with_a_yaml_that_ties_the_head(imported):
     base, output = imported[0], imported[3]
     assert "step_5003 decides model.tie_embeddings: False, not True" in output
     assert [r["step"] for r in read_rows(base / "on" / "metrics.jsonl") if "loss" in r] == [5004]
 
 
-def test_torchrun_resumes_it(imported, tmp_path):
+def test_torchrun_resumes_a_legacy_checkpoint(imported, tmp_path):
     base = imported[0]
     process = start_training(
         4,
@@ -268,16 +277,18 @@ def test_torchrun_resumes_it(imported, tmp_path):
     assert "continuing at step 5001 of 5001" in output
 
 
-def test_auto_does_not_start_afresh_beside_an_old_checkpoint(imported):
+def test_auto_resumes_a_legacy_checkpoint_in_its_own_folder(imported):
     base, output = imported[0], imported[3]
     assert f"no checkpoint of this project under {base / 'beside'}, but a legacy one" in output
     assert [r["step"] for r in read_rows(base / "beside" / "metrics.jsonl") if "loss" in r] == [5001]
-    assert (base / "beside" / "step_5000" / "checkpoint_5000.pt").exists()  # retention is for our own
+    assert (
+        base / "beside" / "step_5000" / "checkpoint_5000.pt"
+    ).exists()  # retention never deletes a legacy checkpoint
 
 
 @pytest.mark.skipif(not FIXTURES.exists(), reason="the real legacy checkpoints are not beside this clone")
 @pytest.mark.parametrize("variant", ["legacy_dict", "legacy_dictconfig"])
-def test_the_real_ones_resume(imported, variant):
+def test_real_legacy_checkpoints_resume(imported, variant):
     base, output = imported[0], imported[3]
     assert output.count("2.993762e-04 here, 2.993069e-04 there") >= 2
     rows = [row for row in read_rows(base / f"real_{variant}" / "metrics.jsonl") if "loss" in row]
@@ -289,7 +300,7 @@ def test_the_real_ones_resume(imported, variant):
 
 
 def resume(base: Path, folder: Path, *extra: str):
-    """The new variant in `folder`/step_5000, in its own folder, on one rank."""
+    """Resumes the newer variant in `folder`/step_5000 into that folder on one rank; returns its Start."""
     argv = [
         "--config",
         str(base / "run.yaml"),
@@ -304,10 +315,10 @@ def resume(base: Path, folder: Path, *extra: str):
 
 
 def refused(base: Path, folder: Path, words: str) -> None:
-    """By verify and at the import, in the same words, and without a traceback."""
-    said: list[str] = []
-    assert not verification.verify(folder / "step_5000", config=base / "run.yaml", report=said.append)
-    assert said[-1].startswith("✗") and words in said[-1], said
+    """Asserts that verify and the import refuse the checkpoint with the same `words`."""
+    printed: list[str] = []
+    assert not verification.verify(folder / "step_5000", config=base / "run.yaml", report=printed.append)
+    assert printed[-1].startswith("✗") and words in printed[-1], printed
     with pytest.raises(CheckpointError) as err:
         resume(base, folder)
     assert words in str(err.value)
@@ -319,10 +330,10 @@ def old(imported, tmp_path) -> Path:
     return tmp_path / "old"
 
 
-def test_a_good_one_is_verified_and_a_flipped_bit_anywhere_in_its_numbers_is_found(imported, old):
+def test_a_good_legacy_checkpoint_is_verified_and_a_flipped_bit_in_its_numbers_is_found(imported, old):
     base = imported[0]
-    said: list[str] = []
-    assert verification.verify(old / "step_5000", config=base / "run.yaml", report=said.append), said
+    printed: list[str] = []
+    assert verification.verify(old / "step_5000", config=base / "run.yaml", report=printed.append), printed
     assert resume(base, old).state.step == 5000
     file = old / "step_5000" / "checkpoint_5000.pt"
     data = file.read_bytes()
@@ -368,7 +379,7 @@ def test_a_good_one_is_verified_and_a_flipped_bit_anywhere_in_its_numbers_is_fou
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_wrong_inside_is_said_in_our_words(imported, old, change, words):
+def test_wrong_contents_are_refused_with_a_message_that_names_them(imported, old, change, words):
     file = old / "step_5000" / "checkpoint_5000.pt"
     data = torch.load(file, weights_only=True)
     change(data)
@@ -376,25 +387,25 @@ def test_what_is_wrong_inside_is_said_in_our_words(imported, old, change, words)
     refused(imported[0], old, words)
 
 
-def test_an_old_variant_with_another_optimizer_is_refused(imported, tmp_path):
+def test_the_older_variant_with_another_optimizer_is_refused(imported, tmp_path):
     base, config, *_ = imported
     lion = {**config, "training": {**config["training"], "optimizer": "lion"}}
     write_legacy(tmp_path / "old" / "step_5000", config, omegaconf=True, training=OmegaConf.create(lion).training)
     refused(base, tmp_path / "old", "training.optimizer=lion: only adamw is supported")
 
 
-def test_a_shorter_schedule_than_the_imported_one_bends_the_curve(imported, old):
+def test_a_shorter_schedule_than_the_imported_one_changes_the_curve(imported, old):
     with pytest.raises(ConfigError, match=r"training.max_steps \(100000 there, 50000 here\)"):
         resume(imported[0], old, "training.max_steps=50000")
     assert resume(imported[0], old, "training.max_steps=200000").state.step == 5000
 
 
-def test_an_old_run_at_its_end_has_nothing_to_train_in_its_own_folder(imported, old):
+def test_a_finished_legacy_run_has_nothing_to_train_in_its_own_folder(imported, old):
     with pytest.raises(ConfigError, match="nothing to train: .*step_5000 is at step 5000, and this run ends at 5000"):
         resume(imported[0], old, "training.stop_at_step=5000")
 
 
-def test_the_old_adaptive_k_is_mapped_with_a_warning(imported, tmp_path, capsys):
+def test_the_legacy_adaptive_k_is_mapped_with_a_warning(imported, tmp_path, capsys):
     base, config, *_ = imported
     adaptive = {**config, "model": {**config["model"], "gsa": {**config["model"]["gsa"], "use_adaptive_k": True}}}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(adaptive))
@@ -418,6 +429,8 @@ def test_a_configuration_that_does_not_fit_is_refused_with_the_key(imported):
 
 
 class Evil:
+    """Unpickling it would create the file `marker`."""
+
     def __init__(self, marker):
         self.marker = marker
 
@@ -435,7 +448,7 @@ def test_a_malicious_file_is_refused_and_not_run(tmp_path):
 
 @pytest.mark.skipif(not FIXTURES.exists(), reason="the real legacy checkpoints are not beside this clone")
 @pytest.mark.parametrize("variant", ["legacy_dict", "legacy_dictconfig"])
-def test_the_real_ones_give_their_logits(variant):
+def test_real_legacy_checkpoints_give_the_logits_of_the_legacy_model(variant):
     config = FIXTURES / "pretrain_tiny.yaml" if variant == "legacy_dict" else None
     model = legacy.load_legacy_model(FIXTURES / variant / "step_5000", config)
     expected = torch.load(FIXTURES / "expected.pt", weights_only=True)

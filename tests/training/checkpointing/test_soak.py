@@ -1,4 +1,4 @@
-"""`make soak`: a run that is killed again and again ends as one that never was."""
+"""`make soak`: a run that is killed many times ends with the same rows and weights as one that never was killed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from training.record.metric_schema import TIME_METRICS
 from training.record.metrics_log import read_rows
 
 KILLS = int(os.environ.get("SOAK_KILLS", "30"))
-"""SOAK_KILLS=200 is the long form."""
+"""Number of kills; set SOAK_KILLS=200 for a longer soak."""
 STEPS = 40 * KILLS // 20 * 20
 
 
@@ -41,7 +41,7 @@ def rows(folder: Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_random_kills_of_all_ranks_change_nothing(tmp_path, tiny_yaml):
+def test_random_kills_of_all_ranks_change_no_row_and_no_weight(tmp_path, tiny_yaml):
     calm = start_training(2, argv(tmp_path / "calm", tiny_yaml))
     output = calm.communicate(timeout=120 + STEPS)[0]
     assert calm.returncode == 0, output
