@@ -1,8 +1,10 @@
-"""Waits of the host in one optimizer step of a real engine, as JSON: {"<ZeRO stage>/<accumulation>": {what: count}}.
+"""Counts how often the host waits in one optimizer step of a real engine, at each ZeRO stage and accumulation.
 
-    python tests/support/count_waits.py CONFIG.yaml [--as-deepspeed-has-it]
+    python tests/support/count_waits.py CONFIG.yaml [--keep_synchronize]
 
-One rank. The CPU plays a device with streams: whatever DeepSpeed would order or wait for on a GPU is counted.
+Prints JSON: {"<ZeRO stage>/<accumulation>": {kind of wait: count}}. Runs on one rank on the CPU, which stands in for a
+device with streams: what DeepSpeed would order between streams or wait for on a GPU is counted. --keep_synchronize:
+ZeRO 2 keeps DeepSpeed's own wait in each micro-batch.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Reads(TorchDispatchMode):
-    """Counts numbers that are read from tensors, which on a GPU waits for them."""
+    """Counts reads of single numbers from tensors; on a GPU the host waits for each."""
 
     def __init__(self, found: Counter) -> None:
         super().__init__()
@@ -43,6 +45,8 @@ class Reads(TorchDispatchMode):
 
 
 class Stream:
+    """Stands in for a CUDA stream; counts the streams that it is made to wait for."""
+
     def __init__(self, name: str, found: Counter) -> None:
         self.name, self._found = name, found
 
@@ -53,9 +57,10 @@ class Stream:
 
 
 def waits(accumulation: int, stage: int, config: Path, world: World) -> Counter:
-    """Of the third step of a new engine: the first ones allocate, and trace the order of ZeRO 3's gathers.
+    """Counts the waits of a new engine's third step: the first two allocate, and record the order of ZeRO 3's gathers.
 
-    On the reference kernels: the chunked ones read the bounds of their chunks, as the fused ones for GPUs do not.
+    Uses the reference kernels: the chunked ones read the bounds of their chunks from tensors, which the Triton kernels
+    for GPUs do not.
     """
     cfg = load_config(
         config,
@@ -83,14 +88,14 @@ def waits(accumulation: int, stage: int, config: Path, world: World) -> Counter:
     step(1)
     found: Counter = Counter()
     with ExitStack() as patches:
-        put = patch.object
+        replace = patch.object
         accelerator = engine_module.get_accelerator()
-        patches.enter_context(put(accelerator, "synchronize", lambda *_: found.update(["device waited for"])))
-        if stage == 2:  # what a GPU has
-            patches.enter_context(put(accelerator, "resolves_data_dependency", lambda: False))
-            patches.enter_context(put(accelerator, "current_stream", lambda *_: Stream("computing", found)))
-            patches.enter_context(put(engine._engine.optimizer, "reduction_stream", Stream("reducing", found)))
-            patches.enter_context(put(torch.Tensor, "record_stream", lambda *_: None))
+        patches.enter_context(replace(accelerator, "synchronize", lambda *_: found.update(["device waited for"])))
+        if stage == 2:  # makes DeepSpeed take the path that it takes on a GPU
+            patches.enter_context(replace(accelerator, "resolves_data_dependency", lambda: False))
+            patches.enter_context(replace(accelerator, "current_stream", lambda *_: Stream("computing", found)))
+            patches.enter_context(replace(engine._engine.optimizer, "reduction_stream", Stream("reducing", found)))
+            patches.enter_context(replace(torch.Tensor, "record_stream", lambda *_: None))
         with Reads(found):
             step(2)
     loader.close()
@@ -100,10 +105,10 @@ def waits(accumulation: int, stage: int, config: Path, world: World) -> Counter:
 
 def main() -> None:
     world = engine_module.start(timeout_s=60)
-    if "--as-deepspeed-has-it" in sys.argv:
+    if "--keep_synchronize" in sys.argv:
         engine_module._order_streams_instead_of_syncing = lambda optimizer: None
-    told = {f"{stage}/{n}": waits(n, stage, Path(sys.argv[1]), world) for stage in (1, 2, 3) for n in (1, 4)}
-    print("WAITS " + json.dumps(told))
+    found = {f"{stage}/{n}": waits(n, stage, Path(sys.argv[1]), world) for stage in (1, 2, 3) for n in (1, 4)}
+    print("WAITS " + json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def test_the_host_waits_once_per_step_whatever_the_accumulation(tiny_yaml):
         assert "device waited for" not in one and "device waited for" not in four, stage
     for way in ("computing waits for reducing", "reducing waits for computing"):
         assert found["2/4"][way] >= 4  # in place of the wait that DeepSpeed has there
-    as_it_is = waits(tiny_yaml, "--as-deepspeed-has-it")
+    as_it_is = waits(tiny_yaml, "--keep_synchronize")
     assert (as_it_is["2/1"]["device waited for"], as_it_is["2/4"]["device waited for"]) == (1, 4)
 
 
