@@ -30,22 +30,19 @@ def plan_batch(cfg: TrainingConfig, world_size: int) -> BatchPlan:
     if total is None:
         accumulation = wanted or 1
         return BatchPlan(micro, accumulation, world_size, micro * accumulation * world_size)
-    if total % (micro * world_size):
+    part = micro * world_size
+    if total % part:
         micros = [m for m in range(1, total // world_size + 1) if total % (m * world_size) == 0]
         ranks = [w for w in range(1, total // micro + 1) if total % (micro * w) == 0]
-        near = sorted(
-            {
-                max(1, total // (micro * world_size)) * micro * world_size,
-                -(-total // (micro * world_size)) * micro * world_size,
-            }
-        )
+        totals = sorted({max(1, total // part) * part, -(-total // part) * part})
+        fits = [f"a micro_batch_size of {_short(micros)}"] if micros else []
+        fits += [f"{_short(ranks)} ranks"] if ranks else []
+        fits += [f"a global_batch_size of {' or '.join(map(str, totals))}"]
         raise ConfigError(
             f"training.global_batch_size={total} is not a multiple of training.micro_batch_size={micro} x {world_size} "
-            f"ranks; choose a micro_batch_size of {_short(micros) or 'nothing: too many ranks'}, "
-            f"or {_short(ranks)} ranks, "
-            f"or a global_batch_size of {' or '.join(map(str, near))}"
+            f"ranks; choose {', or '.join(fits)}"
         )
-    accumulation = total // (micro * world_size)
+    accumulation = total // part
     note = None
     if wanted is not None and wanted != accumulation:
         note = (

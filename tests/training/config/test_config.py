@@ -207,6 +207,8 @@ def test_an_indivisible_batch_lists_what_fits():
     assert "choose a micro_batch_size of 1, 2, 3, 6, or 1, 2, 3, 6 ranks, or a global_batch_size of 16 or 32" in str(
         caught.value
     )
+    with pytest.raises(ConfigError, match="8 ranks; choose 1, 2, 4 ranks, or a global_batch_size of 8$"):
+        plan_batch(TrainingConfig(micro_batch_size=1, global_batch_size=4), 8)
     for micro in (1, 2, 3, 6):
         plan_batch(TrainingConfig(micro_batch_size=micro, global_batch_size=24), 4)
     for ranks in (1, 2, 3, 6):
