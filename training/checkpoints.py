@@ -3,8 +3,8 @@
     list   RUN                          every checkpoint: step, epoch, tokens, size, layout, complete or torn, pinned
     verify RUN                          proves that each of them can be used, as `training.verify --all RUN` does
     prune  RUN --keep_last N [--keep_every M] [--yes [--force]]   lists what would be deleted; --yes deletes it
-    pin    STEP_DIR                     a pinned checkpoint is never deleted by a run or by prune
-    unpin  STEP_DIR
+    pin    STEP_DIR                     protects a checkpoint: neither a run nor prune deletes it
+    unpin  STEP_DIR                     ends that protection
     diff   STEP_DIR STEP_DIR            configuration, position, and how far weights and moments have moved
 
 Exit codes: 0 done; 2 refused argument, or the run is still training; 3 a checkpoint is missing or not good, or could
