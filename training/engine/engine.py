@@ -91,8 +91,12 @@ def start(timeout_s: float, *, verbose: bool = False) -> World:
 
 
 class _SnapshotFiles(CheckpointEngine):
-    """Stands in for DeepSpeed's file access: collects what it saves in `snapshot`, for training.checkpointing to write,
-    and loads files without executing what is pickled in them."""
+    """Replaces DeepSpeed's own writing and reading of checkpoint files.
+
+    `save` writes nothing: it copies a file's content to host memory, into `snapshot`, and training.checkpointing writes
+    it. `load` reads a file with safe_load, which executes nothing that is pickled in it. buffers: the host memory to
+    copy into; None: tensors that are compact and on the host already are not copied.
+    """
 
     def __init__(self) -> None:
         super().__init__(None)
@@ -290,7 +294,11 @@ class Engine:
             )
 
     def load_full_state(self, state: FullState) -> None:
-        """Loads a full state: of an engine with another layout, or of a legacy checkpoint. Every rank must call it."""
+        """Loads a full state: of an engine with another layout, or of a legacy checkpoint. Every rank must call it.
+
+        A legacy state has no schedule: its position is then computed from the step. Raises CheckpointError on all ranks
+        when the state does not fit the model or the ZeRO stage.
+        """
         self.raise_on_all_ranks(lambda: install(state, self.module, self._engine.optimizer, self.zero_stage))
         schedule = self._engine.lr_scheduler
         position = {"last_epoch": state.run.step, "_step_count": state.run.step + 1}
@@ -317,10 +325,10 @@ class Engine:
                 safe_load.load(path, extra_allowed=DEEPSPEED_GLOBALS, mmap=True)
 
     def raise_on_all_ranks(self, call: Callable[[], T]) -> T:
-        """Calls `call`, which reads files, on every rank and returns its result.
+        """Calls `call`, which reads files, and returns this rank's result. Every rank must call it.
 
-        When it raises CheckpointError or OSError on one rank, every rank raises CheckpointError, so that none waits in
-        a collective for a rank that is gone.
+        When `call` raises CheckpointError or OSError on some ranks, all ranks raise CheckpointError with the messages
+        of those, so that none waits in a later collective for a rank that is gone.
         """
         result, error = None, None
         try:
