@@ -1,4 +1,4 @@
-"""Real launchers: what happens when a rank dies or hangs, and what is refused before any rank has met another."""
+"""Real launchers: what happens when a rank dies or hangs, and what is refused before there is a process group."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from training.observe.terminal import Terminal
 from training.record.metrics_log import read_rows
 
 WAIT_S = 60
-"""The promise: a rank that dies or hangs is reported within a minute."""
+"""A rank that dies or hangs is to be reported within a minute."""
 
 
 def started(tmp_path: Path, tiny_yaml: Path, *extra: str):
-    """Two ranks under `deepspeed`, a few steps into a long run; and the process ids of the ranks."""
+    """Starts two ranks under `deepspeed` and waits for a few steps. Returns the launcher, the folder and the ranks' pids."""
     folder = tmp_path / "run"
     process = start_training(
         2,
@@ -49,7 +49,7 @@ def started(tmp_path: Path, tiny_yaml: Path, *extra: str):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    time.sleep(2)  # every rank's watchdog has read the others' files
+    time.sleep(2)  # until every rank's watchdog has read the others' files
     pids = [json.loads((folder / ".ranks" / f"rank_{r}.json").read_text())["pid"] for r in (0, 1)]
     return process, folder, pids
 
@@ -64,7 +64,7 @@ def test_a_rank_that_is_killed_is_named_within_a_minute(tmp_path, tiny_yaml):
     assert not Path(f"/proc/{pids[0]}").exists()
 
 
-def test_a_rank_that_stops_is_named_with_stacks_within_a_minute(tmp_path, tiny_yaml):
+def test_a_rank_that_hangs_is_named_with_stacks_within_a_minute(tmp_path, tiny_yaml):
     process, folder, pids = started(tmp_path, tiny_yaml, "training.hang_timeout_s=5")
     began = time.monotonic()
     os.kill(pids[1], signal.SIGSTOP)
@@ -102,7 +102,7 @@ def test_plain_python_is_one_rank(finished):
     [
         (2, "unknown key 'training.max_stepz'", ["training.max_stepz=1"]),
         (2, "not a multiple of training.micro_batch_size=3", ["training.micro_batch_size=3"]),
-        (2, "training.backend='tritn' is not one of", ["training.backend=tritn"]),
+        (2, "'tritn', expected one of ['auto', ", ["training.backend=tritn"]),
         (2, "training.backend=triton needs a GPU", ["training.backend=triton"]),
         (2, "stray first step", ["training.precision=bf16", "--deepspeed_config", "ds_configs/zero0.json"]),
         (2, "zero9.json: No such file", ["--deepspeed_config", "ds_configs/zero9.json"]),
@@ -147,16 +147,14 @@ def test_bad_input_is_refused_before_any_process_group(
         argv = argv[1:]
     argv = [word.replace("@finished", str(finished)) for word in argv]
     before = sorted(folder.rglob("*")) if folder.exists() else []
-    monkeypatch.setitem(
-        sys.modules, "training.engine.engine", None
-    )  # importing the door to DeepSpeed would be an error
+    monkeypatch.setitem(sys.modules, "training.engine.engine", None)  # importing DeepSpeed would raise
     assert train.main(["--config", str(tiny_yaml), "--output_dir", str(folder), *argv]) == code
-    said = capsys.readouterr().err
-    assert words in said and said.count("error:") == 1 and "Traceback" not in said
+    printed = capsys.readouterr().err
+    assert words in printed and printed.count("error:") == 1 and "Traceback" not in printed
     assert (sorted(folder.rglob("*")) if folder.exists() else []) == before
 
 
-def test_a_refusal_under_a_launcher_is_said_once_with_its_exit_code(tmp_path, tiny_yaml):
+def test_a_refusal_under_a_launcher_is_printed_once_and_sets_the_exit_code(tmp_path, tiny_yaml):
     process = start_training(2, ["--config", str(tiny_yaml), "--output_dir", str(tmp_path / "x"), "training.seeed=1"])
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 2
@@ -168,17 +166,17 @@ def test_a_refusal_under_a_launcher_is_said_once_with_its_exit_code(tmp_path, ti
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory, tiny_yaml, finished) -> tuple[Path, str]:
-    """Three lives in one launch: folders `torn`, `dead` and `other`, prepared beforehand, and what was printed."""
+    """The folders `torn`, `dead` and `other`, each resumed once, and what the two that went on printed."""
     base = tmp_path_factory.mktemp("resumed")
     shutil.copytree(finished, base / "torn")
     (base / "torn" / "step_4").mkdir()
     (base / "torn" / "step_4" / "mp_rank_00_model_states.pt").write_bytes(b"half")
-    dead = base / "dead"  # killed before its first checkpoint
+    dead = base / "dead"  # a run that was killed before its first checkpoint
     dead.mkdir()
     (dead / "run.json").write_text('{"status": "running"}')
     (dead / "metrics.jsonl").write_text('{"event": "start", "step": 0}\n{"step": 1, "loss": 9.0}\n{"step": 2, "lo')
     write_dataset(base / "text", [[1, 2, 3]] * 400, vocab_size=64, held_out=[[1, 2]])
-    moved = base / "moved.yaml"  # the same configuration, but other text lies where it points
+    moved = base / "moved.yaml"  # the same configuration, but the text at its data_dir is replaced
     shutil.copytree(data_of(tiny_yaml), base / "data")
     moved.write_text(tiny_yaml.read_text().replace(str(data_of(tiny_yaml)), str(base / "data")))
     first = ["--config", str(moved), "--output_dir", str(base / "other"), "training.max_steps=2"]
@@ -214,7 +212,7 @@ def steps_of(folder: Path) -> list[int]:
     return [row["step"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
 
 
-def test_auto_passes_over_what_is_torn_and_continues_the_newest_good_one(resumed):
+def test_auto_passes_over_a_torn_checkpoint_and_resumes_the_newest_good_one(resumed):
     base, output = resumed
     assert "passed over: step_4: manifest.json: missing: the save was interrupted" in output
     assert "resumed step_2: continuing at step 3 of 3" in output
@@ -224,20 +222,22 @@ def test_auto_passes_over_what_is_torn_and_continues_the_newest_good_one(resumed
 
 
 def test_auto_starts_afresh_where_a_run_died_before_its_first_checkpoint(resumed):
-    """The soak found this: rows of the dead start stayed in the file, and the curve began twice."""
+    """Rows of the dead run once stayed in the file, so that the curve began twice; the soak test found it."""
     base, output = resumed
     assert f"no good checkpoint under {base / 'dead'}: starting afresh" in output
     assert steps_of(base / "dead") == [1, 2, 3]
     assert read_rows(base / "dead" / "segments" / "metrics_0.jsonl") == [{"step": 1, "loss": 9.0}]
 
 
-def test_other_text_is_noticed_on_resume(resumed):
+def test_a_resume_on_other_text_is_refused(resumed):
     base, _ = resumed
     assert "error: step_2 was trained on other text: the data's fingerprint is" in (base / "refused.txt").read_text()
     assert steps_of(base / "other") == [1, 2] and not (base / "other" / "step_3").exists()
 
 
-def test_a_checkpoint_of_another_run_does_not_go_into_a_folder_that_holds_one(tmp_path, tiny_yaml, finished, capsys):
+def test_a_checkpoint_of_another_run_cannot_be_resumed_into_a_folder_that_holds_a_run(
+    tmp_path, tiny_yaml, finished, capsys
+):
     shutil.copytree(finished, tmp_path / "own")
     argv = [
         "--config",
@@ -251,32 +251,32 @@ def test_a_checkpoint_of_another_run_does_not_go_into_a_folder_that_holds_one(tm
     assert "belongs to another; give a new --output_dir" in capsys.readouterr().err
 
 
-def test_a_process_ends_with_its_code_and_its_handlers_but_without_the_interpreters_end():
-    """Where gloo's threads abort: here something that aborts as surely as they do rarely."""
+def test_exit_process_runs_exit_handlers_but_not_the_interpreters_shutdown():
+    """gloo's threads sometimes abort during that shutdown; the object here always does."""
     program = """
 import atexit, os, sys
 from training.engine.world import exit_process
-class AbortsAtTheEnd:
+class AbortsAtShutdown:
     def __del__(self):
         os.abort()
-keep = AbortsAtTheEnd()
+keep = AbortsAtShutdown()
 atexit.register(print, "the handler ran")
-print("said")
+print("printed")
 exit_process(3)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=rank_environment(), cwd=ROOT
     )
-    assert (done.returncode, done.stdout) == (3, "said\nthe handler ran\n"), done.stderr
+    assert (done.returncode, done.stdout) == (3, "printed\nthe handler ran\n"), done.stderr
 
 
 def test_help_lists_every_key():
     done = train_alone(["--help"])
     assert done.returncode == 0
-    assert "--resume_from" in done.stdout and "indexer_loss_weight (float, default 0.1)" in done.stdout
+    assert "--resume_from" in done.stdout and "indexer_loss_weight (float, default 0.1, at least 0)" in done.stdout
 
 
-def test_wandb_offline_without_a_key_and_never_fatal(tmp_path, tiny_yaml, monkeypatch):
+def test_without_a_key_wandb_runs_offline_and_its_failure_does_not_stop_training(tmp_path, tiny_yaml, monkeypatch):
     environment = {k: v for k, v in launching.rank_environment().items() if k != "WANDB_MODE"}
     environment["HOME"] = str(tmp_path)  # no netrc
     monkeypatch.setattr(launching, "rank_environment", lambda: environment)
@@ -301,16 +301,16 @@ EVENTS = {
     "SIGHUP, then SIGTERM": 1,
     "before there is a rank": 1,
 }
-"""What meets a launch under the wrapper, and with how many ranks."""
+"""What happens to a launch under training.launch -> its number of ranks."""
 
 
 @pytest.fixture(scope="module")
 def wrapped(tmp_path_factory, tiny_yaml) -> dict[str, tuple[Path, int, str]]:
-    """Launches at once under the wrapper, met by their events: folder, exit code, output."""
+    """Launches under training.launch, run in parallel, each with its event: folder, exit code, output."""
     folders = {event: tmp_path_factory.mktemp("wrapped") / "run" for event in EVENTS}
-    long_steps = {"SIGHUP, then SIGTERM": ["training.global_batch_size=8000"]}  # so that no boundary comes in between
+    long_steps = {"SIGHUP, then SIGTERM": ["training.global_batch_size=8000"]}  # so that no step ends in between
 
-    def hang_up(ignored: bool) -> None:  # nohup ignores it
+    def hang_up(ignored: bool) -> None:  # as nohup does
         signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
 
     processes = {
@@ -370,7 +370,7 @@ def wrapped(tmp_path_factory, tiny_yaml) -> dict[str, tuple[Path, int, str]]:
         twice.send_signal(signal.SIGHUP)
         time.sleep(1.0)
         still = watched(folder, 0)["count"]
-        until(lambda: watched(folder, 0)["count"] > still, "SIGHUP, then SIGTERM")  # it goes on to its boundary
+        until(lambda: watched(folder, 0)["count"] > still, "SIGHUP, then SIGTERM")  # it goes on to the end of its step
         twice.send_signal(signal.SIGTERM)
         for event, process in processes.items():
             output = process.communicate(timeout=240)[0]
@@ -393,13 +393,13 @@ def watched(folder: Path, rank: int) -> dict:
 
 
 @pytest.mark.parametrize("event", EVENTS)
-def test_the_wrapper_leaves_no_process_behind(wrapped, event):
+def test_training_launch_leaves_no_process_behind(wrapped, event):
     assert not processes_of(wrapped[event][0])
 
 
 @pytest.mark.parametrize(("event", "reason"), [("SIGTERM", "SIGTERM"), ("SIGUSR1 to rank 1", "SIGUSR1")])
-def test_ranks_agree_on_a_signal_save_and_exit_in_order(wrapped, event, reason):
-    """Sent to the wrapper alone, and to one of two ranks alone."""
+def test_after_a_signal_all_ranks_save_and_exit_in_order(wrapped, event, reason):
+    """The signal is sent to training.launch only, or to one of two ranks only."""
     folder, code, output = wrapped[event]
     assert code == 0, output[-3000:]
     run = json.loads((folder / "run.json").read_text())
@@ -407,26 +407,26 @@ def test_ranks_agree_on_a_signal_save_and_exit_in_order(wrapped, event, reason):
     manifest.verify(folder / f"step_{steps_of(folder)[-1]}")
 
 
-def test_a_launcher_that_says_0_for_its_killed_child_is_not_believed(wrapped):
+def test_a_killed_child_is_a_failure_although_the_launcher_returns_0(wrapped):
     _, code, output = wrapped["its child dies"]
     assert code != 0, output[-3000:]
 
 
-def test_a_lost_terminal_is_a_signal_and_the_second_one_ends_the_ranks_at_once(wrapped):
+def test_a_closed_terminal_counts_as_a_signal_and_a_second_signal_ends_the_ranks_at_once(wrapped):
     folder, code, output = wrapped["SIGHUP, then SIGTERM"]
     assert code == 128 + signal.SIGTERM, output[-3000:]
     assert steps_of(folder) == [] and not list(folder.glob("step_*"))
 
 
-def test_a_closed_terminal_does_not_end_a_run_that_still_speaks():
+def test_a_run_can_go_on_printing_after_its_terminal_was_closed():
     ours, theirs = os.openpty()
     with os.fdopen(theirs, "w") as stream:
         terminal = Terminal(stream)
-        print("heard", file=terminal, flush=True)
-        assert terminal.isatty() and os.read(ours, 100) == b"heard\r\n"
+        print("shown", file=terminal, flush=True)
+        assert terminal.isatty() and os.read(ours, 100) == b"shown\r\n"
         os.close(ours)
         for _ in range(3):
-            print("into the void", file=terminal, flush=True)
+            print("dropped", file=terminal, flush=True)
 
 
 def test_a_signal_before_there_is_a_rank_ends_the_launch(wrapped):
@@ -435,7 +435,7 @@ def test_a_signal_before_there_is_a_rank_ends_the_launch(wrapped):
     assert not folder.exists()
 
 
-def test_a_run_json_that_cannot_be_read_is_no_run_that_ended_in_order(tmp_path):
+def test_exit_code_0_without_a_readable_run_json_counts_as_a_failure(tmp_path):
     (tmp_path / "run.json").write_bytes(b"")
     assert true_code(0, 0, tmp_path) == 1 and true_code(0, 0, tmp_path / "none") == 0
     assert true_code(241, 0, tmp_path) == true_code(-15, 0, tmp_path) == 143

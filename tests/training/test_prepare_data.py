@@ -1,4 +1,4 @@
-"""Text in, shards out: nothing lost in silence, nothing dependent on workers or kills."""
+"""From text to shards: nothing is lost without a message, and neither workers nor kills change the result."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def manifest(out: Path) -> dict:
 
 
 def documents(out: Path, split: str) -> list[str]:
-    """What the shards hold, decoded."""
+    """The decoded documents of a split."""
     m, tokenizer = manifest(out), Tokenizer.from_file(str(out / "tokenizer.json"))
     texts = []
     for shard in m["splits"][split]["shards"]:
@@ -69,6 +69,7 @@ def documents(out: Path, split: str) -> list[str]:
 
 
 def tree(out: Path) -> dict[str, str]:
+    """The sha256 of every file below a folder, by relative path."""
     return {
         p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
         for p in sorted(out.rglob("*"))
@@ -83,13 +84,13 @@ def prepared(tmp_path_factory) -> Path:
     return base / "out"
 
 
-def test_every_text_comes_back_whole_in_one_split(prepared):
+def test_every_text_is_whole_in_one_split(prepared):
     train, held = documents(prepared, "train"), documents(prepared, "held_out")
     assert sorted(train + held) == sorted(prose(i) for i in range(12))
     assert 0 < len(held) < 6
 
 
-def test_the_manifest_is_true(prepared):
+def test_the_manifest_agrees_with_the_files(prepared):
     m = manifest(prepared)
     for split in ("train", "held_out"):
         entry = m["splits"][split]
@@ -112,7 +113,7 @@ def test_counts_and_bytes_per_token_are_exact(prepared):
     assert sizes[m["eod_id"]] == 0
 
 
-def test_the_reader_reads_it(prepared):
+def test_packed_tokens_reads_the_dataset(prepared):
     data = PackedTokens({str(prepared): 1.0}, split="train", max_seq_len=64, seed=0)
     data.verify()
     assert data.n_targets(0, data.n_windows) == manifest(prepared)["splits"]["train"]["tokens"] - len(
@@ -120,7 +121,7 @@ def test_the_reader_reads_it(prepared):
     )
 
 
-def test_a_second_time_does_nothing_and_other_input_is_refused(prepared, capsys):
+def test_a_second_run_does_nothing_and_other_input_is_refused(prepared, capsys):
     before = {p: p.stat().st_mtime_ns for p in prepared.rglob("*")}
     source = prepared.parent / "in"
     assert prepare_texts(prepared, str(source)) == 0
@@ -131,7 +132,7 @@ def test_a_second_time_does_nothing_and_other_input_is_refused(prepared, capsys)
     assert {p: p.stat().st_mtime_ns for p in prepared.rglob("*")} == before
 
 
-def test_force_replaces(tmp_path):
+def test_force_replaces_a_dataset(tmp_path):
     source = folder_of_texts(tmp_path / "in")
     assert prepare_texts(tmp_path / "out", str(source)) == 0
     first = manifest(tmp_path / "out")["fingerprint"]
@@ -193,7 +194,7 @@ def test_folders_globs_and_markdown(tmp_path):
         (["{in}/one.txt", "--tokenizer", "{in}/x.tiktoken"], "not a tiktoken rank file"),
     ],
 )
-def test_input_that_means_nothing_is_refused(tmp_path, capsys, argv, words):
+def test_unusable_input_is_refused(tmp_path, capsys, argv, words):
     (tmp_path / "empty").mkdir()
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
     (tmp_path / "one.txt").write_text("one")
@@ -214,7 +215,7 @@ def test_input_that_means_nothing_is_refused(tmp_path, capsys, argv, words):
         ["x.txt", "--workers", "0"],
     ],
 )
-def test_arguments_that_cannot_be_are_refused(argv):
+def test_impossible_arguments_are_refused(argv):
     with pytest.raises(SystemExit) as caught:
         prepare_data.main(["--out", "o", *argv])
     assert caught.value.code == 2
@@ -389,7 +390,7 @@ def test_a_token_outside_the_vocabulary_is_refused_not_wrapped(tmp_path, monkeyp
 # -- duplicates, splits, overlap --------------------------------------------------------------------------
 
 
-def test_equal_documents_are_kept_once_across_files(tmp_path):
+def test_equal_documents_are_used_once_across_files(tmp_path):
     source = folder_of_texts(tmp_path / "in", 6)
     (source / "copy.txt").write_text(prose(2))
     (source / "more.jsonl").write_bytes(lines([{"text": prose(3)}, {"text": prose(4)}, {"text": prose(90)}]))
@@ -398,7 +399,7 @@ def test_equal_documents_are_kept_once_across_files(tmp_path):
     assert len(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out")) == 7
 
 
-def test_a_planted_copy_shows_in_the_overlap_report(tmp_path):
+def test_a_copy_of_held_out_text_is_in_the_overlap_report(tmp_path):
     source = folder_of_texts(tmp_path / "in", 12)
     assert prepare_texts(tmp_path / "out", str(source)) == 0
     assert manifest(tmp_path / "out")["overlap"]["above_half"] == 0
@@ -415,14 +416,14 @@ def test_a_planted_copy_shows_in_the_overlap_report(tmp_path):
     )
 
 
-def test_a_limit_keeps_a_fixed_subset(tmp_path):
+def test_a_limit_chooses_the_same_subset_every_time(tmp_path):
     source = folder_of_texts(tmp_path / "in", 40)
     whole = sum(p.stat().st_size for p in source.iterdir())
     for out in ("a", "b"):
         assert prepare_texts(tmp_path / out, str(source), "--limit_mb", str(whole / 2e6)) == 0
     assert tree(tmp_path / "a") == tree(tmp_path / "b")
-    kept = manifest(tmp_path / "a")["splits"]
-    assert 0.3 * whole < kept["train"]["bytes"] + kept["held_out"]["bytes"] <= 0.5 * whole
+    splits = manifest(tmp_path / "a")["splits"]
+    assert 0.3 * whole < splits["train"]["bytes"] + splits["held_out"]["bytes"] <= 0.5 * whole
     assert manifest(tmp_path / "a")["skipped"]["beyond_limit_mb"] > 10
 
 
@@ -470,7 +471,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_preparation_goes_on_where_it_was(tmp_path, many_units):
+def test_a_killed_preparation_continues_where_it_was(tmp_path, many_units):
     argv = [
         "--out",
         str(tmp_path / "killed"),
@@ -498,20 +499,20 @@ def test_a_killed_preparation_goes_on_where_it_was(tmp_path, many_units):
         p: p.stat().st_mtime_ns for p in work.glob("unit_*.bin") if p.with_name(p.name.split(".")[0] + ".json").exists()
     }
     assert 3 <= len({p.name.split(".")[0] for p in done}) < 12
-    (work / "unit_00011.train.bin.tmp").write_bytes(b"half")  # a torn file is no obstacle
+    (work / "unit_00011.train.bin.tmp").write_bytes(b"half")  # what a kill in the middle of a write leaves
     assembled = []
     real = prepare._assemble
 
-    def look(*args):
+    def record_times(*args):
         assembled.append({p: p.stat().st_mtime_ns for p in done})
         return real(*args)
 
-    prepare._assemble = look
+    prepare._assemble = record_times
     try:
         assert prepare_data.main(argv) == 0
     finally:
         prepare._assemble = real
-    assert assembled == [done]  # finished units were not done again
+    assert assembled == [done]  # finished units were not encoded again
     assert prepare_texts(tmp_path / "whole", str(many_units)) == 0
     assert tree(tmp_path / "killed") == tree(tmp_path / "whole")
 
@@ -533,7 +534,7 @@ def test_cutting_long_text_changes_no_token(small_bpe, text, size):
     ] == whole
 
 
-def test_special_tokens_spelled_in_a_text_are_text(small_bpe):
+def test_the_spelling_of_a_special_token_in_a_text_is_text(small_bpe):
     ids = bpe.encode(small_bpe, f"before {bpe.EOD} after")
     assert small_bpe.token_to_id(bpe.EOD) not in ids
     assert small_bpe.decode(ids) == f"before {bpe.EOD} after"
@@ -545,7 +546,7 @@ def test_bytes_per_token_add_up(small_bpe):
         assert int(sizes[bpe.encode(small_bpe, text)].astype(int).sum()) == len(text.encode())
 
 
-def test_a_large_vocabulary_takes_four_bytes_and_a_given_tokenizer_is_kept(tmp_path, small_bpe):
+def test_a_large_vocabulary_takes_four_bytes_and_a_given_tokenizer_is_used(tmp_path, small_bpe):
     big = json.loads(small_bpe.to_str())
     big["model"]["vocab"] |= {f"unused{i}": i for i in range(400, 65538)}
     (tmp_path / "big.json").write_text(json.dumps(big))
@@ -558,7 +559,7 @@ def test_a_large_vocabulary_takes_four_bytes_and_a_given_tokenizer_is_kept(tmp_p
     )
 
 
-def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, small_bpe):
+def test_an_unsuitable_tokenizer_is_refused(tmp_path, small_bpe):
     path = tmp_path / "t.json"
     broken = json.loads(small_bpe.to_str())
     path.write_text(json.dumps(broken | {"decoder": None}))
@@ -569,7 +570,7 @@ def test_a_tokenizer_that_does_not_fit_is_refused(tmp_path, small_bpe):
 
 
 def test_a_tiktoken_rank_file_becomes_the_same_tokenizer(tmp_path):
-    """Ranks in the manner of Qwen2.5's file: the bytes, then merges in order."""
+    """The ranks are as in Qwen2.5's file: the bytes, then merges in order."""
     import base64
 
     words = [bytes([b]) for b in range(256)] + [b"th", b"he", b"the", b" the", b"in", b"ing"]
@@ -596,7 +597,7 @@ def test_the_embedded_corpus_is_source_text_of_this_installation():
     assert {f.group for f in files if f.name.startswith("torch/nn/")} == {"torch/nn"}
 
 
-# -- nothing lost, nothing harmed ---------------------------------------------------------------------------
+# -- no text is lost, no file of others is changed --------------------------------------------------------
 
 
 def test_cuts_after_empty_lines_change_no_token():
@@ -609,7 +610,7 @@ def test_cuts_after_empty_lines_change_no_token():
 
 
 @pytest.mark.parametrize("setting", ["truncation", "padding"])
-def test_a_given_tokenizer_cuts_and_pads_no_text(tmp_path, small_bpe, setting):
+def test_truncation_and_padding_of_a_given_tokenizer_are_dropped(tmp_path, small_bpe, setting):
     changed = Tokenizer.from_str(small_bpe.to_str())
     if setting == "truncation":
         changed.enable_truncation(8)
@@ -634,14 +635,14 @@ def test_a_tokenizer_that_loses_text_is_refused(tmp_path, small_bpe, part):
         bpe.load(tmp_path / "t.json")
 
 
-def test_added_tokens_that_are_text_have_bytes(small_bpe):
+def test_added_tokens_that_are_text_count_their_bytes(small_bpe):
     tokenizer = Tokenizer.from_str(small_bpe.to_str())
     tokenizer.add_tokens([AddedToken("<tool_é>", special=False)])
     text = "a<tool_é>b"
     assert int(bpe.token_bytes(tokenizer)[bpe.encode(tokenizer, text)].sum()) == len(text.encode())
 
 
-def test_a_bad_row_costs_no_other_row(tmp_path, capsys):
+def test_a_bad_row_affects_no_other_row(tmp_path, capsys):
     rows = [prose(i, 8).encode() for i in range(600)]
     rows[300] = b"bad \xff"
     ends = np.cumsum([0, *map(len, rows)]).astype(np.int32)
@@ -655,7 +656,7 @@ def test_a_bad_row_costs_no_other_row(tmp_path, capsys):
     assert manifest(tmp_path / "out")["skipped"] == {"invalid_utf8": 1}
 
 
-def test_an_unbroken_stretch_is_bad_input(tmp_path, capsys):
+def test_text_without_a_place_to_cut_is_bad_input(tmp_path, capsys):
     source = folder_of_texts(tmp_path / "in", 6)
     (source / "blob.txt").write_text("good words " * 10 + "x" * (corpus.UNBROKEN_CHARS + 1))
     (source / "long.txt").write_text("good words 。\n" * (corpus.UNBROKEN_CHARS // 8))
@@ -673,7 +674,7 @@ def test_the_split_does_not_depend_on_how_a_path_is_written(tmp_path, monkeypatc
     assert len({manifest(tmp_path / name)["fingerprint"] for name in "abc"}) == 1
 
 
-def test_files_without_a_reader_are_counted(tmp_path, capsys):
+def test_files_with_an_unknown_suffix_are_counted(tmp_path, capsys):
     source = folder_of_texts(tmp_path / "in", 6)
     (source / "table.csv").write_text("a,b")
     assert prepare_texts(tmp_path / "out", str(source)) == 0
@@ -683,7 +684,7 @@ def test_files_without_a_reader_are_counted(tmp_path, capsys):
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
 @pytest.mark.parametrize("theirs", ["work/thesis.tex", "train/mine.py", "manifest.json"])
-def test_a_folder_of_other_files_is_left_alone(tmp_path, capsys, theirs, force):
+def test_a_folder_that_holds_other_files_is_not_changed(tmp_path, capsys, theirs, force):
     source = folder_of_texts(tmp_path / "in", 6)
     path = tmp_path / "out" / theirs
     path.parent.mkdir(parents=True)
@@ -693,7 +694,7 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path, capsys, theirs, force):
     assert path.read_text() == "[]" and tree(tmp_path / "out").keys() == {theirs}
 
 
-def test_a_replacement_that_is_killed_can_be_repeated(tmp_path, monkeypatch):
+def test_a_replacement_that_failed_can_be_repeated(tmp_path, monkeypatch):
     source = str(folder_of_texts(tmp_path / "in", 6))
     assert prepare_texts(tmp_path / "out", source) == 0
     with monkeypatch.context() as patch:
@@ -715,10 +716,10 @@ if __name__ == "__main__":
     prepare._run_jobs = lambda *args: (run_jobs(*args), time.sleep(1000))
     prepare_data.main(sys.argv[1:])
 """
-"""Its workers have read, and wait for what comes next."""
+"""A preparation that never ends: its workers have read their units and wait for more work."""
 
 
-def test_workers_end_with_a_parent_that_is_killed(tmp_path, many_units):
+def test_workers_end_when_their_parent_is_killed(tmp_path, many_units):
     import psutil
 
     script = tmp_path / "waits.py"

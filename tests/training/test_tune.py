@@ -42,7 +42,7 @@ NO_MEMORY, FAILED = Outcome("out_of_memory", "no room"), Outcome("failed", "a bu
             "stray first step",
             ["--deepspeed_config", "ds_configs/zero2.json", "ds_configs/zero0.json", "training.precision=bf16"],
         ),
-        (2, "@fixed.json says train_micro_batch_size_per_gpu=1", ["--deepspeed_config", "@fixed.json"]),
+        (2, "@fixed.json sets train_micro_batch_size_per_gpu=1", ["--deepspeed_config", "@fixed.json"]),
         (2, "--steps 0 must be at least 1", ["--steps", "0"]),
         (2, "--memory_cap_gib 0 must be above 0", ["--memory_cap_gib", "0"]),
         (2, "@fixed.json exists already", ["--out", "@fixed.json"]),

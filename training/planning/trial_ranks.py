@@ -47,7 +47,8 @@ class SignalCheck:
 
     def __enter__(self) -> SignalCheck:
         # nohup ignores SIGHUP, and whoever started this process under it wants it to go on
-        handled = [number for number in HANDLED_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        under_nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        handled = [number for number in HANDLED_SIGNALS if number != signal.SIGHUP or not under_nohup]
         self._before = {number: signal.signal(number, self._record) for number in handled}
         return self
 

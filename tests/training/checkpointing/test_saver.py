@@ -43,7 +43,7 @@ def events(folder: Path, kind: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def kills(tmp_path_factory, a_run, tiny_yaml):
-    """[(folder, what stood after the kill)], the last one not killed; and a life that nobody disturbed."""
+    """[(folder, facts after the kill)], the last one without a kill; and the folder of an undisturbed run."""
     base = tmp_path_factory.mktemp("kills")
     shutil.copytree(a_run, base / "source")
     shutil.rmtree(base / "source" / "step_6")
@@ -79,7 +79,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_good_checkpoint(kills):
             assert facts["passed_over"][0].startswith("step_4: manifest.json: missing"), facts
         else:
             assert facts["passed_over"] == []
-    # before anything; torn; between manifest and latest: nothing else
+    # before the save; torn; between manifest and latest: there is no other case
     assert {(f["torn"], f["found"], f["latest"]) for _, f in killed} == {
         (False, "step_3", "step_3"),
         (True, "step_3", "step_3"),
@@ -90,10 +90,12 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_good_checkpoint(kills):
     assert len(names) == 6
     for name in names:
         assert f"inside {name}" in moments and f"before os.rename of {name}.tmp" in moments
-    assert sum(len(facts["ended"]) == 2 for _, facts in killed) >= 12  # and again while saving over what is torn
+    assert (
+        sum(len(facts["ended"]) == 2 for _, facts in killed) >= 12
+    )  # killed again while saving over a torn checkpoint
 
 
-def test_after_any_kill_auto_ends_with_the_same_bytes(kills):
+def test_after_any_kill_a_resume_by_auto_ends_with_the_same_bytes(kills):
     calm = manifest.read(kills[1] / "step_4").files
     same = ["model.safetensors", *(name for name in calm if name.endswith("_optim_states.pt"))]
     assert len(same) == 2
@@ -108,9 +110,11 @@ def test_after_any_kill_auto_ends_with_the_same_bytes(kills):
 
 
 def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(a_run, tiny_yaml, tmp_path):
-    """No file may grow beyond 100 KB: the writer's thread meets it, and the run ends with its words."""
+    """No file may grow beyond 100 KB: the writer's thread fails, and the run ends with its error."""
     shutil.copytree(a_run, tmp_path / "run")
-    assert manifest.latest_tag(tmp_path / "run") == "step_6"  # set aside by the resume: `latest` must not stay there
+    assert (
+        manifest.latest_tag(tmp_path / "run") == "step_6"
+    )  # the resume moves it to segments/: `latest` must not go on naming it
     done = subprocess.run(
         [
             sys.executable,
@@ -144,11 +148,11 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(a_run, tiny_yaml,
 
 @pytest.fixture(scope="module")
 def killed_launches(tmp_path_factory, tiny_yaml):
-    """Rank 0, rank 1 and all of a launch die while a checkpoint is being written; one more launch resumes the three."""
+    """Three launches in which rank 0, rank 1 or all processes are killed during a save; one more launch resumes all three."""
     base = tmp_path_factory.mktemp("killed_launches")
 
     def argv(name: str) -> list[str]:
-        # large enough that a save takes a while
+        # large enough for a save to take a while
         return [
             "--config",
             str(tiny_yaml),
@@ -163,7 +167,7 @@ def killed_launches(tmp_path_factory, tiny_yaml):
         ]
 
     launchers = {"rank_0": "torchrun", "rank_1": "deepspeed", "all": "deepspeed"}
-    processes = {  # at once: they mostly start
+    processes = {  # in parallel, since most of their time is start-up
         victim: start_training(2, argv(victim), launcher=launcher) for victim, launcher in launchers.items()
     }
     seen, deadline = {}, time.monotonic() + 500
@@ -190,7 +194,7 @@ def killed_launches(tmp_path_factory, tiny_yaml):
 
 
 @pytest.mark.parametrize("victim", ["rank_0", "rank_1", "all"])
-def test_a_launch_killed_while_it_saves_ends_as_if_it_never_was(killed_launches, victim):
+def test_a_launch_killed_while_it_saves_can_be_resumed_with_equal_bytes(killed_launches, victim):
     base, seen = killed_launches
     torn, code, good, passed_over = seen[victim]
     assert torn and code != 0 and good is not None
@@ -200,7 +204,7 @@ def test_a_launch_killed_while_it_saves_ends_as_if_it_never_was(killed_launches,
     assert len(same) == 3 and all(ours[name] == theirs[name] for name in same)
 
 
-# -- when and how much -------------------------------------------------------------------------------------------
+# -- retention and reports ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -233,29 +237,29 @@ def saves(tmp_path_factory, tiny_yaml):
     return base
 
 
-def test_retention_keeps_the_last_and_every_mth_and_says_what_goes(saves):
+def test_retention_keeps_the_last_and_every_mth_and_prints_what_it_removes(saves):
     tags = [found.tag for found in manifest.list_checkpoints(saves / "background")]
     assert tags == ["step_3", "step_5", "step_6"]
     assert "removed step_1: older than the 2 newest; step_3 is good" in (saves / "output.txt").read_text()
 
 
-def test_every_save_reports_its_stall_and_its_background(saves):
-    told = events(saves / "background", "save")
-    assert [e["step"] for e in told] == [1, 2, 3, 4, 5, 6]
-    assert all(e["save_stall_seconds"] > 0 and e["save_background_seconds"] > 0 for e in told)
-    assert all(e["save_background_cpu_seconds"] > 0 for e in told)
+def test_every_save_reports_its_stall_and_its_time_in_the_background(saves):
+    saved = events(saves / "background", "save")
+    assert [e["step"] for e in saved] == [1, 2, 3, 4, 5, 6]
+    assert all(e["save_stall_seconds"] > 0 and e["save_background_seconds"] > 0 for e in saved)
+    assert all(e["save_background_cpu_seconds"] > 0 for e in saved)
     assert all(e["save_background_seconds"] == 0 for e in events(saves / "at_once_2", "save"))
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_what_is_written_in_the_background_is_what_is_written_at_once(saves, stage):
+def test_a_background_save_writes_the_same_bytes_as_a_blocking_one(saves, stage):
     later, at_once = (manifest.read(saves / f"{kind}_{stage}" / "step_6").files for kind in ("later", "at_once"))
     assert later.keys() == at_once.keys()
     same = [name for name in later if name == "model.safetensors" or name.endswith("_optim_states.pt")]
     assert len(same) == 3 and all(later[name] == at_once[name] for name in same)
 
 
-def test_a_snapshot_is_a_copy_in_memory_that_is_used_again():
+def test_a_snapshot_is_a_copy_whose_memory_the_next_one_uses_again():
     buffers, live = HostBuffers(pin=False), {"a": torch.arange(8.0), "b": [torch.ones(2)], "n": 3}
     first = host_tree(live, "file", buffers)
     memory = first["a"].data_ptr()
@@ -278,11 +282,11 @@ def test_too_little_disk_is_refused_before_the_launch_and_before_each_save(tmp_p
     assert "a checkpoint needs 0.00 GiB and 0.00 GiB are free" in saver._refusal(tmp_path / "step_1")
 
 
-# -- the writer's own promises: ranks as threads, no engine -------------------------------------------------------
+# -- the saver without an engine, ranks as threads ---------------------------------------------------------------
 
 
 class Slow:
-    """Is pickled once its event has come."""
+    """Pickling it waits for its event."""
 
     def __init__(self, event: threading.Event) -> None:
         self.event = event
@@ -294,7 +298,7 @@ class Slow:
 
 @dataclass(frozen=True)
 class ThreadWorld(World):
-    """A rank that is a thread: its collectives meet the other threads."""
+    """A rank that is a thread; its collectives exchange values with the other threads."""
 
     meet: Callable[[int, object], list]
 
@@ -306,7 +310,7 @@ class ThreadWorld(World):
 
 
 class Ranks:
-    """So many savers, each to be used by a thread of its own; what they published, and how often each gave a sign."""
+    """One saver per rank, each used by its own thread. reports: what was published. beats: signs of life per rank."""
 
     def __init__(self, folder: Path, files: list[dict[str, object]], keep_last: int | None = None) -> None:
         self.size, self.reports, self.beats = len(files), [], [0] * len(files)
@@ -361,7 +365,7 @@ class Ranks:
         self.each(lambda saver: saver.start(state))
 
     def each(self, call) -> list:
-        """What `call(saver)` returns or raises, of every rank."""
+        """What `call(saver)` returns or raises, for every rank."""
 
         def outcome(saver: Saver) -> object:
             try:
@@ -373,7 +377,7 @@ class Ranks:
             return list(pool.map(outcome, self.savers))
 
     def one_step(self) -> list:
-        """What the trainer's loop does: the flags of all ranks, summed, to each."""
+        """Polls as the trainer's loop does, with the flags of all ranks summed."""
         done, failed = (sum(column) for column in zip(*self.each(Saver.status), strict=True))
         return self.each(lambda saver: saver.poll(done, failed))
 
@@ -393,7 +397,7 @@ def test_a_save_is_published_at_a_later_step_once_every_rank_has_written(tmp_pat
     ranks = Ranks(tmp_path, [SHARD, {"rank_{rank}_optim_states.pt": Slow(written)}])
     ranks.start(3)
     until(lambda: ranks.savers[0].status() == (1.0, 0.0))
-    for _ in range(3):  # rank 1 still writes: nobody waits for it
+    for _ in range(3):  # rank 1 still writes: no rank waits for it
         assert ranks.one_step() == [None, None]
     assert manifest.latest_tag(tmp_path) is None and not (tmp_path / "step_3" / "manifest.json").exists()
     written.set()
@@ -404,7 +408,7 @@ def test_a_save_is_published_at_a_later_step_once_every_rank_has_written(tmp_pat
     assert ranks.one_step() == [None, None] and len(ranks.reports) == 1
 
 
-def test_a_writer_that_fails_on_one_rank_is_an_error_on_all_at_the_next_step(tmp_path):
+def test_a_writer_that_fails_on_one_rank_raises_on_all_ranks_at_the_next_step(tmp_path):
     ranks = Ranks(tmp_path, [SHARD, {"nowhere/rank_{rank}_optim_states.pt": {}}])
     ranks.start(3)
     until(lambda: ranks.savers[1].status() == (1.0, 1.0) and ranks.savers[0].status()[0])
@@ -416,7 +420,7 @@ def test_a_writer_that_fails_on_one_rank_is_an_error_on_all_at_the_next_step(tmp
 
 
 def test_a_rank_that_waits_for_another_ranks_disk_gives_signs_of_life(tmp_path, monkeypatch):
-    """Rank 1 has written and waits: in one collective it would look hung to a watchdog."""
+    """Rank 1 has written and waits: in one long collective, a watchdog would take it for hung."""
     monkeypatch.setattr(saving, "BEAT_S", 0.02)
     written = threading.Event()
     ranks = Ranks(tmp_path, [{"rank_{rank}_optim_states.pt": Slow(written)}, SHARD])
@@ -430,7 +434,7 @@ def test_a_rank_that_waits_for_another_ranks_disk_gives_signs_of_life(tmp_path, 
     assert manifest.latest_tag(tmp_path) == "step_3"
 
 
-def test_what_cannot_be_deleted_is_reported_and_the_save_stands(tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_deleted_is_reported_and_the_save_succeeds(tmp_path, monkeypatch):
     ranks = Ranks(tmp_path, [SHARD], keep_last=1)
     ranks.start(1)
     ranks.each(Saver.finish)
@@ -456,7 +460,7 @@ def test_what_cannot_be_deleted_is_reported_and_the_save_stands(tmp_path, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_4"]
 
 
-def test_a_checkpoint_that_cannot_be_read_back_is_not_said_to_be_unsaved_and_old_ones_stay(tmp_path, monkeypatch):
+def test_a_checkpoint_that_cannot_be_read_back_is_reported_and_older_ones_stay(tmp_path, monkeypatch):
     ranks = Ranks(tmp_path, [SHARD], keep_last=1)
     ranks.start(1)
     ranks.each(Saver.finish)
@@ -475,7 +479,7 @@ def test_a_checkpoint_that_cannot_be_read_back_is_not_said_to_be_unsaved_and_old
     assert manifest.newest_good(tmp_path)[0] == tmp_path / "step_1"
 
 
-def test_a_checkpoint_that_latest_cannot_name_is_said_to_exist(tmp_path, monkeypatch):
+def test_a_save_that_cannot_update_latest_reports_that_the_checkpoint_exists(tmp_path, monkeypatch):
     ranks = Ranks(tmp_path, [SHARD, SHARD])
     replace = os.replace
 
@@ -494,7 +498,7 @@ def test_a_checkpoint_that_latest_cannot_name_is_said_to_exist(tmp_path, monkeyp
     assert manifest.newest_good(tmp_path)[0] == tmp_path / "step_2" and manifest.latest_tag(tmp_path) is None
 
 
-def test_an_error_of_the_disk_before_a_save_reaches_every_rank(tmp_path, monkeypatch):
+def test_a_disk_error_before_a_save_is_raised_on_every_rank(tmp_path, monkeypatch):
     ranks = Ranks(tmp_path, [SHARD, SHARD])
 
     def dead(path):
@@ -519,8 +523,8 @@ def test_an_error_of_the_disk_before_a_save_reaches_every_rank(tmp_path, monkeyp
     assert [str(err) for err in ranks.each(lambda saver: saver.start(state))] == ["[Errno 5] Input/output error"] * 2
 
 
-def test_the_engines_own_loader_runs_nothing_in_a_file(tmp_path):
-    """The seam itself: what DeepSpeed calls, whatever was checked before it."""
+def test_the_loader_that_deepspeed_calls_executes_nothing_in_a_file(tmp_path):
+    """Whatever was checked before it."""
 
     class Evil:
         def __reduce__(self):
@@ -535,40 +539,40 @@ def test_the_engines_own_loader_runs_nothing_in_a_file(tmp_path):
 # -- the run's folder ---------------------------------------------------------------------------------------------
 
 
-def test_run_json_is_on_disk_before_it_has_its_name_and_a_damaged_one_is_said_once(tmp_path, monkeypatch, capsys):
+def test_run_json_is_synced_before_it_gets_its_name_and_a_damaged_one_is_reported_once(tmp_path, monkeypatch, capsys):
     folder, synced = RunFolder(tmp_path), []
     fsync = files.fsync
     monkeypatch.setattr(files, "fsync", lambda path: (synced.append(path.name), fsync(path)))
     folder.update_run(status="running", step=3)
     assert synced == ["run.json.tmp", tmp_path.name] and folder.read_run()["step"] == 3
-    folder.run_json.write_bytes(b"")  # a power cut, on a disk that lies
+    folder.run_json.write_bytes(b"")  # after a power cut, on a disk that reports writes as done too early
     assert folder.read_run() == {} == folder.read_run() and folder.holds_a_run()
-    said = capsys.readouterr().out
-    assert said.count("run.json: not JSON") == 1 and "continuing without" in said
+    printed = capsys.readouterr().out
+    assert printed.count("run.json: not JSON") == 1 and "continuing without" in printed
     folder.update_run(step=4)
     assert folder.read_run()["step"] == 4
 
 
-def test_a_disk_that_refuses_run_json_as_well_does_not_change_the_exit_code(tmp_path, capsys):
+def test_failing_to_write_run_json_does_not_raise(tmp_path, capsys):
     folder = RunFolder(tmp_path)
     (folder.run_json / "in_the_way").mkdir(parents=True)
     _record_failure(folder, "step_4 was not saved")
     assert "run.json could not be written" in capsys.readouterr().err
 
 
-def test_what_lies_after_the_step_resumed_from_is_set_aside_whatever_it_is(tmp_path):
-    (tmp_path / "step_9").write_text("a file of somebody's")
+def test_everything_after_the_step_resumed_from_is_moved_to_segments_or_removed_if_torn(tmp_path):
+    (tmp_path / "step_9").write_text("a foreign file")
     (tmp_path / "step_8").mkdir()
     (tmp_path / "step_8" / "manifest.json").touch()
     (tmp_path / "step_7").mkdir()
     (tmp_path / "step_7" / "config.json.tmp").touch()
-    said = RunFolder(tmp_path).discard_after(6, resumed_from=None)
-    assert [line.split(":")[1].strip() for line in said] == [
+    lines = RunFolder(tmp_path).discard_after(6, resumed_from=None)
+    assert [line.split(":")[1].strip() for line in lines] == [
         "removed",
         "moved to segments/step_8.0",
         "moved to segments/step_9.0",
     ]
-    assert (tmp_path / "segments" / "step_9.0").read_text() == "a file of somebody's"
+    assert (tmp_path / "segments" / "step_9.0").read_text() == "a foreign file"
     assert not list(tmp_path.glob("step_*"))
     (tmp_path / "step_7").touch()
     with pytest.raises(CheckpointError, match="step_7 is or holds a file that is not of this project"):

@@ -1,4 +1,4 @@
-"""The data order is a contract; every token is seen once a pass; targets never cross a document."""
+"""The order of the data is a contract; each pass has every token once; targets stay in their document."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.data.packing import pack
 
 
 def documents(lengths: list[int]) -> list[list[int]]:
-    """Documents of the given lengths, all tokens of a set different: a token tells where it stands."""
+    """Documents of the given lengths. No token occurs twice, so that a token identifies its position."""
     ends = np.cumsum(lengths)
     return [list(range(end - n, end)) for n, end in zip(lengths, ends.tolist(), strict=True)]
 
@@ -51,7 +51,7 @@ def test_a_permutation_visits_everything_once(n):
 
 
 def test_golden_order():
-    """If this fails, runs no longer resume where they stopped. Do not update the numbers: mend the code."""
+    """If this fails, runs no longer resume where they stopped. Do not update the numbers; fix the code."""
     assert permute(np.arange(6), 10**9, (1234, "source", 0, 0)).tolist() == GOLDEN_BILLION
     order = Order([700, 90], [3.0, 1.0], seed=5)
     place = order(np.arange(12))
@@ -68,7 +68,7 @@ def test_the_order_looks_random():
     p = permute(np.arange(n), n, 5).astype(float)
     assert abs(np.corrcoef(p[:-1], p[1:])[0, 1]) < 0.015
     d = np.diff(p)
-    assert abs(np.corrcoef(d[:-1], d[1:])[0, 1] + 0.5) < 0.015  # what independent draws give
+    assert abs(np.corrcoef(d[:-1], d[1:])[0, 1] + 0.5) < 0.015  # the value for independent draws
     counts = np.zeros((20, 20))
     for key in range(4000):
         counts[np.arange(20), permute(np.arange(20), 20, key)] += 1
@@ -98,7 +98,7 @@ def test_two_epochs_visit_every_window_exactly_twice(small, seed):
     assert data.epoch(2 * data.n_windows) == 2.0
 
 
-def test_mixture_shares_are_exact_in_every_block_and_sources_keep_their_epochs():
+def test_mixture_shares_are_exact_in_every_block_and_each_source_has_its_own_epochs():
     order = Order([300, 70], [0.8, 0.2], seed=3)
     assert order.parts == [4, 1]
     order = Order([300, 70, 50], [0.701, 0.2, 0.099], seed=3)
@@ -114,7 +114,7 @@ def test_mixture_shares_are_exact_in_every_block_and_sources_keep_their_epochs()
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_the_samples_of_a_step_do_not_depend_on_ranks_or_workers(small, workers):
+def test_the_windows_of_a_step_do_not_depend_on_ranks_or_workers(small, workers):
     data = opened(small)
     reference = None
     for world, micro in ((1, 12), (1, 2), (2, 3), (3, 2), (4, 3)):
@@ -133,11 +133,11 @@ def test_the_samples_of_a_step_do_not_depend_on_ranks_or_workers(small, workers)
 
 def test_micro_batches_of_a_step_partition_it():
     plan = BatchPlan(2, 3, 4, 24)
-    seen = np.concatenate([s for rank in range(4) for s in step_samples(48, plan, rank)])
-    assert sorted(seen.tolist()) == list(range(48, 72))
+    numbers = np.concatenate([s for rank in range(4) for s in step_samples(48, plan, rank)])
+    assert sorted(numbers.tolist()) == list(range(48, 72))
 
 
-def test_a_reader_that_fails_is_raised_with_its_samples(small, monkeypatch):
+def test_an_error_of_a_reader_is_raised_with_its_sample_numbers(small, monkeypatch):
     data = opened(small)
     monkeypatch.setattr(PackedTokens, "batch", lambda self, samples: 1 / 0)
     for workers in (0, 2):
@@ -157,7 +157,7 @@ def test_a_reader_that_fails_is_raised_with_its_samples(small, monkeypatch):
     lengths=st.lists(st.sampled_from([1, 2, 6, 7, 8, 9, 15, 16, 17, 40]), min_size=1, max_size=30),
     T=st.sampled_from([4, 8, 11]),
 )
-def test_every_token_once_and_targets_stay_in_the_document(tmp_path_factory, lengths, T):
+def test_every_token_occurs_once_and_targets_stay_in_the_document(tmp_path_factory, lengths, T):
     folder = tmp_path_factory.mktemp("d")
     write_dataset(folder, documents(lengths), vocab_size=2000, held_out=[[1]], shard_tokens=60)
     data = opened(folder, T)
@@ -182,13 +182,13 @@ def test_every_token_once_and_targets_stay_in_the_document(tmp_path_factory, len
     assert int(data.n_targets(1, 2)) == int((data.batch(np.arange(1, 3)).targets >= 0).sum())
 
 
-def test_best_fit_cuts_only_what_is_too_long_and_pads_little():
+def test_best_fit_cuts_only_documents_longer_than_a_window_and_pads_little():
     random = np.random.default_rng(0)
     lengths = np.maximum(random.lognormal(6.3, 1.1, 3000).astype(np.int64), 5)
     windows = pack(np.cumsum(lengths), 2048)
     assert 1 - lengths.sum() / (len(windows) * 2048) < 0.01
-    pieces_of_short = np.isin(windows.length, lengths[lengths <= 2048])
-    assert (windows.length == 2048).sum() >= (lengths // 2048).sum() and pieces_of_short.sum() > 2000
+    spans_of_short = np.isin(windows.length, lengths[lengths <= 2048])
+    assert (windows.length == 2048).sum() >= (lengths // 2048).sum() and spans_of_short.sum() > 2000
 
 
 def test_the_window_table_is_cached_and_a_damaged_cache_is_made_again(small, capsys):
@@ -204,7 +204,7 @@ def test_the_window_table_is_cached_and_a_damaged_cache_is_made_again(small, cap
     assert "damaged" not in capsys.readouterr().err
 
 
-def test_a_dataset_that_cannot_be_written_still_serves(small, capsys, monkeypatch):
+def test_a_dataset_that_cannot_be_written_can_be_read(small, capsys, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", lambda *a, **k: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     assert opened(small).n_windows > 0
     assert "stays in memory: Permission denied" in capsys.readouterr().err
@@ -213,7 +213,7 @@ def test_a_dataset_that_cannot_be_written_still_serves(small, capsys, monkeypatc
 # -- refusals ---------------------------------------------------------------------------------------------
 
 
-def test_what_is_wrong_with_a_dataset_is_said_by_file(small, tmp_path):
+def test_an_error_in_a_dataset_names_the_file(small, tmp_path):
     with pytest.raises(DataError, match=r"nowhere is not a prepared dataset.*prepare_data --out .*nowhere"):
         opened(tmp_path / "nowhere")
     shard = small / "train" / "shard_00000.bin"
@@ -233,7 +233,7 @@ def test_what_is_wrong_with_a_dataset_is_said_by_file(small, tmp_path):
         opened(small)
 
 
-def test_a_moved_document_end_is_refused(small):
+def test_a_changed_document_end_is_refused(small):
     path = small / "train" / "shard_00000.ends.npy"
     ends = np.load(path)
     ends[0] -= 1
@@ -242,7 +242,7 @@ def test_a_moved_document_end_is_refused(small):
         opened(small)
 
 
-def test_other_tokenizers_and_weights_are_refused(small, tmp_path):
+def test_different_tokenizers_and_impossible_weights_are_refused(small, tmp_path):
     other = tmp_path / "other"
     write_dataset(other, documents([5]), vocab_size=5000, held_out=[[1]])
     (other / "tokenizer.json").write_text("{1}")
@@ -274,7 +274,7 @@ def test_a_manifest_that_lacks_something_is_refused(small, content):
         opened(small)
 
 
-def test_the_fingerprint_names_text_and_mixture(small, tmp_path):
+def test_the_fingerprint_depends_on_text_and_mixture(small, tmp_path):
     other = tmp_path / "other"
     write_dataset(other, documents([5, 6]), vocab_size=5000, held_out=[[1]])
 
@@ -286,6 +286,6 @@ def test_the_fingerprint_names_text_and_mixture(small, tmp_path):
     assert len({fingerprint(1.0), fingerprint(1.0, 1.0), fingerprint(1.0, 3.0)}) == 3
 
 
-def test_wide_vocabularies_are_read_as_they_are(tmp_path):
+def test_token_ids_above_65535_are_read_unchanged(tmp_path):
     write_dataset(tmp_path / "w", [[70000, 4464, 150000]], vocab_size=151936, held_out=[[1]])
     assert opened(tmp_path / "w").batch(np.arange(1)).tokens[0, :3].tolist() == [70000, 4464, 150000]

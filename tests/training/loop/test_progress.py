@@ -32,7 +32,7 @@ STATE = RunState(
 )
 
 
-def test_a_state_survives_the_way_through_progress():
+def test_a_run_state_is_the_same_after_conversion_to_progress_and_back():
     progress = Progress.from_state(STATE)
     own = {f.name for f in fields(Progress)}
     others = {f.name: getattr(STATE, f.name) for f in fields(RunState) if f.name not in own}
@@ -51,7 +51,7 @@ def test_progress_shares_nothing_with_the_state_it_came_from():
     assert STATE.skipped == [[8, 4]] and STATE.decided == {"model.d_ffn": 8}
 
 
-def test_a_step_advances_past_the_samples_that_are_ruled_out():
+def test_the_next_step_passes_over_samples_that_are_ruled_out():
     progress = Progress(samples_consumed=4)
     progress.rule_out([[8, 4], [8, 4], [4, 4]])
     assert progress.skipped == [[4, 4], [8, 4]]
@@ -84,12 +84,12 @@ INFINITE_GRADIENT = {**CALM, "grad_norm": float("inf")}
         ("rollback", LOST, False, MAX_ROLLBACKS, "stop"),
     ],
 )
-def test_what_follows_from_a_step(on_spike, row, dropped, rollbacks, action):
+def test_the_action_after_a_step(on_spike, row, dropped, rollbacks, action):
     policy = SpikePolicy(replace(TrainingConfig(), on_spike=on_spike))
     assert policy.decide(row, dropped=dropped, rollbacks=rollbacks) == action
 
 
-def test_steps_that_are_lost_in_a_row_end_a_run_that_skips():
+def test_with_on_spike_skip_consecutive_non_finite_steps_stop_the_run():
     policy = SpikePolicy(replace(TrainingConfig(), on_spike="skip"))
     actions = [policy.decide(LOST, dropped=True, rollbacks=0) for _ in range(MAX_LOST_IN_A_ROW)]
     assert actions == ["skip"] * (MAX_LOST_IN_A_ROW - 1) + ["stop"]
@@ -97,7 +97,7 @@ def test_steps_that_are_lost_in_a_row_end_a_run_that_skips():
     assert policy.lost_in_a_row == 0
 
 
-def test_the_update_of_a_spike_is_dropped_and_its_loss_is_counted_only_when_finite():
+def test_with_on_spike_skip_the_update_of_a_spike_is_dropped_and_only_finite_losses_count_in_later_scores():
     losses = [1.0 + 0.01 * (n % 3) for n in range(KNOWN)]
     policy = SpikePolicy(replace(TrainingConfig(), on_spike="skip"), losses)
     assert policy.drops_updates and policy.drops(5.0, 0.1) and policy.drops(NAN, 0.1) and policy.drops(1.0, NAN)

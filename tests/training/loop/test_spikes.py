@@ -1,4 +1,4 @@
-"""Loss spikes, dropped and rolled-back steps, health of training, and receipts of replays: real engines on two ranks."""
+"""Loss spikes, skipped and rolled-back steps, health metrics and replay receipts, with real engines on two ranks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from training.reporting.analysis import analyse
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 SIGMA = 1.0
 STEPS = 64
-"""With losses that hardly fall, so that some of the last ones lie SIGMA above the rest."""
+"""Steps of the long runs. Their losses hardly fall, so that some of the last ones lie SIGMA above the rest."""
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def runs(tmp_path_factory, tiny_yaml) -> Path:
             case("replayed", "training.save_interval=3"),
             case("replay", "--resume_from", "step_3", into="replayed"),
             case(
-                "bent",
+                "changed",
                 "--resume_from",
                 "step_3",
                 "--allow_config_change",
@@ -120,7 +120,7 @@ def timeless(row: dict) -> dict:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_gradient_norms_by_part_make_up_the_whole_and_updates_are_those_of_any_stage(runs, stage):
+def test_gradient_norms_by_part_add_up_and_health_metrics_are_the_same_at_every_stage(runs, stage):
     reference = rows_of(runs / "health_zero0")
     for row, plain in zip(rows_of(runs / f"health_{stage}"), reference, strict=True):
         parts = [row[f"grad_norm/{part}"] for part in ("indexer", "gates", "rest")]
@@ -131,7 +131,7 @@ def test_gradient_norms_by_part_make_up_the_whole_and_updates_are_those_of_any_s
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
-def test_a_skipped_step_updates_nothing_and_the_run_goes_on(runs, stage):
+def test_a_skipped_step_makes_no_update_and_the_run_goes_on(runs, stage):
     folder = runs / f"skip_{stage}"
     spikes, rows = events_of(folder, "spike"), rows_of(folder)
     assert spikes and {event["action"] for event in spikes} == {"skip"} and len(rows) == STEPS
@@ -141,11 +141,11 @@ def test_a_skipped_step_updates_nothing_and_the_run_goes_on(runs, stage):
         assert (row["spike_score"] > SIGMA) == (row["step"] in dropped)
     for event in spikes:
         assert event["samples"] == [4 * (event["step"] - 1), 4 * event["step"] - 1]
-    # the schedule counts a dropped step
+    # the schedule counts a skipped step
     assert [row["lr"] for row in rows] == [row["lr"] for row in rows_of(runs / "log")]
 
 
-def test_logging_changes_nothing_but_says_so(runs):
+def test_on_spike_log_writes_an_event_for_every_spike(runs):
     spikes = events_of(runs / "log", "spike")
     assert spikes and {event["action"] for event in spikes} == {"log"}
     scores = {row["step"]: row["spike_score"] for row in rows_of(runs / "log")}
@@ -153,7 +153,7 @@ def test_logging_changes_nothing_but_says_so(runs):
     assert all(scores[step] == 0 for step in range(1, KNOWN + 1))
 
 
-def test_a_rollback_goes_back_and_past_the_samples(runs):
+def test_a_rollback_restores_the_last_checkpoint_and_passes_over_the_samples(runs):
     folder = runs / "rollback"
     first = events_of(folder, "spike")[0]
     assert first["action"] == "rollback"
@@ -167,10 +167,10 @@ def test_a_rollback_goes_back_and_past_the_samples(runs):
     for start, count in skipped:
         assert not any(set(samples) & set(range(start, start + count)) for samples in trained)
     assert rows[-1]["samples"] == 4 * STEPS + 4 * len(skipped)
-    # up to the checkpoint nothing is different from a run that only looks
+    # up to the checkpoint nothing differs from the run that only logs spikes
     logged = rows_of(runs / "log")
     assert [timeless(row) for row in rows[:back_to]] == [timeless(row) for row in logged[:back_to]]
-    # each step that was taken back has its row, samples and all, beside the curve
+    # each discarded step keeps its row, with its samples, in segments/
     spikes = events_of(folder, "spike")
     for event in spikes:
         back = [t for t in trainings_of(folder, event["step"]) if t.segment is not None]
@@ -180,10 +180,10 @@ def test_a_rollback_goes_back_and_past_the_samples(runs):
     assert story.spikes.undone == len(spikes) > 0
 
 
-def test_the_stage_a_checkpoint_names_is_the_run_s_after_samples_too(runs):
+def test_a_checkpoint_records_the_stage_of_the_run_also_when_completions_were_made(runs):
     state = read_run_state(runs / "sampled" / "step_2")
     assert state.stage == rows_of(runs / "sampled")[1]["stage"] == "dense"
-    assert len(events_of(runs / "sampled", "sample")) == 2  # of the first and the second step
+    assert len(events_of(runs / "sampled", "sample")) == 2  # after the first and the second step
 
 
 def test_a_run_with_rollbacks_resumes_exactly(runs):
@@ -201,30 +201,30 @@ def test_without_a_checkpoint_a_spike_is_logged(runs):
     assert len(rows_of(runs / "no_checkpoint")) == STEPS
 
 
-def test_the_receipt_of_an_identical_replay_and_of_another(runs):
-    bent, identical = events_of(runs / "replayed", "receipt"), []
+def test_a_receipt_says_whether_the_replay_was_identical_and_names_the_first_difference(runs):
+    changed, identical = events_of(runs / "replayed", "receipt"), []
     for segment in (runs / "replayed" / "segments").glob("metrics_*.jsonl"):
         identical += [row for row in read_rows(segment) if row.get("event") == "receipt"]
     assert [(r["compared"], r["identical"], r["first_difference"]) for r in identical] == [(3, True, None)]
-    (receipt,) = bent
+    (receipt,) = changed
     assert receipt["compared"] == 3 and not receipt["identical"] and receipt["step"] == 6
     assert receipt["first_difference"]["field"] == "lr" and receipt["first_difference"]["step"] == 4
     resume = events_of(runs / "replayed", "resume")[-1]
     assert resume["config_diff"]["training.learning_rate"] == [0.003, 0.001] and resume["segment"] == 2
 
 
-def test_a_resume_evaluates_where_a_kill_came_before_the_evaluation(runs):
-    """As when a signal's checkpoint was there and the evaluation of its step was not."""
+def test_a_resume_runs_the_evaluation_that_is_missing_for_its_checkpoint(runs):
+    """As when a signal stopped the run after the checkpoint and before the evaluation of its step."""
     assert [row["step"] for row in events_of(runs / "unevaluated", "eval")] == [2, 4]
 
 
-def test_a_replayed_step_without_a_number_is_as_before():
+def test_a_replayed_step_whose_numbers_are_not_finite_can_be_identical():
     receipt = ReplayReceipt([{"step": 2, "loss": "nan", "layers": {"coverage": [0.5, "inf"]}}])
-    told = receipt.compare({"step": 2, "loss": math.nan, "layers": {"coverage": (0.5, math.inf)}})
-    assert told["identical"] and told["compared"] == 1
+    receipt_row = receipt.compare({"step": 2, "loss": math.nan, "layers": {"coverage": (0.5, math.inf)}})
+    assert receipt_row["identical"] and receipt_row["compared"] == 1
 
 
-def test_lost_steps_count_as_spikes_in_the_report(runs, tmp_path):
+def test_steps_without_a_finite_loss_count_as_spikes_in_the_report(runs, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
     rows = [{"step": n, "loss": 1.0, "spike_score": 0.0} for n in range(1, 81)]
@@ -234,7 +234,7 @@ def test_lost_steps_count_as_spikes_in_the_report(runs, tmp_path):
     assert spikes.at.tolist() == [60] and spikes.share == pytest.approx(1 / 80)
 
 
-def test_a_score_is_the_distance_in_deviations_of_the_window():
+def test_a_score_is_the_distance_from_the_mean_in_standard_deviations_of_the_window():
     losses = [math.sin(i) for i in range(WINDOW + 200)]
     detector = SpikeDetector(losses)
     window = losses[-WINDOW:]
@@ -251,5 +251,5 @@ def test_a_score_is_the_distance_in_deviations_of_the_window():
     "skipped, first, expected",
     [([], 16, 16), ([(16, 8)], 16, 24), ([(16, 8)], 8, 8), ([(24, 8), (16, 8)], 16, 32), ([(20, 8)], 16, 28)],
 )
-def test_no_step_touches_a_skipped_range(skipped, first, expected):
+def test_no_step_reads_a_skipped_range_of_samples(skipped, first, expected):
     assert past(skipped, first, 8) == expected

@@ -1,4 +1,4 @@
-"""The passes of a step: nothing in them waits for the device once per micro-batch, and time is told by its phase."""
+"""The passes of a step: the host never waits for the device once per micro-batch, and time is counted by phase."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def test_the_host_waits_once_per_step_whatever_the_accumulation(tiny_yaml):
         assert one["numbers read"] == four["numbers read"] < 20, stage  # DeepSpeed's norm and clipping
         assert "device waited for" not in one and "device waited for" not in four, stage
     for way in ("computing waits for reducing", "reducing waits for computing"):
-        assert found["2/4"][way] >= 4  # in place of the wait that DeepSpeed has there
-    as_it_is = waits(tiny_yaml, "--keep_synchronize")
-    assert (as_it_is["2/1"]["device waited for"], as_it_is["2/4"]["device waited for"]) == (1, 4)
+        assert found["2/4"][way] >= 4  # instead of the wait that DeepSpeed has there
+    unpatched = waits(tiny_yaml, "--keep_synchronize")
+    assert (unpatched["2/1"]["device waited for"], unpatched["2/4"]["device waited for"]) == (1, 4)
 
 
 class FakeEngine:
-    """Takes a hundredth of a second for each phase but the first."""
+    """An engine whose forward, backward and update take 0.01 s each."""
 
     device = torch.device("cpu")
     module = SimpleNamespace(layers=[None])
@@ -62,13 +62,13 @@ class FakeEngine:
         time.sleep(0.01)
 
 
-def test_what_comes_after_the_last_micro_batch_is_not_the_update_s():
+def test_time_after_the_last_micro_batch_counts_as_other_and_not_as_update():
     batch = SimpleNamespace(tokens=None, targets=None, doc_start=torch.zeros(1, 8))
     batch.to = lambda *args, **kwargs: batch
-    told, clock = [], StepClock(torch.device("cpu"))
+    phases, clock = [], StepClock(torch.device("cpu"))
 
     def phase(name: str) -> None:
-        told.append(name)
+        phases.append(name)
         clock.lap(name)
 
     cfg = TrainingConfig(max_seq_len=8)
@@ -76,13 +76,13 @@ def test_what_comes_after_the_last_micro_batch_is_not_the_update_s():
     forward_backward(
         FakeEngine(), iter([batch, batch]), cfg, plan, step=0, n_targets=1, probing=False, measuring=False, phase=phase
     )
-    time.sleep(2)  # what the trainer does with what came out
+    time.sleep(2)  # what the trainer does with the results
     seconds = clock.read()
-    assert told == [*["data", "forward", "backward", "step"] * 2, "other"]
+    assert phases == [*["data", "forward", "backward", "step"] * 2, "other"]
     assert seconds["other"] > 1.9 and seconds["step"] < 1.0
 
 
-def test_drawn_rows_are_sorted_unlike_from_step_to_step_and_alike_when_drawn_again():
+def test_drawn_rows_are_sorted_differ_between_steps_and_are_the_same_when_drawn_again():
     rows = [indexer_rows(7, step, 64, 0.25) for step in (0, 1)]
     assert all(len(r) == 16 and torch.equal(r, r.unique()) and 0 <= r[0] and r[-1] < 64 for r in rows)
     assert not torch.equal(*rows) and torch.equal(rows[0], indexer_rows(7, 0, 64, 0.25))
@@ -90,7 +90,7 @@ def test_drawn_rows_are_sorted_unlike_from_step_to_step_and_alike_when_drawn_aga
     assert counts.min() > 60 and counts.max() < 145  # 100 on average
 
 
-def test_sums_come_back_in_their_shapes(monkeypatch):
+def test_sums_over_ranks_keep_their_shapes(monkeypatch):
     monkeypatch.setattr(step_module.dist, "all_reduce", lambda flat: flat.mul_(2))
     parts = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(True), "c": torch.tensor([5], dtype=torch.int32)}
     found = step_module.sum_over_ranks(parts)
@@ -99,5 +99,5 @@ def test_sums_come_back_in_their_shapes(monkeypatch):
 
 
 @pytest.mark.parametrize("share, count", [(1.0, 32), (0.001, 1), (0.5, 16)])
-def test_a_share_of_the_rows_is_at_least_one(share, count):
+def test_a_share_of_the_rows_is_at_least_one_row(share, count):
     assert len(indexer_rows(0, 0, 32, share)) == count

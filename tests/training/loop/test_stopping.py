@@ -1,4 +1,4 @@
-"""A wish to stop: the first signal is remembered, a later one ends the process, whatever it is doing."""
+"""Stop requests: the first signal is remembered, and a later one ends the process, whatever it is doing."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from training.loop.stopping import DEBOUNCE_S, STOP_SIGNALS
 PROGRAM = """
 import ctypes, os, signal, time
 from training.loop.stopping import StopRequest
-wish = StopRequest()
-wish.listen()
+request = StopRequest()
+request.listen()
 print("listening", flush=True)
-while not wish.number:
+while not request.number:
     time.sleep(0.01)
-for again in (signal.SIGTERM, signal.SIGINT):  # at once: they belong to the same wish
+for again in (signal.SIGTERM, signal.SIGINT):  # at once: they count as the same request
     os.kill(os.getpid(), again)
-print("asked", wish.number, flush=True)
-for _ in range(9):  # a handler's signal ends a sleep early
+print("asked", request.number, flush=True)
+for _ in range(9):  # a signal that is handled ends a sleep early
     ctypes.CDLL(None).sleep(30)  # as in a collective: Python runs no handler until it returns
 print("slept")
 """
@@ -33,13 +33,13 @@ print("slept")
 BUSY = """
 import os, subprocess
 from training.loop.stopping import StopRequest
-wish = StopRequest()
-wish.listen()
+request = StopRequest()
+request.listen()
 print("listening", flush=True)
 signals = subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -INT {os.getpid()}; kill -TERM {os.getpid()}"])
-sum(range(10**8))  # one call, which Python's handlers wait for
+sum(range(10**8))  # one call; Python runs handlers only after it
 signals.wait()
-print("asked", wish.number, flush=True)
+print("asked", request.number, flush=True)
 """
 
 
@@ -63,7 +63,7 @@ def handled(pid: int, number: int) -> bool:
 
 
 @pytest.mark.parametrize("first", STOP_SIGNALS)
-def test_signals_close_together_are_one_wish_and_a_later_one_ends_it_inside_a_call(first):
+def test_signals_close_together_are_one_request_and_a_later_one_ends_the_process_inside_a_call(first):
     process = started()
     process.send_signal(first)
     assert process.stdout.readline() == f"asked {first}\n"
@@ -78,7 +78,7 @@ def test_signals_close_together_are_one_wish_and_a_later_one_ends_it_inside_a_ca
     assert process.stdout.read() == ""
 
 
-def test_two_signals_during_one_call_are_one_wish_without_a_word():
+def test_two_signals_during_one_call_are_one_request_and_print_nothing():
     process = started(BUSY)
     assert process.communicate(timeout=60)[0] in (f"asked {number}\n" for number in (signal.SIGINT, signal.SIGTERM))
     assert process.returncode == 0

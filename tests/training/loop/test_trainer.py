@@ -1,6 +1,6 @@
 """The same run on 1, 2 and 4 ranks and at every ZeRO stage; resume; divergence; overfitting.
 
-One launch per number of ranks runs every life of a run, with real engines; the tests read what they wrote.
+One launch per number of ranks runs all cases with real engines; the tests read what these wrote.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ def spread(a: list[dict], b: list[dict], key: str) -> float:
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("stage", STAGES)
-def test_ranks_and_stages_agree_at_every_step_in_the_dense_stage(runs, ranks, stage):
+def test_in_the_dense_stage_every_step_is_the_same_on_any_ranks_and_zero_stage(runs, ranks, stage):
     reference, rows = rows_of(runs / "1" / "zero0_dense"), rows_of(runs / str(ranks) / f"{stage}_dense")
     for key in ("loss", "indexer_loss", "grad_norm"):
         assert spread(rows, reference, key) < 1e-5, key
@@ -181,7 +181,7 @@ def test_ranks_and_stages_agree_at_every_step_in_the_dense_stage(runs, ranks, st
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ranks_and_stages_agree_in_the_sparse_stage(runs, ranks):
+def test_in_the_sparse_stage_the_loss_is_the_same_on_any_ranks_and_zero_stage(runs, ranks):
     """Rounding noise may flip a key near the threshold (docs/gsa.md, identity 9). Measured: 6e-8, no flip in these runs."""
     reference = rows_of(runs / "1" / "zero0_sparse")
     for stage in STAGES:
@@ -217,18 +217,18 @@ def test_recomputation_and_loader_workers_change_no_bit(runs, case, plain):
     assert [timeless(r) for r in rows_of(runs / "2" / case)] == [timeless(r) for r in rows_of(runs / "2" / plain)]
 
 
-def test_compiled_parts_change_rounding_alone(runs):
+def test_compiled_parts_change_rounding_only(runs):
     compiled, plain = rows_of(runs / "1" / "compiled"), rows_of(runs / "1" / "zero2_dense")
     for key in ("loss", "indexer_loss", "grad_norm"):
         assert spread(compiled, plain, key) < 1e-5, key
 
 
-def test_every_run_says_what_it_runs_on_and_how_its_prediction_did(runs):
+def test_every_run_records_its_device_its_prediction_and_what_was_measured(runs):
     folder = runs / "2" / "zero2_sparse"
     (device,), (predicted,) = events_of(folder, "device"), events_of(folder, "predicted")
     assert device["world_size"] == 2 and device["peak_tflops"] > 0 and device["peak_source"] == "measured"
     assert predicted["step"] == 3 and predicted["memory_gib"] > 0
-    assert predicted["measured_gib"] >= 0  # this model is smaller than what a freed page hides: see the next test
+    assert predicted["measured_gib"] >= 0  # this model is smaller than the memory of freed pages: see the next test
     for row in rows_of(folder):
         parts = [row[f"seconds_{name}"] for name in ("data", "forward", "backward", "step", "other")]
         assert sum(parts) == pytest.approx(row["seconds"], rel=1e-6)
@@ -241,11 +241,11 @@ def test_every_run_says_what_it_runs_on_and_how_its_prediction_did(runs):
     assert evaluated == [4]  # after step 3
 
 
-def test_measured_memory_is_what_the_run_grew_by(tiny_yaml):
+def test_measured_memory_is_the_growth_since_the_start_of_the_run(tiny_yaml):
     cfg = load_config(tiny_yaml, [])
     telemetry = Telemetry(RunSpec(cfg, plan_batch(cfg.training, 1), {}), World(0, 1, 0, 1, torch.device("cpu")))
     assert telemetry.run_bytes() >= 0
-    free = telemetry.peak_bytes() - psutil.Process().memory_info().rss  # a peak of this worker's earlier tests
+    free = telemetry.peak_bytes() - psutil.Process().memory_info().rss  # the peak of earlier tests in this process
     held = torch.ones(max(0, free) + 512 * 2**20, dtype=torch.uint8)
     assert telemetry.run_bytes() == pytest.approx(held.numel(), abs=64 * 2**20)
 
@@ -255,7 +255,7 @@ def timeless(row: dict) -> dict:
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
-def test_a_resumed_run_is_the_straight_run(runs, stage):
+def test_a_resumed_run_equals_the_uninterrupted_run(runs, stage):
     """bf16, two ranks, across the indexer's dense-to-sparse boundary: every number of every row is the same."""
     straight, halves = rows_of(runs / "2" / f"{stage}_straight"), rows_of(runs / "2" / f"{stage}_halves")
     assert [row["step"] for row in halves] == [1, 2, 3, 4, 5, 6]
@@ -282,19 +282,19 @@ GOLDEN_NORM = [2.481747150, 2.428875208, 2.211919546]
 GOLDEN_INDEXER = [0.136967085, 0.171767734, 0.165773317]
 
 
-def test_four_windows_are_learned_by_heart(runs):
+def test_four_windows_are_memorised(runs):
     rows = rows_of(runs / "1" / "overfit")
     assert rows[-1]["loss"] < 0.05
     assert rows[0]["loss"] > 3.0
 
 
-def test_a_run_planned_for_many_passes_says_so(runs):
+def test_a_run_that_will_repeat_its_data_many_times_warns(runs):
     assert "planned for 150.0 passes" in (runs / "1" / "output.txt").read_text()
 
 
-def test_divergence_names_step_rank_and_samples_and_keeps_the_last_checkpoint(runs):
+def test_divergence_names_step_and_samples_and_the_last_checkpoint_stays(runs):
     folder, output = runs / "1" / "diverged", (runs / "1" / "output.txt").read_text()
-    bad = rows_of(folder)[-1]["step"]  # its row is there, for training.replay
+    bad = rows_of(folder)[-1]["step"]  # its row was written, for training.replay
     assert rows_of(folder)[-1]["grad_norm"] == "inf" and bad == len(rows_of(folder))
     assert f"error: step {bad}: loss " in output
     assert "the gradient of samples 8..15 is not finite" in output and "Nothing was saved after it" in output
@@ -304,8 +304,8 @@ def test_divergence_names_step_rank_and_samples_and_keeps_the_last_checkpoint(ru
     assert (folder / "latest").read_text().strip() == f"step_{bad - 1}"
 
 
-def test_a_loss_that_is_not_a_number_is_traced_to_rank_and_samples(runs):
-    """One row of the embedding is poisoned: only micro-batches that hold this token are to blame."""
+def test_a_loss_that_is_not_finite_is_traced_to_ranks_and_samples(runs):
+    """One row of the embedding is NaN: exactly the micro-batches with this token must be named."""
     output = (runs / "2" / "output.txt").read_text()
     message = output[output.index("error: step 1: loss nan") :].partition("Nothing was saved")[0]
     named = {(int(rank), int(first)) for rank, first in re.findall(r"rank (\d), samples (\d+)\.\.", message)}
@@ -315,7 +315,7 @@ def test_a_loss_that_is_not_a_number_is_traced_to_rank_and_samples(runs):
     assert not list((runs / "2" / "poisoned").glob("step_*"))
 
 
-def test_steps_without_a_number_can_be_dropped_and_leave_no_trace(runs):
+def test_steps_without_a_finite_loss_can_be_skipped_and_do_not_change_the_weights(runs):
     data = PackedTokens({str(corpus_of(runs)): 1.0}, split="train", max_seq_len=32, seed=7)
     folder = runs / "2" / "lost"
     rows = rows_of(folder)
@@ -329,7 +329,7 @@ def test_steps_without_a_number_can_be_dropped_and_leave_no_trace(runs):
     assert {e["step"] for e in events} == guilty and {(e["action"], e["spike_loss"]) for e in events} == {
         ("skip", "nan")
     }
-    # while losses are lost no checkpoint displaces a good one; the last step has one all the same
+    # a step without a finite loss saves no checkpoint; the last step saves one all the same
     saved = {int(path.name.removeprefix("step_")) for path in folder.glob("step_*")}
     assert saved == set(range(1, 31)) - guilty | {30}
     _, weights = load_weights(folder / "step_30")
@@ -338,16 +338,16 @@ def test_steps_without_a_number_can_be_dropped_and_leave_no_trace(runs):
         assert broken[POISONED].all() and broken.sum() == 32 if name == "embed.weight" else not broken.any(), name
 
 
-def test_weights_that_are_broken_end_the_run_even_where_steps_may_be_dropped(runs):
-    """After ten lost steps, though the run was stopped and resumed among them."""
+def test_ten_consecutive_steps_without_a_finite_loss_end_a_run_that_skips(runs):
+    """They are counted across a stop and a resume."""
     folder = runs / "2" / "hopeless"
     assert [(row["step"], row["loss"]) for row in rows_of(folder)] == [(step, "nan") for step in range(1, 11)]
     assert events_of(folder, "error")[0]["reason"].startswith("step 10: loss nan")
 
 
-def test_bits_per_byte_are_those_of_the_checkpoint_by_hand(runs):
+def test_bits_per_byte_equal_a_computation_by_hand_from_the_checkpoint(runs):
     folder = runs / "2" / "zero2_sparse"
-    told = events_of(folder, "eval")[-1]
+    evaluation = events_of(folder, "eval")[-1]
     data = PackedTokens({str(corpus_of(runs)): 1.0}, split="held_out", max_seq_len=32, seed=0)
     assert data.n_windows > 6  # training.eval_windows
     batch = data.batch(np.arange(6))
@@ -361,21 +361,30 @@ def test_bits_per_byte_are_those_of_the_checkpoint_by_hand(runs):
                 nats -= torch.log_softmax(row[at], -1)[target].item()
                 tokens += 1
                 n_bytes += 0 if target == 63 else len(f"w{target}")  # 63 ends a document, and has no text
-    assert told["eval_tokens"] == tokens
-    assert told["eval_loss"] == pytest.approx(nats / tokens, rel=1e-5)
-    assert told["eval_bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
+    assert evaluation["eval_tokens"] == tokens
+    assert evaluation["eval_loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert evaluation["eval_bpb"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
 
 
-def test_every_event_is_in_the_table(runs):
-    told = [
+def test_every_event_is_in_the_schema(runs):
+    events = [
         row
         for folder in sorted((runs / "2").iterdir())
         if folder.is_dir()
         for row in read_rows(folder / "metrics.jsonl")
         if "event" in row
     ]
-    assert {row["event"] for row in told} >= {"start", "resume", "device", "predicted", "eval", "save", "stop", "spike"}
-    for row in told:
+    assert {row["event"] for row in events} >= {
+        "start",
+        "resume",
+        "device",
+        "predicted",
+        "eval",
+        "save",
+        "stop",
+        "spike",
+    }
+    for row in events:
         assert row.keys() - {"event", "step", "time"} <= EVENTS[row["event"]].fields.keys(), row
 
 
@@ -389,13 +398,13 @@ def test_a_new_run_starts_from_the_weights_of_a_checkpoint(runs):
     assert warm[0]["loss"] < fresh[0]["loss"] - 0.1
 
 
-def test_a_run_at_its_end_resumes_to_nothing_and_stays_whole(runs):
+def test_resuming_a_finished_run_trains_nothing_and_changes_nothing(runs):
     folder = runs / "1" / "zero2_sparse"
     assert len(rows_of(folder)) == 6
     assert [e["reason"] for e in events_of(folder, "stop")] == ["finished", "finished"]
 
 
-def test_rows_carry_what_the_table_says(runs):
+def test_rows_have_the_fields_of_the_schema(runs):
     known = whole = 0.0
     for row in rows_of(runs / "2" / "zero2_sparse"):
         probed = set(PROBE_METRICS) if row["step"] % 3 == 0 else set()
@@ -415,7 +424,7 @@ def test_rows_carry_what_the_table_says(runs):
     assert all("loss" not in row for row in read_rows(runs / "2" / "zero2_sparse" / "metrics.jsonl") if "event" in row)
 
 
-def test_evaluation_agrees_over_ranks(runs):
+def test_evaluation_is_the_same_on_any_number_of_ranks(runs):
     scores = [events_of(runs / str(n) / "zero2_dense", "eval") for n in (1, 2, 4)]
     assert [[e["step"] for e in s] for s in scores] == [[3, 6]] * 3
     for key in ("eval_loss", "eval_bpb", "eval_loss_dense", "unigram_bpb"):
@@ -425,7 +434,7 @@ def test_evaluation_agrees_over_ranks(runs):
     assert first["eval_loss"] != first["eval_loss_dense"] and math.isfinite(first["eval_bpb"])
 
 
-def test_the_run_folder_explains_itself(runs):
+def test_the_run_folder_has_all_its_files(runs):
     folder = runs / "2" / "zero2_sparse"
     for name in ("config.yaml", "ds_config.json", "env.json", "run.json", "metrics.jsonl", "latest"):
         assert (folder / name).stat().st_size > 0, name

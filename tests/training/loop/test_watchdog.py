@@ -23,21 +23,21 @@ RANK = textwrap.dedent("""
     folder, rank, mode = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     with Watchdog(folder, rank=rank, size=2, timeout_s=3.0, launch="L") as dog:
         while mode in ("hang", "stop", "die") and len(list((folder / ".ranks").glob("rank_?.json"))) < 2:
-            time.sleep(0.01)  # both begin together, as ranks that have met in a process group
+            time.sleep(0.01)  # both begin together, as ranks after creating a process group
         for step in range(400):
             dog.beat("data")
             if mode == "hang" and rank == 1 and step == 3:
                 late_in_here()
             dog.beat("backward")
             if mode in ("hang", "stop", "die") and step == 6:
-                time.sleep(60)  # as if in a collective that waits for the other
+                time.sleep(60)  # as in a collective that waits for the other rank
             time.sleep(0.02)
             if mode == "fine" and step == 20:
                 break
             if mode == "disk" and step == 3:
-                shutil.rmtree(folder / ".ranks")  # from now on the disk refuses
+                shutil.rmtree(folder / ".ranks")  # from now on nothing can be written
                 time.sleep(2.5)
-                raise ValueError("what the run ends with")
+                raise ValueError("the error of the run")
             if mode == "patient" and step == 3:
                 dog.beat("save")
                 time.sleep(5)
@@ -64,13 +64,13 @@ def outputs(pair, timeout=120):
 
 
 @pytest.mark.parametrize("mode", ["fine", "patient"])
-def test_a_healthy_run_is_left_alone(tmp_path, mode):
+def test_the_watchdog_prints_nothing_and_ends_nothing_in_a_healthy_run(tmp_path, mode):
     pair = start_pair(tmp_path, mode)
     assert outputs(pair) == ["", ""]
     assert [rank.returncode for rank in pair] == [0, 0]
 
 
-def test_the_late_rank_is_named_and_every_stack_dumped(tmp_path):
+def test_the_rank_that_hangs_is_named_and_every_stack_is_dumped(tmp_path):
     pair = start_pair(tmp_path, "hang")
     texts = outputs(pair)
     assert [rank.returncode for rank in pair] == [1, 1]
@@ -82,11 +82,11 @@ def test_the_late_rank_is_named_and_every_stack_dumped(tmp_path):
     assert (tmp_path / ".ranks" / "stacks_rank_0.txt").exists()
 
 
-def test_a_dead_rank_is_named_by_the_living(tmp_path):
+def test_a_rank_that_died_is_named_by_the_other_rank(tmp_path):
     pair = start_pair(tmp_path, "die")
     while not (tmp_path / ".ranks" / "rank_1.json").exists():
         time.sleep(0.1)
-    time.sleep(1.5)  # the other rank has seen it
+    time.sleep(1.5)  # until the other rank has read its file
     os.kill(pair[1].pid, signal.SIGKILL)
     pair[1].wait()
     text = pair[0].communicate(timeout=60)[0]
@@ -94,7 +94,7 @@ def test_a_dead_rank_is_named_by_the_living(tmp_path):
     assert pair[0].returncode == 1
 
 
-def test_a_stopped_rank_is_named_by_the_living(tmp_path):
+def test_a_rank_that_was_stopped_is_named_by_the_other_rank(tmp_path):
     pair = start_pair(tmp_path, "stop")
     while not (tmp_path / ".ranks" / "rank_1.json").exists():
         time.sleep(0.1)
@@ -108,7 +108,7 @@ def test_a_stopped_rank_is_named_by_the_living(tmp_path):
     assert pair[0].returncode == 1
 
 
-def test_a_disk_that_refuses_is_said_once_and_does_not_hide_what_the_run_ends_with(tmp_path):
+def test_a_failing_disk_is_reported_once_and_does_not_hide_the_error_of_the_run(tmp_path):
     lone = subprocess.run(
         [sys.executable, "-c", RANK, str(tmp_path), "0", "disk"],
         cwd=ROOT,
@@ -117,10 +117,10 @@ def test_a_disk_that_refuses_is_said_once_and_does_not_hide_what_the_run_ends_wi
         text=True,
     )
     assert lone.stderr.count("watchdog: rank 0 cannot write its sign of life: [Errno 2]") == 1
-    assert lone.returncode == 1 and lone.stderr.splitlines()[-1] == "ValueError: what the run ends with"
+    assert lone.returncode == 1 and lone.stderr.splitlines()[-1] == "ValueError: the error of the run"
 
 
-def test_files_of_an_earlier_launch_say_nothing(tmp_path):
+def test_files_of_an_earlier_launch_are_ignored(tmp_path):
     ranks = tmp_path / ".ranks"
     ranks.mkdir()
     (ranks / "rank_1.json").write_text(

@@ -98,8 +98,9 @@ def test_nothing_outlives_a_tuner_that_is_stopped(tmp_path, number):
     """Two ranks and a child of each, which would all sleep for ever."""
     rank = "import os, subprocess, time; subprocess.Popen(['sleep', '1000']); time.sleep(1000)"
     program = f"""
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as in a terminal, also where the tests run under nohup
 from training.planning.trial_ranks import Interrupted, SignalCheck, run_ranks
 try:
     with SignalCheck() as signals:
