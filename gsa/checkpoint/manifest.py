@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 
 from gsa.files import fsync, write_atomically
+from gsa.units import GIB
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -260,8 +261,8 @@ def require_space(path: Path, bytes_needed: int) -> None:
     free = free_bytes(path)
     if free < bytes_needed:
         raise CheckpointError(
-            f"{path}: a checkpoint needs {bytes_needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free; "
-            f"free {(bytes_needed - free) / 2**30:.2f} GiB, or choose another --output_dir"
+            f"{path}: a checkpoint needs {bytes_needed / GIB:.2f} GiB and {free / GIB:.2f} GiB are free; "
+            f"free {(bytes_needed - free) / GIB:.2f} GiB, or choose another --output_dir"
         )
 
 
