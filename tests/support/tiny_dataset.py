@@ -1,4 +1,4 @@
-"""Writes a prepared dataset (docs/data.md) from token lists, for tests of what reads one."""
+"""Writes a prepared dataset (docs/data.md) from token lists, for tests of the code that reads one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 def write_dataset(
     folder: Path, train: list[list[int]], *, vocab_size: int, held_out: list[list[int]], shard_tokens: int = 2**26
 ) -> dict:
-    """Documents are token lists without the end token, which is vocab_size - 1. Returns the manifest."""
+    """Writes the dataset; returns its manifest.
+
+    train, held_out: documents, as token lists without the end-of-document token, which is vocab_size - 1.
+    shard_tokens: a shard is closed before it would exceed this.
+    """
     eod = vocab_size - 1
     dtype = "uint16" if vocab_size <= 2**16 else "uint32"
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,7 +77,7 @@ def write_dataset(
 
 
 def word_tokenizer(vocab_size: int) -> Tokenizer:
-    """Token i is the word "wi"; the last one ends documents."""
+    """A tokenizer whose token i is the word "wi"; the last token is the end-of-document token."""
     words = {f"w{i}": i for i in range(vocab_size - 1)} | {"<|endoftext|>": vocab_size - 1}
     tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()

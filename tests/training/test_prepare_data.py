@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -130,6 +131,18 @@ def test_a_second_run_does_nothing_and_other_input_is_refused(prepared, capsys):
     assert prepare_texts(prepared, str(source), vocab=301) == 3
     assert "made from other input or options" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in prepared.rglob("*")} == before
+
+
+def test_golden_key_of_the_input(tmp_path, monkeypatch):
+    """If this fails, every finished dataset is refused as made from other input. Do not update it; fix the code."""
+    (tmp_path / "in").mkdir()
+    for i in range(4):
+        path = tmp_path / f"in/t{i:02d}.txt"
+        path.write_text(f"document {i}\n")
+        os.utime(path, ns=(0, 10**9 * i))
+    monkeypatch.chdir(tmp_path)
+    assert prepare_texts(Path("out"), "in") == 0
+    assert manifest(Path("out"))["key"] == "ef28e7dd81fb7f9a5c48ae50644b769de346ed11634fe47eb0d87a2a844ed60a"
 
 
 def test_force_replaces_a_dataset(tmp_path):
@@ -307,14 +320,16 @@ def test_a_bad_record_is_named_or_counted(tmp_path, capsys, name):
 @pytest.mark.parametrize("suffix, compress", [(".gz", lambda raw: gzip.compress(raw, mtime=0)), (".zst", zstd)])
 def test_a_compressed_file_that_ends_anywhere_too_early_is_unreadable(tmp_path, suffix, compress):
     path = tmp_path / f"a.jsonl{suffix}"
-    whole = compress(lines(GOOD))
+    first = compress(lines(GOOD[:5]))
+    whole = first + compress(lines(GOOD[5:]))
     how = Reading("text", None, 1 << 20)
     for size in range(len(whole) + 1):
         path.write_bytes(whole[:size])
         *before, last = read_documents(Source(str(path), path.name, None), how)
         assert all(isinstance(item, Document) for item in before)
-        assert isinstance(last, Document) == (size == len(whole)), f"{size} of {len(whole)} bytes"
-        if size < len(whole):
+        complete = size in (len(first), len(whole))  # a cut between two members leaves a complete file
+        assert isinstance(last, Document) == complete, f"{size} of {len(whole)} bytes"
+        if not complete:
             assert last.kind == "unreadable" and f"{path.name}: truncated or unreadable" in str(last)
     assert len(before) + 1 == len(GOOD)
 
@@ -375,11 +390,19 @@ def test_kebab_case_flags_of_earlier_versions_still_work(tmp_path, capsys):
     assert manifest(tmp_path / "out")["vocab_size"] == 300
 
 
+def test_the_command_runs_as_a_script_where_the_project_is_not_installed():
+    # -S leaves out the .pth file of an installation; the libraries are found by PYTHONPATH
+    environment = rank_environment() | {"PYTHONPATH": sysconfig.get_path("purelib")}
+    command = [sys.executable, "-S", "training/prepare_data.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("usage: python -m training.prepare_data"), done.stderr
+
+
 def test_a_token_outside_the_vocabulary_is_refused_not_wrapped(tmp_path, monkeypatch, prepared):
     work = tmp_path / "work"
     work.mkdir()
     (work / "tokenizer.json").write_bytes((prepared / "tokenizer.json").read_bytes())
-    np.save(work / "plan_00000.npy", np.ones(1, np.uint8))
+    np.save(work / "split_assignment_00000.npy", np.ones(1, np.uint8))
     (tmp_path / "a.txt").write_text("some text")
     monkeypatch.setattr(bpe, "encode", lambda tokenizer, text: [70000])
     unit = prepare.Unit(0, (Source(str(tmp_path / "a.txt"), "a.txt", "a.txt"),))
