@@ -1,4 +1,4 @@
-"""Compiles Triton kernels for GPUs that need not be here; prints registers, spills and shared memory as JSON lines.
+"""Compiles Triton kernels for GPUs that this machine need not have; prints registers, spills, shared memory as JSON.
 
     PYTHONPATH=. python tests/support/compile_triton_ahead.py [80 89 90 | ARCH:SIZES ...]
 
@@ -42,7 +42,7 @@ class Sizes:
 
 
 SIZES = {"model": Sizes(), "wide": Sizes(D=128, E=128), "float32": Sizes(dtype="fp32")}
-"""Those of the model, and the widest that gsa/kernels/choice.py accepts in each dtype."""
+"""The sizes of the model, and the widest that gsa/kernels/choice.py accepts in each dtype."""
 G, REP, J = 4, 4, 4
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 OF_THE_MODEL = {"Q", "K", "V", "Out", "dOut", "dQ", "dK", "dV", "IndexQ", "IndexK", "Gate", "Up", "dGate", "dUp"}

@@ -1,10 +1,10 @@
-"""Kills a save at every moment of it, in forked children and without a launcher: the real engine's state is written.
+"""Kills a save at every possible moment, in forked children without a launcher, with the state of a real engine.
 
-kill_during_save.py YAML RUN OUT: RUN has step_3. One life resumes a copy of it to step 4; where it would save, it forks a
-writer for each moment instead. OUT/<n>/ is a copy of RUN into which writer n saves and is killed, just before its n-th
-change to step_4 or `latest` or with half of a file written; what was left torn is saved again and killed there again.
-OUT/<n>.json says what stands. Then lives resume some of them by "auto": every eighth, and of those that were not left
-torn every third. OUT/calm/ is a whole life that nobody disturbs.
+kill_during_save.py YAML RUN OUT: RUN has a checkpoint step_3. A first process resumes a copy of RUN to step 4. Instead of
+saving, it forks one writer per moment. Writer n saves into OUT/<n>/, a copy of RUN, and kills itself just before its n-th
+change to step_4 or `latest`, or with half of a file written. If it leaves a torn checkpoint, a second writer saves over
+it and is killed at the same count. OUT/<n>.json records the outcome. Then some of the folders are resumed by "auto":
+every eighth, and every third of those without a torn checkpoint. OUT/calm/ is a run without any kill.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch._dynamo  # what the first engine of a process imports: half of a short life, once for all of them here
+import torch._dynamo  # imported here once, before the forks: the first engine of a process needs seconds for it
 import torch.utils.cpp_extension
 
 import gsa.weights
@@ -38,7 +38,7 @@ from training.train import main
 
 
 class Alone(World):
-    """A forked child has none of the threads that a process group needs."""
+    """A world without a process group, whose threads a forked child does not have."""
 
     def broadcast(self, value):
         return value
@@ -48,19 +48,19 @@ class Alone(World):
 
 
 class Canned:
-    """In place of the engine: the snapshot that it took, to be written into any folder."""
+    """Replaces the engine: returns the snapshot that it took, for any folder."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self._taken = snapshot
 
     def snapshot(self, output_dir: Path, tag: str, client_state: dict, *, buffers: object) -> Snapshot:
-        (output_dir / tag).mkdir(parents=True, exist_ok=True)  # DeepSpeed does
+        (output_dir / tag).mkdir(parents=True, exist_ok=True)  # as DeepSpeed does
         files = {output_dir / tag / path.name: content for path, content in self._taken.files.items()}
         return Snapshot(files, self._taken.weights)
 
 
 def kill_at(number: int, diary: Path) -> None:
-    """This process dies at its change of this number to step_4 or latest, having written into `diary` which it was."""
+    """Makes this process kill itself at its `number`-th change to step_4 or latest; writes that moment to `diary`."""
     left = number
 
     def moment(words: str) -> None:
@@ -80,7 +80,7 @@ def kill_at(number: int, diary: Path) -> None:
     write, save_file = saving._HashingFile.write, gsa.weights.save_file
 
     def write_by_halves(self, data):
-        if len(data) > 1000 and not hasattr(self, "halved"):  # in each file once, with half of a tensor written
+        if len(data) > 1000 and not hasattr(self, "halved"):  # once per file, with half of a tensor written
             self.halved = True
             self._file.write(bytes(data)[: len(data) // 2])
             self._file.flush()
@@ -116,7 +116,7 @@ def kill_at(number: int, diary: Path) -> None:
 
 
 def forked(call: Callable[[], int]) -> int:
-    """Exit code of a child that ends with what `call` returns; negative for a signal."""
+    """Runs `call` in a forked child, which exits with its result. Returns the exit code, negative for a signal."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -127,8 +127,8 @@ def forked(call: Callable[[], int]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def life(yaml: str, folder: Path, resume: str) -> int:
-    """One training process, from step 3 or what it finds to step 4."""
+def train_to_step_4(yaml: str, folder: Path, resume: str) -> int:
+    """Resumes a run and trains it to step 4; returns the exit code."""
     torch.set_num_threads(1)
     return main(
         [
@@ -174,7 +174,7 @@ def kill_every_moment(source: Path, out: Path, canned: Canned, state: RunState) 
         ended = [forked(killed)]
         if ended[0] != 0 and (folder / "step_4").exists() and not (folder / "step_4" / "manifest.json").exists():
             moment = (out / f"{number}.txt").read_text()
-            ended.append(forked(killed))  # now it begins by clearing what the first left
+            ended.append(forked(killed))  # it begins by removing the torn checkpoint
             (out / f"{number}.txt").write_text(moment)
         found, passed_over = manifest.newest_good(folder)
         facts = {
@@ -201,24 +201,24 @@ def run(yaml: str, source: Path, out: Path) -> None:
             os._exit(0)
 
         saving.Saver.start = start
-        return life(yaml, out / "maker", "step_3")
+        return train_to_step_4(yaml, out / "maker", "step_3")
 
     shutil.copytree(source, out / "maker")
     shutil.copytree(source, out / "calm")
     if forked(kills_instead_of_saving):
-        sys.exit("the life that was to kill its saves failed")
+        sys.exit("the run that kills its saves failed")
 
     def resumed(path: Path) -> None:
         facts, number = json.loads(path.read_text()), int(path.stem)
-        chosen = number % 8 == 0 or (number % 3 == 1 and not facts["torn"])  # they are alike to a resume
-        facts["resumed"] = forked(lambda: life(yaml, out / path.stem, "auto")) if chosen else None
+        chosen = number % 8 == 0 or (number % 3 == 1 and not facts["torn"])  # a resume cannot tell them apart
+        facts["resumed"] = forked(lambda: train_to_step_4(yaml, out / path.stem, "auto")) if chosen else None
         path.write_text(json.dumps(facts))
 
     with ThreadPoolExecutor(2) as pool:  # this machine has two cores
-        calm = pool.submit(lambda: forked(lambda: life(yaml, out / "calm", "step_3")))
+        calm = pool.submit(lambda: forked(lambda: train_to_step_4(yaml, out / "calm", "step_3")))
         list(pool.map(resumed, sorted(out.glob("*.json"))))
         if calm.result():
-            sys.exit("the undisturbed life failed")
+            sys.exit("the run without a kill failed")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Starts ranks for tests. The first engine of a process costs seconds, so one launch runs many cases."""
+"""Starts ranks for tests. The first engine of a process takes seconds, so one launch runs many cases."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Case:
-    """One life of a training run: the arguments of training/train.py, and the exit code it must end with."""
+    """One launch of a training run: the arguments of training/train.py, and the expected exit code."""
 
     name: str
     argv: tuple[str, ...]
@@ -34,14 +34,14 @@ _LEFTOVERS = re.compile(
     r"|((LOCAL|GROUP|ROLE|CROSS|NODE)_)?(RANK|WORLD_SIZE|SIZE)|GROUP_WORLD_SIZE|ROLE_NAME"
     r"|DS_ACCELERATOR|TRITON_INTERPRET"
 )
-"""What says that a process is a rank of some launch, or tracked by some wandb service, or interprets its kernels."""
+"""Variables by which a process is a rank of a launch, or uses a wandb service, or interprets Triton kernels."""
 
 
 def clean_environment() -> dict[str, str]:
     """The environment for a child process of a test.
 
-    It is that of the shell that started pytest: what tests, fixtures and libraries have set since then is not passed
-    on, and neither are variables of wandb, of a distributed launch and of Triton's interpreter, wherever they are from.
+    It is the environment of the shell that started pytest. Variables that tests, fixtures and libraries have set since
+    then are not passed on, nor are variables of wandb, of a distributed launch and of Triton's interpreter.
     """
     return {name: value for name, value in _AT_START.items() if not _LEFTOVERS.fullmatch(name)}
 
@@ -51,9 +51,10 @@ _ports = itertools.count(os.getpid())
 
 
 def free_port() -> int:
-    """A port for a launch, which binds it seconds after this has looked.
+    """A free port for a launch, which binds it only seconds later.
 
-    Of this pytest worker's own range, below the ports that the system hands out: those go to whoever listens meanwhile.
+    Each pytest worker has its own range of ports, below the range from which the system assigns ports: one of those
+    could be assigned to another process in the meantime.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     while True:
@@ -64,7 +65,7 @@ def free_port() -> int:
 
 
 def rank_environment() -> dict[str, str]:
-    """clean_environment() for a process that trains: on the CPU, with one thread, and untracked."""
+    """clean_environment() for a process that trains: on the CPU, with one thread, without W&B."""
     return {
         **clean_environment(),
         "OMP_NUM_THREADS": "1",
@@ -76,9 +77,9 @@ def rank_environment() -> dict[str, str]:
 
 
 def run_cases(ranks: int, cases: Sequence[Case], folder: Path, *, timeout_s: float = 900) -> str:
-    """Runs the cases one after another on one set of `ranks` processes; returns what they printed.
+    """Runs the cases one after another on the same `ranks` processes; returns what they printed.
 
-    Fails, with the whole output, unless each case ended with its code.
+    AssertionError with the end of the output unless each case ends with its expected exit code.
     """
     folder.mkdir(parents=True, exist_ok=True)
     script = folder / f"cases_{ranks}.json"
@@ -103,7 +104,7 @@ def run_cases(ranks: int, cases: Sequence[Case], folder: Path, *, timeout_s: flo
 def start_training(
     ranks: int, argv: Sequence[str], *, launcher: str = "deepspeed", env: dict[str, str] | None = None
 ) -> subprocess.Popen:
-    """training/train.py under a real launcher, in a process group of its own; stdout and stderr are one pipe."""
+    """Starts training/train.py under a real launcher in a new session; stdout and stderr are one pipe."""
     if launcher == "python":
         head = [sys.executable]
     elif launcher == "deepspeed":
@@ -136,7 +137,7 @@ def start_training(
 
 
 def train_alone(argv: Sequence[str], *, timeout_s: float = 400) -> subprocess.CompletedProcess:
-    """training/train.py under plain python: one rank."""
+    """Runs training/train.py under plain python, on one rank."""
     return subprocess.run(
         [sys.executable, "training/train.py", *argv],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Runs the cases of a launching.run_cases script on this rank: real engines, one process group."""
+"""Runs the cases of launching.run_cases on this rank, with real engines and one process group."""
 
 import gc
 import json
@@ -16,10 +16,10 @@ from training.train import parse
 def main() -> int:
     cases = json.loads(Path(sys.argv[1]).read_text())
     world = start(timeout_s=120)
-    freeze, gc.freeze, gc.unfreeze = gc.freeze, lambda: None, lambda: None  # no run freezes its engine, or thaws
+    freeze, gc.freeze, gc.unfreeze = gc.freeze, lambda: None, lambda: None  # runs may not freeze objects themselves
     for case in cases:
-        # Every start of an engine and every run collect garbage: all that is imported need not be walked, and the
-        # first case has imported much of it. What else is left of the last case is little.
+        # Every start of an engine and every run collects garbage. Freezing keeps these collections from walking all
+        # that the first case has imported; little else is left of the last case.
         gc.collect()
         freeze()
         try:
@@ -29,7 +29,7 @@ def main() -> int:
             return 1
         code = run(prepared, world)
         if code != case["code"]:
-            print(f"case {case['name']}: rank {world.rank} ended with {code}, wanted {case['code']}", flush=True)
+            print(f"case {case['name']}: rank {world.rank} ended with {code}, expected {case['code']}", flush=True)
             return 1
     world.leave()
     return 0

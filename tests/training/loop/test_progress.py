@@ -89,7 +89,7 @@ def test_the_action_after_a_step(on_spike, row, dropped, rollbacks, action):
     assert policy.decide(row, dropped=dropped, rollbacks=rollbacks) == action
 
 
-def test_with_on_spike_skip_consecutive_non_finite_steps_stop_the_run():
+def test_skip_stops_the_run_after_consecutive_non_finite_steps():
     policy = SpikePolicy(replace(TrainingConfig(), on_spike="skip"))
     actions = [policy.decide(LOST, dropped=True, rollbacks=0) for _ in range(MAX_LOST_IN_A_ROW)]
     assert actions == ["skip"] * (MAX_LOST_IN_A_ROW - 1) + ["stop"]
@@ -97,7 +97,7 @@ def test_with_on_spike_skip_consecutive_non_finite_steps_stop_the_run():
     assert policy.lost_in_a_row == 0
 
 
-def test_with_on_spike_skip_the_update_of_a_spike_is_dropped_and_only_finite_losses_count_in_later_scores():
+def test_skip_drops_the_update_of_a_spike_and_scores_count_finite_losses_only():
     losses = [1.0 + 0.01 * (n % 3) for n in range(KNOWN)]
     policy = SpikePolicy(replace(TrainingConfig(), on_spike="skip"), losses)
     assert policy.drops_updates and policy.drops(5.0, 0.1) and policy.drops(NAN, 0.1) and policy.drops(1.0, NAN)
