@@ -15,11 +15,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from training.config.command import command_parser, run_command
-from training.config.exit_codes import ExitCode
-from training.data.corpus import Reading
-from training.data.prepare import DEFAULT_VOCAB_SIZE, PrepareOptions, prepare, summary
-from training.data.tokenizer import EOD
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:  # run as a script: see training/train.py
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from training.config.command import command_parser, run_command  # noqa: E402
+from training.config.exit_codes import ExitCode  # noqa: E402
+from training.data.corpus import Reading  # noqa: E402
+from training.data.prepare import DEFAULT_VOCAB_SIZE, PrepareOptions, prepare, summary  # noqa: E402
+from training.data.tokenizer import EOD  # noqa: E402
 
 
 def main(argv: Sequence[str]) -> int:

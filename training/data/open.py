@@ -7,7 +7,10 @@ from training.data.dataset import DataError, PackedTokens
 
 
 def open_data(cfg: RunConfig) -> tuple[PackedTokens, PackedTokens]:
-    """The training text and the held-out text of a run. Raises DataError when they cannot serve its model."""
+    """The training text and the held-out text of a run.
+
+    Raises DataError when a dataset cannot be used, or when its tokenizer has more entries than the model.
+    """
     sources = cfg.data.mixture or {cfg.data.data_dir: 1.0}
     length = cfg.training.max_seq_len
     data = PackedTokens(sources, split="train", max_seq_len=length, seed=cfg.training.seed)

@@ -148,8 +148,9 @@ def prepare(options: PrepareOptions) -> Prepared:
         encode_key = _key([key, bpe.sha256(tokenizer)])
         jobs = []
         for unit, scan, use in zip(units, scans, chosen, strict=True):
-            plan = np.where(use, np.isin(scan["groups"], held_out).astype(np.uint8) + 1, 0).astype(np.uint8)
-            _save(work / f"plan_{unit.number:05d}.npy", plan)
+            # per document: 0 is left out, otherwise 1 + its index in SPLITS
+            assignment = np.where(use, np.isin(scan["groups"], held_out).astype(np.uint8) + 1, 0).astype(np.uint8)
+            _save(work / f"split_assignment_{unit.number:05d}.npy", assignment)
             jobs.append(Job(unit, str(work), encode_key, how, options.skip_bad, eod_id))
         encoded = _run_jobs(pool, _encode_unit, jobs, "encoding")
     manifest = _assemble(out, work, tokenizer, eod, units, encoded)
@@ -449,12 +450,12 @@ def _encode_unit(job: Job) -> dict:
 def _encode_documents(job: Job, work: Path, files: dict[str, BinaryIO]) -> dict[str, dict]:
     """Writes the tokens of each chosen document to the file of its split; returns ends and counts per split."""
     tokenizer = Tokenizer.from_file(str(work / "tokenizer.json"))
-    plan = np.load(work / f"plan_{job.unit.number:05d}.npy")
+    assignment = np.load(work / f"split_assignment_{job.unit.number:05d}.npy")
     vocab = bpe.vocab_size(tokenizer)
     dtype = np.dtype("<u2" if vocab <= 1 << 16 else "<u4")
     splits = {split: {"names": [], "ends": [], "tokens": 0, "bytes": 0} for split in SPLITS}
     documents = (item for _, item in _read_unit(job) if isinstance(item, Document))
-    for document, choice in zip(documents, plan, strict=True):
+    for document, choice in zip(documents, assignment, strict=True):
         if not choice:
             continue
         ids = np.asarray([*bpe.encode(tokenizer, document.text), job.eod_id], dtype=np.int64)
