@@ -171,6 +171,12 @@ class PackedTokens:
         """The tokenizer that prepare_data wrote. It may be missing, since only code that shows text needs it."""
         return Path(next(iter(self.sources))) / "tokenizer.json"
 
+    def summary(self, *, planned: int) -> str:
+        """One line about the text. planned: samples that the run will consume."""
+        sources = ", ".join(map(str, self.sources))
+        windows = f"{self.n_windows:,} windows of {self.max_seq_len} tokens"
+        return f"{sources}: {windows}; {self.epoch(planned):.2f} passes planned"
+
     def epoch(self, samples: int) -> float:
         """Passes over the text after `samples` windows; in a mixture, over the source that was repeated most."""
         return max(self._order.epochs(samples))

@@ -90,7 +90,7 @@ class Trainer:
             continued=self._continued,
             zero_stage=self.engine.zero_stage,
             backend=self.backend,
-            data=self._describe_data(),
+            data=data.summary(planned=self.cfg.max_steps * self.plan.global_batch_size),
         )
         self.tracking_id: str = world.broadcast(identity)
         self._read_history()
@@ -127,13 +127,6 @@ class Trainer:
         history = self.world.from_main(self.recorder.history)
         self.spikes = SpikePolicy(self.cfg, history.losses, history.lost_in_a_row)
         self._evaluated_at = history.evaluated_at
-
-    def _describe_data(self) -> str:
-        passes = self.data.epoch(self.cfg.max_steps * self.plan.global_batch_size)
-        sources = ", ".join(map(str, self.data.sources))
-        return (
-            f"{sources}: {self.data.n_windows:,} windows of {self.cfg.max_seq_len} tokens; {passes:.2f} passes planned"
-        )
 
     # -- the loop --------------------------------------------------------------------------------------
 
