@@ -1,13 +1,13 @@
 """Shows that two checkouts train the same run: the rows and the checkpoints of tiny runs, compared bit for bit.
 
-    python scripts/compare_checkouts.py record --checkout OLD --out /tmp/old      # a git worktree of an earlier commit
-    python scripts/compare_checkouts.py record --checkout . --out /tmp/new
-    python scripts/compare_checkouts.py compare /tmp/old /tmp/new
+    python scripts/compare_checkouts.py record --checkout OLD --out outputs/old   # a git worktree of an earlier commit
+    python scripts/compare_checkouts.py record --checkout . --out outputs/new
+    python scripts/compare_checkouts.py compare outputs/old outputs/new
 
 `record` trains at ZeRO 0-3 on 1 and 2 CPU ranks through training/train.py: held-out evaluations, completions, a dense
-warm-up of the indexer, probes, spikes that are skipped or rolled back, a stop, and a resume by tag. `compare` holds
-every row of metrics.jsonl (but for times) and every file of every checkpoint of one against those of the other. The
-time of a save is the only thing inside a checkpoint that may differ. Exit code 1 when anything differs.
+warm-up of the indexer, probes, spikes that are skipped or rolled back, a stop, and a resume by tag. `compare` compares
+every row of metrics.jsonl (except times) and every file of every checkpoint. Inside a checkpoint, only the time of the
+save may differ. Exit code 1 when anything differs.
 
 Use it before and after a change that must not change numbers. Both recordings must be made on one machine.
 """
