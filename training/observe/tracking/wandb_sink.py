@@ -46,6 +46,10 @@ INIT_TIMEOUT_S = 30
 DISK_CHECK_S = 60.0
 """How often to check that an offline run's file grows: on a full disk wandb-core drops rows and reports nothing."""
 
+FLUSH_S = 5.0
+"""How long the end of an offline run waits for the last steps on disk: a service that another process started goes on
+writing after this one has closed its run."""
+
 PROBE_TIMEOUT_S = 2.0
 """A wandb service on this machine accepts a connection at once; one that takes longer is not used."""
 
@@ -136,10 +140,16 @@ class WandbSink:
     def close(self, exit_code: int) -> None:
         self._run.finish(exit_code)
         self._due_on_disk = self._last
+        deadline = time.monotonic() + FLUSH_S
+        while self._mode == "offline" and not self._is_on_disk() and time.monotonic() < deadline:
+            time.sleep(0.1)
         self._check_files()
 
     def abandon(self) -> None:
         self._run.abandon()
+
+    def _is_on_disk(self) -> bool:
+        return (last_step(self._run.file) or 0) >= self._due_on_disk
 
     def _check_files(self) -> None:
         """Updates tracking.json. Raises OSError when steps sent before the previous check are still not on disk."""
