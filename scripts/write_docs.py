@@ -10,7 +10,7 @@ import ast
 from pathlib import Path
 
 from training.config.load import markdown_table
-from training.metrics import schema
+from training.record.metric_schema import schema
 
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "<!-- from here on made by scripts/write_docs.py -->\n"
