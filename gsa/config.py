@@ -46,7 +46,11 @@ def check_keys(cfg: Any, section: str) -> None:
         value, allowed = getattr(cfg, f.name), choices(hints[f.name])
         if allowed and value not in allowed:
             raise ValueError(f"{section}.{f.name}={value!r} is not one of {', '.join(allowed)}")
-        for bound, limit in f.metadata["bounds"].items() if value is not None else ():
+        if value is None:
+            if type(None) not in get_args(hints[f.name]):
+                raise ValueError(f"{section}.{f.name} must have a value, not null")
+            continue
+        for bound, limit in f.metadata["bounds"].items():
             if not _within(value, bound, limit):
                 raise ValueError(f"{section}.{f.name}={value} must be {bound} {limit}")
 

@@ -17,8 +17,9 @@ NAMES = {
     "gsa.kernels": "select attend alignment_kl silu_product Index Selection Backend",
     "training.config": "Effect ConfigError OnSpike TrainingConfig DataConfig LoggingConfig RunConfig SECTIONS all_keys "
     "load_config did_you_mean BatchPlan plan_batch global_batch_size to_plain from_plain to_yaml format_help "
-    "RESUME_EFFECT EFFECT_WORDS Change config_changes",
-    "training.data": "IGNORE FORMAT MANIFEST_KEYS DataError Batch PackedTokens read_manifest step_samples past Loader",
+    "RESUME_EFFECT EFFECT_WORDS Change config_changes ModelConfig PRECISIONS SCHEDULES",
+    "training.data": "IGNORE FORMAT MANIFEST_KEYS DataError Batch PackedTokens read_manifest step_samples past Loader "
+    "BLOCK BatchPlan Order permute",
 }
 
 

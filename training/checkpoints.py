@@ -34,11 +34,11 @@ from training.record.run_folder import RunFolder
 def main(argv: Sequence[str]) -> int:
     parser = command_parser("checkpoints", __doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    add_run(commands.add_parser("list"))
-    check = commands.add_parser("verify")
+    add_run(commands.add_parser("list", allow_abbrev=False))
+    check = commands.add_parser("verify", allow_abbrev=False)
     add_run(check)
     check.add_argument("--config", type=Path, help="the run's yaml, which a legacy checkpoint may need")
-    prune = commands.add_parser("prune")
+    prune = commands.add_parser("prune", allow_abbrev=False)
     add_run(prune)
     prune.add_argument("--keep_last", type=int, required=True, help="number of newest checkpoints to leave, at least 1")
     prune.add_argument("--keep_every", type=int, help="leave the steps that are multiples of this, too")
@@ -47,8 +47,8 @@ def main(argv: Sequence[str]) -> int:
         "--force", action="store_true", help="delete even if run.json says that the run is still training"
     )
     for name in ("pin", "unpin"):
-        commands.add_parser(name).add_argument("checkpoint", type=Path, metavar="STEP_DIR")
-    diff = commands.add_parser("diff")
+        commands.add_parser(name, allow_abbrev=False).add_argument("checkpoint", type=Path, metavar="STEP_DIR")
+    diff = commands.add_parser("diff", allow_abbrev=False)
     diff.add_argument("old", type=Path, metavar="STEP_DIR")
     diff.add_argument("new", type=Path, metavar="STEP_DIR")
     args = parser.parse_args(argv)

@@ -19,6 +19,7 @@ with the name of the operation and of the argument. The parts of the reference t
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Literal, get_args
 
@@ -250,11 +251,13 @@ def product(a: Tensor, b: Tensor, exact: torch.dtype) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor, exact: torch.dtype) -> Tensor:
-    if a.dtype == exact:
-        return a @ b
-    if a.is_cuda:
-        return torch.mm(a, b, out_dtype=exact)
-    return a.to(exact) @ b.to(exact)
+    # under autocast a product in `exact` would be made in a narrower dtype
+    with nullcontext() if a.device.type == "meta" else torch.autocast(a.device.type, enabled=False):
+        if a.dtype == exact:
+            return a @ b
+        if a.is_cuda:
+            return torch.mm(a, b, out_dtype=exact)
+        return a.to(exact) @ b.to(exact)
 
 
 def add_product(backend: Backend, total: Tensor, a: Tensor, b: Tensor) -> None:

@@ -15,7 +15,7 @@ Mode = Literal["off", "variance", "entropy"]
 
 EXACT = (torch.float32, torch.float64)
 """Dtypes of sums and statistics."""
-FLOATING = (torch.bfloat16, *EXACT)
+FLOATING = (torch.bfloat16, torch.float16, *EXACT)
 
 
 class Index(NamedTuple):

@@ -217,3 +217,26 @@ def test_logits_of_the_whole_vocabulary_never_exist(monkeypatch):
     with LargestTensor() as created:
         F.cross_entropy(hidden @ weight.t(), targets)
     assert created.largest == 640 * 1000
+
+
+def test_half_precision_and_autocast_run():
+    """Nothing in this project trains in either, but a user of the model may."""
+    config = ModelConfig(
+        d_model=32,
+        n_layers=2,
+        n_heads=4,
+        n_kv_heads=2,
+        d_ffn=64,
+        vocab_size=64,
+        d_indexer=8,
+        n_indexer_heads=2,
+        k_base=6,
+        k_min=2,
+        k_max=12,
+    )
+    model, tokens = GSAForCausalLM(config), torch.arange(24)[None] % 64
+    exact = model(tokens, tokens).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens, tokens).loss
+    torch.testing.assert_close(loss, exact, rtol=2e-2, atol=0)
+    assert model.half()(tokens).logits.isfinite().all()

@@ -21,7 +21,7 @@ from support.tiny_dataset import write_dataset
 
 from gsa.checkpoint import manifest
 from training import train
-from training.engine.launcher import true_code
+from training.engine.launcher import output_dir, true_code
 from training.observe.terminal import Terminal
 from training.record.metrics_log import read_rows
 
@@ -439,3 +439,9 @@ def test_exit_code_0_without_a_readable_run_json_counts_as_a_failure(tmp_path):
     (tmp_path / "run.json").write_bytes(b"")
     assert true_code(0, 0, tmp_path) == 1 and true_code(0, 0, tmp_path / "none") == 0
     assert true_code(241, 0, tmp_path) == true_code(-15, 0, tmp_path) == 143
+
+
+@pytest.mark.parametrize("flag", ["--output_dir", "--output-dir"])
+def test_the_launcher_finds_the_run_folder_in_either_spelling(flag):
+    words = ["--num_gpus", "2", "training/train.py"]
+    assert output_dir([*words, flag, "outputs/x"]) == output_dir([*words, f"{flag}=outputs/x"]) == Path("outputs/x")

@@ -1,6 +1,8 @@
 """The public names of this package, which `from training.config import ...` finds."""
 
-from gsa.config import Effect
+from typing import get_args, get_type_hints
+
+from gsa.config import Effect, ModelConfig
 from training.config.batch import BatchPlan, plan_batch, windows_per_step
 from training.config.batch import windows_per_step as global_batch_size
 from training.config.changes import EFFECT_WORDS, Change, config_changes
@@ -22,10 +24,15 @@ from training.config.schema import (
     to_yaml,
 )
 
+PRECISIONS = get_args(get_type_hints(TrainingConfig)["precision"])
+SCHEDULES = get_args(get_type_hints(TrainingConfig)["lr_scheduler"])
+
 __all__ = [
     "EFFECT_WORDS",
     "KEYS",
+    "PRECISIONS",
     "RESUME_EFFECT",
+    "SCHEDULES",
     "SECTIONS",
     "BatchPlan",
     "Change",
@@ -33,6 +40,7 @@ __all__ = [
     "DataConfig",
     "Effect",
     "LoggingConfig",
+    "ModelConfig",
     "OnSpike",
     "RunConfig",
     "RunSpec",

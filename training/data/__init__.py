@@ -18,6 +18,10 @@ def __getattr__(name: str) -> Any:
         from training.data import loader as home
     elif name == "open_data":
         from training.data import open as home
+    elif name in ("BLOCK", "Order", "permute"):
+        from training.data import order as home
+    elif name == "BatchPlan":
+        from training.config import batch as home
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(home, name)

@@ -11,14 +11,18 @@ def open_data(cfg: RunConfig) -> tuple[PackedTokens, PackedTokens]:
 
     Raises DataError when a dataset cannot be used, or when its tokenizer has more entries than the model.
     """
-    sources = cfg.data.mixture or {cfg.data.data_dir: 1.0}
-    length = cfg.training.max_seq_len
-    data = PackedTokens(sources, split="train", max_seq_len=length, seed=cfg.training.seed)
+    data = open_training_text(cfg)
     # the held-out order does not use the run's seed, so that all runs are scored on the same windows
-    held_out = PackedTokens(sources, split="held_out", max_seq_len=length, seed=0)
+    held_out = PackedTokens(data.sources, split="held_out", max_seq_len=data.max_seq_len, seed=0)
     if data.vocab_size > cfg.model.vocab_size:
         raise DataError(
-            f"the tokenizer of {', '.join(sources)} has {data.vocab_size} entries, more than "
+            f"the tokenizer of {', '.join(data.sources)} has {data.vocab_size} entries, more than "
             f"model.vocab_size={cfg.model.vocab_size}; set model.vocab_size={data.vocab_size} or larger"
         )
     return data, held_out
+
+
+def open_training_text(cfg: RunConfig) -> PackedTokens:
+    """The training text of a run. Raises DataError when a dataset cannot be used."""
+    sources = cfg.data.mixture or {cfg.data.data_dir: 1.0}
+    return PackedTokens(sources, split="train", max_seq_len=cfg.training.max_seq_len, seed=cfg.training.seed)

@@ -11,6 +11,7 @@ from types import FrameType
 
 import psutil
 
+from training.config.command import snake_case_flags
 from training.config.signals import STOP_SIGNALS
 
 FORWARDED = (*STOP_SIGNALS, signal.SIGHUP)
@@ -106,6 +107,7 @@ def _try(action: Callable[[], None]) -> None:
 
 def output_dir(argv: list[str]) -> Path | None:
     """The run's folder, from the arguments of training/train.py; None where they have none."""
+    argv = snake_case_flags(argv)  # as train.py reads them
     for i, word in enumerate(argv):
         if word == "--output_dir" and i + 1 < len(argv):
             return Path(argv[i + 1])

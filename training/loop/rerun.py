@@ -23,7 +23,7 @@ from training.config import BatchPlan, RunConfig, from_plain, load_config, plan_
 from training.config.exit_codes import Refusal
 from training.data.dataset import DataError, PackedTokens
 from training.data.loader import step_samples
-from training.data.open import open_data
+from training.data.open import open_training_text
 from training.record.metrics_log import iter_rows
 from training.record.run_folder import RunFolder
 
@@ -123,7 +123,7 @@ def rerun_step(trained: TrainedStep, checkpoint: Path, *, same_data: bool) -> li
     row = trained.row
     if missing := {"samples", "stage", "grad_norm"} - row.keys():
         raise Refusal(f"the row of step {row['step']} has no {', '.join(sorted(missing))}; it cannot be run again")
-    data, _ = open_data(trained.cfg)
+    data = open_training_text(trained.cfg)
     if same_data and read_run_state(checkpoint).data_fingerprint != data.fingerprint:
         raise DataError(
             f"the text under {', '.join(data.sources)} is not what {checkpoint.name} was trained on; restore it"

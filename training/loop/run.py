@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from gsa.checkpoint.manifest import CheckpointError
 from training.config import to_yaml
-from training.config.exit_codes import ExitCode, Refusal
+from training.config.exit_codes import ExitCode
+from training.data import DataError
 from training.data.open import open_data
 from training.engine.world import World
 from training.loop.preflight import Prepared
@@ -54,11 +55,11 @@ def run(prepared: Prepared, world: World) -> ExitCode:
             print(f"error: {err}", file=sys.stderr, flush=True)
         world.barrier()  # a launcher ends all ranks when the first one exits: rank 0 has printed its message by now
         return ExitCode.DIVERGED
-    except (CheckpointError, Refusal) as err:
+    except (CheckpointError, DataError) as err:
         print(f"error: rank {world.rank}: {err}", file=sys.stderr, flush=True)
         if world.is_main and folder.read_run().get("status") == "running":  # it had begun: a save or a read failed
             _record_failure(folder, str(err))
-        return err.exit_code if isinstance(err, Refusal) else ExitCode.REFUSED_INPUT
+        return ExitCode.REFUSED_INPUT
     except Exception as err:
         # an error of one rank reaches the others as a broken connection; each prints what it saw
         print(f"error: rank {world.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)

@@ -76,9 +76,9 @@ class SpikePolicy:
             return "continue"
         if self._on_spike == "rollback" and rollbacks < MAX_ROLLBACKS:
             return "rollback"
-        return self.without_rollback(row, dropped=dropped)
+        return self._without_rollback(row, dropped=dropped)
 
-    def without_rollback(self, row: dict, *, dropped: bool = False) -> Action:
+    def _without_rollback(self, row: dict, *, dropped: bool) -> Action:
         """What to do with a spike when nothing can be restored."""
         if is_finite(row) or (dropped and self.lost_in_a_row < MAX_LOST_IN_A_ROW):
             return "skip" if self._on_spike == "skip" else "log"

@@ -150,12 +150,13 @@ class Trainer:
         with collecting_garbage_together(), self._ending_in_order():
             if self._continued and self._evaluation_due() and self._evaluated_at != self.progress.step:
                 self._evaluate()  # a kill came between the save and it
+                self._stalls["seconds_eval"] = 0.0  # no step of this launch stood still for it
             while self.progress.step < self.spec.last_step and not stop_signal:
                 step = self._train_step()  # forward, backward, one all-reduce, update
+                stop_signal = step.stop_signal
                 if step.action == "rollback" and self._roll_back(step):
                     continue
                 self._record(step)
-                stop_signal = step.stop_signal
                 if stop_signal:  # whoever sent it may not wait for an evaluation
                     self._save()
                     self._finish_save()
@@ -314,7 +315,7 @@ class Trainer:
                 f"roll back to; lower training.learning_rate or training.save_interval"
             )
         if found is None:
-            self.recorder.line(f"step {row['step']}: no checkpoint yet to roll back to: going on")
+            self.recorder.line(f"step {row['step']}: a spike, and no checkpoint yet to roll back to: going on")
             return False
         ruled_out = [*self.progress.skipped, step.samples]
         self.engine.load(found)

@@ -144,7 +144,7 @@ class Recorder(SilentRecorder):
         segment = self._folder.read_run().get("segments", 0)
         self._log = MetricsLog(self._folder.metrics)
         self._receipt = ReplayReceipt(moved)
-        self._backend, self._first_step, self._began = backend, step, time.perf_counter()
+        self._backend, self._first_step = backend, step
         world_size = self._spec.plan.world_size
         self._folder.update_run(
             status="running",
@@ -192,6 +192,7 @@ class Recorder(SilentRecorder):
             f"GSA trainer {version(PROJECT)}",
             start_banner(self._spec, data, self._folder.path, device, backend=backend, tracking=tracking),
         )
+        self._began = time.perf_counter()
         return identity.id
 
     def history(self) -> History:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from support.launching import ROOT
@@ -368,3 +369,12 @@ def test_windows_per_step_follow_from_accumulation_when_no_global_batch_is_set()
     assert windows_per_step(plain, 4) == 12
     plain["training"]["gradient_accumulation_steps"] = 2
     assert windows_per_step(plain, 4) == 24
+
+
+@pytest.mark.parametrize("name", [n for n, hint in TYPES.items() if type(None) not in get_args(hint)])
+def test_null_is_refused_where_the_type_does_not_allow_it(name):
+    plain = to_plain(load_config(QUICKSTART, []))
+    section, _, key = name.partition(".")
+    plain[section][key] = None
+    with pytest.raises(ConfigError, match=key):
+        from_plain(plain)

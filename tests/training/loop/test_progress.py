@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -112,3 +114,18 @@ def test_skip_drops_the_update_of_a_spike_and_scores_count_finite_losses_only():
 
 def test_rows_read_back_hold_non_finite_numbers_as_strings():
     assert is_finite(CALM) and not is_finite({**CALM, "grad_norm": "inf"}) and not is_finite(LOST)
+
+
+def test_a_stop_signal_in_a_step_that_is_rolled_back_ends_the_run_there():
+    """The scheduler's patience is not spent on steps after it."""
+    from training.loop.trainer import Step, Trainer
+
+    trainer, steps = Trainer.__new__(Trainer), []
+    trainer.spec, trainer.progress, trainer._saved_at = SimpleNamespace(last_step=10), Progress(step=3), 3
+    trainer.stop, trainer.engine = SimpleNamespace(listen=lambda: None), SimpleNamespace(train=lambda: None)
+    trainer._open_loader = trainer._finish_save = lambda: None
+    trainer.loader, trainer._continued = SimpleNamespace(close=lambda: None), False
+    trainer._train_step = lambda: steps.append(1) or Step({}, "rollback", [0, 4], signal.SIGTERM)
+    trainer._roll_back = lambda step: True
+    trainer._finish = lambda stop_signal: stop_signal
+    assert trainer._train() == signal.SIGTERM and len(steps) == 1
