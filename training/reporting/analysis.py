@@ -414,7 +414,7 @@ def _checkpoint(found: manifest.Found, latest: str | None, *, verify: bool, live
     named = tuple(word for word, so in marks if so)
     if not found.complete:
         if legacy.is_legacy(found.path):
-            return Checkpoint(found.tag, found.step, None, None, "legacy format: training.verify checks it", None, named)
+            return Checkpoint(found.tag, found.step, None, None, "legacy: training.verify checks it", None, named)
         if not manifest.is_torn(found.path):
             return Checkpoint(found.tag, found.step, None, None, f"damaged: {found.reason}", False, named)
         torn = "unsealed: being written, or its save was interrupted" if live else "torn: its save was interrupted"
