@@ -125,3 +125,7 @@ class ModelConfig:
                 f"model.k_min={self.k_min}, model.k_base={self.k_base}, model.k_max={self.k_max} "
                 f"must not decrease in this order"
             )
+
+
+ADAPTIVE_K = get_args(get_type_hints(ModelConfig)["adaptive_k"])
+"""The choices of model.adaptive_k."""

@@ -8,13 +8,18 @@ import pytest
 
 NAMES = {
     "gsa": "ModelConfig GSAForCausalLM",
-    "gsa.checkpoint.manifest": "CheckpointError Manifest seal publish verify read resolve newest_good list_checkpoints retain",
+    "gsa.checkpoint.manifest": "CheckpointError Manifest write_durably replace_durably seal publish verify read resolve newest_good list_checkpoints retain",
     "gsa.checkpoint.state": "RunState CLIENT_KEY VERSION read_config_json read_json_object require_plain",
     "gsa.checkpoint.full_state": "FullState ParameterState Layout read_full_state read_layout read_run_state read_ds_config",
     "gsa.checkpoint.legacy": "read_legacy read_legacy_run load_legacy_model legacy_model_config is_legacy translate",
     "gsa.checkpoint.safe_load": "load",
     "gsa.weights": "load_weights save_weights",
-    "gsa.kernels": "select attend alignment_kl silu_product Index Selection Backend",
+    "gsa.config": "ModelConfig ADAPTIVE_K",
+    "gsa.attention.gated_sparse": "GatedSparseAttention Stage",
+    "gsa.attention.positions": "Positions positions",
+    "gsa.kernels": "select attend alignment_kl silu_product Index Selection Backend visible saved_by_checkpointing",
+    "gsa.kernels.kept": "kept saved_by_checkpointing",
+    "gsa.kernels.reference": "visible",
     "training.config": "Effect ConfigError OnSpike TrainingConfig DataConfig LoggingConfig RunConfig SECTIONS all_keys "
     "load_config did_you_mean BatchPlan plan_batch global_batch_size to_plain from_plain to_yaml format_help "
     "RESUME_EFFECT EFFECT_WORDS Change config_changes ModelConfig PRECISIONS SCHEDULES",

@@ -21,6 +21,8 @@ from gsa.kernels import Backend
 AttentionStage = Literal["dense", "sparse"]
 """Whether queries attend to all visible keys, while the indexer learns, or to the selected ones."""
 
+Stage = AttentionStage  # its earlier name, under which others may import it
+
 
 class AttentionOutput(NamedTuple):
     """What a layer returns.

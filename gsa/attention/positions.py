@@ -37,3 +37,6 @@ def make_positions(
     head = rotation(place, config.d_head, config.rope_base)
     indexer = head if config.d_indexer == config.d_head else rotation(place, config.d_indexer, config.rope_base)
     return Positions(doc_start, n_cached, *head, *indexer)
+
+
+positions = make_positions  # its earlier name, under which others may import it

@@ -180,6 +180,13 @@ def write_durably(path: Path, data: bytes) -> None:
         file.write(data)
 
 
+def replace_durably(temporary: Path, path: Path) -> None:
+    """Gives a finished file its name. The file and the name are on disk when this returns. Kept for others' imports."""
+    fsync(temporary)
+    os.replace(temporary, path)
+    fsync(path.parent)
+
+
 def clear_torn(step_dir: Path) -> None:
     """Removes what an interrupted save left, so that the step can be saved again. The folder need not exist.
 

@@ -274,3 +274,6 @@ def add_product(backend: Backend, total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += _product(a, b, total.dtype)
+
+
+visible, saved_by_checkpointing = visible_keys, recomputation_contexts  # their earlier names, for others' imports

@@ -26,6 +26,9 @@ def visible_keys(doc_start: torch.Tensor, n_keys: int | None = None) -> torch.Te
     return (s <= s[-T:, None]) & (s >= doc_start[..., None])
 
 
+visible = visible_keys  # its earlier name, under which others may import it
+
+
 def index_scores(q: torch.Tensor, k: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """The indexer's score of every key for every query (section 3).
 

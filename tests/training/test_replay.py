@@ -14,7 +14,10 @@ from support.launching import ROOT, Case, run_cases
 
 from gsa.attention.cache import Cache
 from gsa.generation import load_model
+from training.config import load_config
 from training.config.command import run_command
+from training.data import DataError
+from training.data.open import open_data
 from training.record.metrics_log import read_rows
 from training.replay import main
 
@@ -99,6 +102,20 @@ def test_a_missing_tokenizer_and_a_row_without_samples_are_refused(a_run, tmp_pa
     (run / "metrics.jsonl").write_text(lines.replace('"samples": 32, ', ""))
     assert run_command(main, [str(run), "--step", "4"]) == 2
     assert "has no samples" in capsys.readouterr().err
+
+
+def test_a_step_is_run_again_without_the_held_out_text(a_run, tmp_path, capsys):
+    run, text = tmp_path / "run", tmp_path / "text"
+    shutil.copytree(a_run, run)
+    source = Path(yaml.safe_load((run / "config.yaml").read_text())["data"]["data_dir"])
+    shutil.copytree(source, text)
+    for name in ("config.yaml", "metrics.jsonl"):
+        (run / name).write_text((run / name).read_text().replace(str(source), str(text)))
+    shutil.rmtree(text / "held_out")
+    with pytest.raises(DataError):
+        open_data(load_config(run / "config.yaml", []))
+    assert main([str(run), "--step", "4"]) == 0
+    assert "samples 24..31; with the weights of step_3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])

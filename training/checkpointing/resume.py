@@ -36,6 +36,11 @@ class Start:
     state: RunState
     legacy: bool
 
+    def continues(self, folder: RunFolder) -> bool:
+        """Whether the launch goes on with the run in `folder`, and does not begin one from another's checkpoint."""
+        ours = self.checkpoint.parent.resolve() == folder.path.resolve()
+        return ours and not self.legacy and self.state.step > 0
+
 
 def find_checkpoint(resume_from: str, folder: RunFolder) -> Path | None:
     """The checkpoint that --resume_from names, every byte verified; None when "auto" finds none and a new run starts.

@@ -146,3 +146,11 @@ def diverged(
         f"Nothing was saved after it; the last good checkpoint is {last_good or 'none yet'}. "
         f"Lower training.learning_rate or look at these samples, then --resume_from latest."
     )
+
+
+def diverged_too_early(row: dict) -> Diverged:
+    """The error of a step that is to be rolled back before anything was saved."""
+    return Diverged(
+        f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}, and no checkpoint yet to roll back "
+        f"to; lower training.learning_rate or training.save_interval"
+    )

@@ -15,14 +15,23 @@ from gsa.checkpoint.full_state import read_run_state
 from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import RunState
 from training.checkpointing.resume import Start, restore
-from training.checkpointing.saver import Retention, Saver, SaveReport
+from training.checkpointing.saver import Retention, Saver
 from training.config import RunSpec, to_plain
 from training.data import Loader, PackedTokens
 from training.engine.build import build_engine
 from training.engine.world import World
 from training.loop.evaluate import Evaluator
 from training.loop.progress import Progress
-from training.loop.spike_policy import Action, Diverged, SpikePolicy, describe, diverged, is_finite, spike_event
+from training.loop.spike_policy import (
+    Action,
+    Diverged,
+    SpikePolicy,
+    describe,
+    diverged,
+    diverged_too_early,
+    is_finite,
+    spike_event,
+)
 from training.loop.step import StepSums, forward_backward, reduce_step, sum_over_ranks
 from training.loop.stopping import StopRequest
 from training.loop.watchdog import Watchdog
@@ -78,12 +87,7 @@ class Trainer:
         if start is not None:
             self._load(start)
         self._first_step = self.progress.step
-        self._continued = (
-            start is not None
-            and not start.legacy
-            and start.state.step > 0
-            and start.checkpoint.parent.resolve() == folder.path.resolve()
-        )
+        self._continued = start is not None and start.continues(folder)
         identity = self.recorder.begin(
             checkpoint=start and start.checkpoint,
             state=start and start.state,
@@ -101,14 +105,13 @@ class Trainer:
             background=self.cfg.async_save,
             bytes_needed=bytes_needed,
             retention=Retention(self.cfg.keep_last, self.cfg.keep_every),
-            published=self._report_save,
+            published=lambda report: self._report(report.event(), *report.lines()),
             beat=lambda: self.watchdog.beat("save"),
         )
         self.evaluator = Evaluator(
             self.engine, spec, data, held_out, world, beat=lambda: self.watchdog.beat("evaluate")
         )
         self._saved_at = self.progress.step if self._continued else -1  # another folder's checkpoint is not ours yet
-        self._stalls = {"seconds_save": 0.0, "seconds_eval": 0.0}  # the loop stood still since the step before
 
     def _load(self, start: Start) -> None:
         self.watchdog.beat("load")
@@ -149,8 +152,7 @@ class Trainer:
         self._open_loader()
         with collecting_garbage_together(), self._ending_in_order():
             if self._continued and self._evaluation_due() and self._evaluated_at != self.progress.step:
-                self._evaluate()  # a kill came between the save and it
-                self._stalls["seconds_eval"] = 0.0  # no step of this launch stood still for it
+                self._report(*self.evaluator.evaluate(self.progress.step))  # a kill came between the save and it
             while self.progress.step < self.spec.last_step and not stop_signal:
                 step = self._train_step()  # forward, backward, one all-reduce, update
                 stop_signal = step.stop_signal
@@ -161,9 +163,12 @@ class Trainer:
                     self._save()
                     self._finish_save()
                 if self._evaluation_due():
-                    self._evaluate()
+                    with self.telemetry.stalled("seconds_eval"):
+                        self._report(*self.evaluator.evaluate(self.progress.step))
                 if is_due(self.cfg.sample_interval, self.progress.step):
-                    self._complete_prompts()
+                    with self.telemetry.stalled("seconds_eval"):
+                        for event, line in self.evaluator.complete_prompts(self.progress.step):
+                            self._report(event, line)
                 if self._save_due():
                     self._save()
                 if is_due(GC_INTERVAL, self.progress.step):
@@ -272,8 +277,7 @@ class Trainer:
             raise diverged(row, sums, samples, plan=plan, data=self.data, world=self.world, last_good=newest)
         row |= totals.measurements(probing=probing)
         row |= self.telemetry.of_step(began, totals.rank_shares, selected=totals.selected, visible=totals.visible)
-        row |= self._stalls | {"time": time.time()}
-        self._stalls = dict.fromkeys(self._stalls, 0.0)
+        row["time"] = time.time()
         stop_signal = self.stop.agree(self.world.device) if signals else 0
         return Step(row, action, samples, stop_signal)
 
@@ -308,13 +312,10 @@ class Trainer:
         found, passed_over = self.saver.newest_good()
         for line in passed_over:
             self.recorder.warn(line)
-        if found is None and not is_finite(row):
-            self.recorder.last_row(row)
-            raise Diverged(
-                f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}, and no checkpoint yet to "
-                f"roll back to; lower training.learning_rate or training.save_interval"
-            )
         if found is None:
+            if not is_finite(row):
+                self.recorder.last_row(row)
+                raise diverged_too_early(row)
             self.recorder.line(f"step {row['step']}: a spike, and no checkpoint yet to roll back to: going on")
             return False
         ruled_out = [*self.progress.skipped, step.samples]
@@ -336,17 +337,10 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         return is_due(self.cfg.eval_interval, self.progress.step) or self.progress.step == self.spec.last_step
 
-    def _evaluate(self) -> None:
-        with self._counted_as("seconds_eval"):
-            event, line = self.evaluator.evaluate(self.progress.step)
-            self.recorder.event(event)
+    def _report(self, event: dict, *lines: str) -> None:
+        self.recorder.event(event)
+        for line in lines:
             self.recorder.line(line)
-
-    def _complete_prompts(self) -> None:
-        with self._counted_as("seconds_eval"):
-            for event, line in self.evaluator.complete_prompts(self.progress.step):
-                self.recorder.event(event)
-                self.recorder.line(line)
 
     def _save_due(self) -> bool:
         # while losses are not finite the weights may be broken: none of the good ones is to make room for them
@@ -366,7 +360,7 @@ class Trainer:
             zero_stage=self.engine.zero_stage,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        with self._counted_as("seconds_save"):
+        with self.telemetry.stalled("seconds_save"):
             self.saver.start(state)
         self._saved_at = self.progress.step
 
@@ -374,18 +368,6 @@ class Trainer:
         """Nobody exits before the checkpoint exists."""
         self.watchdog.beat("save")
         self.saver.finish()
-
-    def _report_save(self, report: SaveReport) -> None:
-        self.recorder.event(report.event())
-        for line in report.lines():
-            self.recorder.line(line)
-
-    @contextmanager
-    def _counted_as(self, name: str) -> Iterator[None]:
-        """Adds the seconds of its block to the stalls that the next step's row reports."""
-        began = time.perf_counter()
-        yield
-        self._stalls[name] += time.perf_counter() - began
 
 
 def is_due(interval: int, step: int) -> bool:

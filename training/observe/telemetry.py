@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import psutil
 import torch
@@ -35,6 +37,7 @@ class Telemetry:
         self._before = psutil.Process().memory_info().rss
         self._clock = StepClock(world.device)
         self._own_seconds = 0.0
+        self._stalls = {"seconds_save": 0.0, "seconds_eval": 0.0}
         self._retries = 0
         self._monitor = Monitor() if self._on_gpu and world.is_main else None
 
@@ -56,6 +59,13 @@ class Telemetry:
     def enter_phase(self, name: str) -> None:
         """A phase of the step begins, and the one before ends."""
         self._clock.lap(name)
+
+    @contextmanager
+    def stalled(self, name: str) -> Iterator[None]:
+        """Adds the seconds of its block, in which no step runs, to those that the next step's row reports."""
+        began = time.perf_counter()
+        yield
+        self._stalls[name] += time.perf_counter() - began
 
     def shares(self, like: torch.Tensor) -> torch.Tensor:
         """This rank's part of (2, ranks), zeros elsewhere: seconds of the step before, allocator retries since then.
@@ -102,7 +112,8 @@ class Telemetry:
         }
         if self._on_gpu:
             row["allocator_retries"] = int(retries.max())
-        return row | ({} if self._monitor is None else self._monitor.read())
+        stalls, self._stalls = self._stalls, dict.fromkeys(self._stalls, 0.0)
+        return row | ({} if self._monitor is None else self._monitor.read()) | stalls
 
     def messages(self) -> list[str]:
         """Errors in sampling the GPUs since the last call."""
