@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
@@ -22,11 +22,15 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 from gsa.checkpoint.manifest import CheckpointError  # noqa: E402
 from training.config import format_help  # noqa: E402
 from training.config.command import snake_case_flags  # noqa: E402
-from training.config.exit_codes import ExitCode, Refusal  # noqa: E402
+from training.config.exit_codes import ExitCode, Refusal, exit_code_of  # noqa: E402
+from training.engine.rendezvous import Meeting, meet  # noqa: E402
 from training.engine.world import environment_rank, exit_process  # noqa: E402
 from training.loop.preflight import prepare  # noqa: E402
 from training.observe.console import LogLevel  # noqa: E402
-from training.observe.terminal import survive_hangup  # noqa: E402
+from training.observe.terminal import survive_lost_output  # noqa: E402
+
+MEETING_S = 600.0
+"""Seconds to wait for ranks that have not come, or that are still reading their input."""
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -68,31 +72,51 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
-    args = parse(argv)
-    survive_hangup()
+    survive_lost_output()
+    meeting, refused = None, None
     try:
-        prepared = prepare(args)
+        meeting = meet(MEETING_S)
+        prepared = prepare(parse(argv))
     except (Refusal, CheckpointError) as err:
-        return _refuse(err)
+        refused = str(err), exit_code_of(err)
+    except SystemExit as end:  # of argparse, which has printed why
+        if not end.code:
+            raise
+        refused = "its command line is refused; what it printed says why", ExitCode.REFUSED_CONFIG
+    except Exception as err:
+        print(f"error: rank {environment_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        refused = f"{type(err).__name__}: {err}", ExitCode.FAILED
+    if (code := tell_the_others(meeting, refused)) is not None:
+        return code
 
     # DeepSpeed takes seconds to import: not before the input is known to be good
     from training.engine.engine import start
     from training.loop.run import run
 
     timeout_s = max(600.0, 20 * prepared.spec.cfg.training.hang_timeout_s)
-    world = start(timeout_s=timeout_s, verbose=prepared.log_level == "debug")
+    world = start(timeout_s=timeout_s, verbose=prepared.log_level == "debug", meeting=meeting)
     code = run(prepared, world)
     if code == ExitCode.FINISHED:
         world.leave()
     return code
 
 
-def _refuse(err: Refusal | CheckpointError) -> ExitCode:
-    if environment_rank() == 0:
-        print(f"error: {err}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(10)  # a launcher ends all ranks when the first one exits: rank 0 prints the message
-    return err.exit_code if isinstance(err, Refusal) else ExitCode.REFUSED_INPUT
+def tell_the_others(meeting: Meeting | None, refused: tuple[str, int] | None) -> int | None:
+    """Prints what this rank or another has refused, and returns the exit code of all; None when all are ready.
+
+    meeting: of this launch; None for a rank that is alone, or that did not find the others.
+    """
+    if meeting is None:
+        if refused is not None:
+            print(f"error: {refused[0]}", file=sys.stderr, flush=True)
+        return refused and refused[1]
+    heard = meeting.hear_all(*refused or (None,))
+    if heard is None:
+        return None
+    if meeting.speaks:
+        print(f"error: {heard}", file=sys.stderr, flush=True)
+    meeting.part()
+    return heard.exit_code
 
 
 if __name__ == "__main__":

@@ -19,11 +19,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Case:
-    """One launch of a training run: the arguments of training/train.py, and the expected exit code."""
+    """One launch of a training run: the arguments of training/train.py, and the expected exit code.
+
+    rank_1: arguments that only rank 1 is given. rank_1_cwd: the working directory of rank 1, where relative paths lead
+    elsewhere.
+    """
 
     name: str
     argv: tuple[str, ...]
     code: int = 0
+    rank_1: tuple[str, ...] = ()
+    rank_1_cwd: str | None = None
 
 
 _AT_START = dict(os.environ)
@@ -76,8 +82,8 @@ def rank_environment() -> dict[str, str]:
     }
 
 
-def run_cases(ranks: int, cases: Sequence[Case], folder: Path, *, timeout_s: float = 900) -> str:
-    """Runs the cases one after another on the same `ranks` processes; returns what they printed.
+def run_cases(ranks: int, cases: Sequence[Case], folder: Path, *, timeout_s: float = 900, cwd: Path = ROOT) -> str:
+    """Runs the cases one after another on the same `ranks` processes in `cwd`; returns what they printed.
 
     AssertionError with the end of the output unless each case ends with its expected exit code.
     """
@@ -95,7 +101,7 @@ def run_cases(ranks: int, cases: Sequence[Case], folder: Path, *, timeout_s: flo
         str(ROOT / "tests" / "support" / "run_cases_on_rank.py"),
         str(script),
     ]
-    done = subprocess.run(command, cwd=ROOT, env=rank_environment(), capture_output=True, text=True, timeout=timeout_s)
+    done = subprocess.run(command, cwd=cwd, env=rank_environment(), capture_output=True, text=True, timeout=timeout_s)
     output = done.stdout + done.stderr
     assert done.returncode == 0, f"{ranks} ranks:\n{output[-12000:]}"
     return output
@@ -134,6 +140,22 @@ def start_training(
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
+
+
+def start_ranks(argvs: Sequence[Sequence[str]], env: dict[str, str] | None = None) -> list[subprocess.Popen]:
+    """Starts training/train.py once for each of `argvs`, as ranks without a launcher: none ends the others."""
+    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(len(argvs))}
+    return [
+        subprocess.Popen(
+            [sys.executable, "training/train.py", *argv],
+            cwd=ROOT,
+            env={**rank_environment(), **together, "RANK": str(rank), "LOCAL_RANK": str(rank), **(env or {})},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank, argv in enumerate(argvs)
+    ]
 
 
 def train_alone(argv: Sequence[str], *, timeout_s: float = 400) -> subprocess.CompletedProcess:

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -17,13 +18,16 @@ def main() -> int:
     cases = json.loads(Path(sys.argv[1]).read_text())
     world = start(timeout_s=120)
     freeze, gc.freeze, gc.unfreeze = gc.freeze, lambda: None, lambda: None  # runs may not freeze objects themselves
+    home = os.getcwd()
     for case in cases:
         # Every start of an engine and every run collects garbage. Freezing keeps these collections from walking all
         # that the first case has imported; little else is left of the last case.
         gc.collect()
         freeze()
+        argv = [*case["argv"], *(case["rank_1"] if world.rank == 1 else ())]
+        os.chdir((case["rank_1_cwd"] if world.rank == 1 else None) or home)
         try:
-            prepared = prepare(parse(case["argv"]))
+            prepared = prepare(parse(argv))
         except Exception:
             print(f"case {case['name']}:\n{traceback.format_exc()}", flush=True)
             return 1

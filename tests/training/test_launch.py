@@ -22,7 +22,7 @@ from support.tiny_dataset import write_dataset
 from gsa.checkpoint import manifest
 from training import train
 from training.engine.launcher import output_dir, true_code
-from training.observe.terminal import Terminal
+from training.observe.terminal import LossyStream
 from training.record.metrics_log import read_rows
 
 WAIT_S = 60
@@ -421,7 +421,7 @@ def test_a_closed_terminal_counts_as_a_signal_and_a_second_signal_ends_the_ranks
 def test_a_run_can_go_on_printing_after_its_terminal_was_closed():
     ours, theirs = os.openpty()
     with os.fdopen(theirs, "w") as stream:
-        terminal = Terminal(stream)
+        terminal = LossyStream(stream)
         print("shown", file=terminal, flush=True)
         assert terminal.isatty() and os.read(ours, 100) == b"shown\r\n"
         os.close(ours)

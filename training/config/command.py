@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gsa.checkpoint.manifest import CheckpointError
-from training.config.exit_codes import ExitCode, Refusal
+from training.config.exit_codes import Refusal, exit_code_of
 
 
 def command_parser(name: str, doc: str | None, **options: object) -> argparse.ArgumentParser:
@@ -52,4 +52,4 @@ def run_command(main: Callable[[list[str]], int], argv: Sequence[str] | None = N
         return main(snake_case_flags(sys.argv[1:] if argv is None else argv))
     except (Refusal, CheckpointError) as err:
         print(f"error: {err}", file=sys.stderr, flush=True)
-        return err.exit_code if isinstance(err, Refusal) else ExitCode.REFUSED_INPUT
+        return exit_code_of(err)

@@ -25,3 +25,8 @@ class Refusal(ValueError):
     """Input that is refused before anything is changed. The message says what is wrong, where, and how to mend it."""
 
     exit_code: ClassVar[ExitCode] = ExitCode.REFUSED_CONFIG
+
+
+def exit_code_of(err: Exception) -> ExitCode:
+    """The exit code of a Refusal or a CheckpointError."""
+    return err.exit_code if isinstance(err, Refusal) else ExitCode.REFUSED_INPUT

@@ -38,6 +38,7 @@ from gsa.checkpoint.manifest import CheckpointError  # noqa: E402
 from gsa.checkpoint.state import CLIENT_KEY  # noqa: E402
 from training.config import TrainingConfig  # noqa: E402
 from training.engine.optimizer import group_hyperparameters, schedule_factor  # noqa: E402
+from training.engine.rendezvous import Meeting  # noqa: E402
 from training.engine.reshape import install, zero_padding  # noqa: E402
 from training.engine.snapshot import HostBuffers, Snapshot, host_tree  # noqa: E402
 from training.engine.world import World, environment_world_size  # noqa: E402
@@ -51,10 +52,11 @@ T = TypeVar("T")
 DEEPSPEED_VERSION: str = deepspeed.__version__
 
 
-def start(timeout_s: float, *, verbose: bool = False) -> World:
+def start(timeout_s: float, *, verbose: bool = False, meeting: Meeting | None = None) -> World:
     """Joins the process group of the launcher (`deepspeed` or `torchrun`); without one, makes a group of one rank.
 
     timeout_s: how long a collective waits for a late rank before it raises. verbose: DeepSpeed logs at level INFO.
+    meeting: where the ranks have met already; the group is made from its store.
     """
     if "RANK" not in os.environ:
         with socket.socket() as probe:
@@ -86,6 +88,16 @@ def start(timeout_s: float, *, verbose: bool = False) -> World:
     warnings.filterwarnings("ignore", category=FutureWarning, module="deepspeed")
     # nothing in training draws from it; seeded all the same, so that runs cannot differ by accident
     random.seed(0)
+    if meeting is not None:
+        # as DeepSpeed would, but from the store that exists: its port is taken
+        dist.init_process_group(
+            get_accelerator().communication_backend_name(),
+            store=dist.PrefixStore("group", meeting.store),
+            rank=meeting.rank,
+            world_size=meeting.size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if on_gpu else None,
+        )
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=timeout_s))
     return World(dist.get_rank(), dist.get_world_size(), local_rank, local_size, device)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,9 +31,11 @@ SOFT_EPOCH_LIMIT = 4.0
 class Prepared:
     """A run whose input has been read and found good, before any process group exists.
 
-    start, bytes_needed: known on rank 0 alone, which has read the run folder and the checkpoint.
+    given: what this rank was started with. spec: with the keys that the checkpoint decides, on rank 0. start,
+    bytes_needed: known on rank 0 alone, which has read the run folder and the checkpoint.
     """
 
+    given: RunSpec
     spec: RunSpec
     folder: RunFolder
     start: Start | None
@@ -55,15 +57,16 @@ def prepare(args: argparse.Namespace) -> Prepared:
     if cfg.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("logging.tensorboard=true needs a package that is not installed: pip install tensorboard")
     folder = RunFolder(args.output_dir, warn=_print_warning if is_main else lambda text: None)
+    given = RunSpec(cfg, plan, ds_config)
     if not is_main:
-        return Prepared(RunSpec(cfg, plan, ds_config), folder, None, 0, args.log_level)
+        return Prepared(given, given, folder, None, 0, args.log_level)
 
     folder.claim(args.resume_from)
     require_rows(folder.metrics)
     found = find_checkpoint(args.resume_from, folder) if args.resume_from else None
     if found is not None:
         cfg = decided_by(found, cfg)
-    spec = RunSpec(cfg, plan, ds_config)
+    spec = replace(given, cfg=cfg)
     data, _ = open_data(cfg)  # makes the window tables, which the other ranks then find
     _require_tokenizer(cfg, data)
     start = None
@@ -77,7 +80,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
     _announce_epochs(spec, data)
     if plan.note and not quiet:
         print(plan.note, flush=True)
-    return Prepared(spec, folder, start, bytes_needed, args.log_level)
+    return Prepared(given, spec, folder, start, bytes_needed, args.log_level)
 
 
 def _print_warning(text: str) -> None:

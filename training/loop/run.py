@@ -9,10 +9,9 @@ from dataclasses import replace
 
 from gsa.checkpoint.manifest import CheckpointError
 from training.config import to_yaml
-from training.config.exit_codes import ExitCode
-from training.data import DataError
-from training.data.open import open_data
+from training.config.exit_codes import ExitCode, Refusal, exit_code_of
 from training.engine.world import World
+from training.loop.agreement import open_same_data, require_same_folder
 from training.loop.preflight import Prepared
 from training.loop.spike_policy import Diverged
 from training.loop.trainer import Trainer
@@ -27,13 +26,17 @@ def run(prepared: Prepared, world: World) -> ExitCode:
     cfg, start, launch = world.broadcast((prepared.spec.cfg, prepared.start, time.time_ns()))
     spec = replace(prepared.spec, cfg=cfg)
     try:
-        data, held_out = open_data(spec.cfg)
-        if world.is_main:
-            folder.write_inputs(config_yaml=to_yaml(spec.cfg), ds_config=spec.ds_config)
-        world.barrier()
-        timeout_s = spec.cfg.training.hang_timeout_s
+        data, held_out = open_same_data(prepared.given, cfg, world)
+        require_same_folder(folder, world)
+        world.from_main(lambda: folder.write_inputs(config_yaml=to_yaml(cfg), ds_config=spec.ds_config))
+    except (Refusal, CheckpointError) as err:  # the same on every rank
+        if world.local_rank == 0:
+            print(f"error: {err}", file=sys.stderr, flush=True)
+        world.barrier()  # a launcher ends all ranks when the first one exits
+        return exit_code_of(err)
+    try:
         with Watchdog(
-            folder.path, rank=world.rank, size=world.size, timeout_s=timeout_s, launch=str(launch)
+            folder.path, rank=world.rank, size=world.size, timeout_s=cfg.training.hang_timeout_s, launch=str(launch)
         ) as watchdog:
             trainer = Trainer(
                 spec,
@@ -55,11 +58,11 @@ def run(prepared: Prepared, world: World) -> ExitCode:
             print(f"error: {err}", file=sys.stderr, flush=True)
         world.barrier()  # a launcher ends all ranks when the first one exits: rank 0 has printed its message by now
         return ExitCode.DIVERGED
-    except (CheckpointError, DataError) as err:
+    except (Refusal, CheckpointError) as err:
         print(f"error: rank {world.rank}: {err}", file=sys.stderr, flush=True)
         if world.is_main and folder.read_run().get("status") == "running":  # it had begun: a save or a read failed
             _record_failure(folder, str(err))
-        return ExitCode.REFUSED_INPUT
+        return exit_code_of(err)
     except Exception as err:
         # an error of one rank reaches the others as a broken connection; each prints what it saw
         print(f"error: rank {world.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
