@@ -429,6 +429,31 @@ def test_a_run_can_go_on_printing_after_its_terminal_was_closed():
             print("dropped", file=terminal, flush=True)
 
 
+def test_a_run_needs_no_output(tmp_path, tiny_yaml):
+    """A full log disk, a reader that has gone (`| head`), and descriptors that were closed before the start."""
+
+    def run(name: str, **streams) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "training/train.py", "--config", str(tiny_yaml), "--output_dir", str(tmp_path / name)],
+            cwd=ROOT,
+            env=rank_environment(),
+            **streams,
+        )
+
+    with open("/dev/full", "w") as full:
+        runs = {"full": run("full", stdout=full, stderr=full)}
+    runs["closed"] = run("closed", preexec_fn=lambda: os.closerange(0, 3))
+    reading, writing = os.pipe()
+    runs["head"] = run("head", stdout=writing, stderr=writing)
+    os.close(writing)
+    os.close(reading)
+    for name, process in runs.items():
+        assert process.wait(timeout=300) == 0, name
+        assert json.loads((tmp_path / name / "run.json").read_text())["status"] == "finished"
+        rows = read_rows(tmp_path / name / "metrics.jsonl")  # nothing that was printed went into a file
+        assert [row["step"] for row in rows if "loss" in row] == list(range(1, len(steps_of(tmp_path / name)) + 1))
+
+
 def test_a_signal_before_there_is_a_rank_ends_the_launch(wrapped):
     folder, code, output = wrapped["before there is a rank"]
     assert code == 128 + signal.SIGTERM, output[-3000:]

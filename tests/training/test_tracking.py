@@ -83,7 +83,7 @@ class TrackedLaunch:
         folder.mkdir(exist_ok=True)
         kept = [old for old in read_rows(folder / "metrics.jsonl") if old["step"] <= step]
         (folder / "metrics.jsonl").write_text("".join(json.dumps(old) + "\n" for old in kept))
-        self.log = MetricsLog(folder / "metrics.jsonl")
+        self.log = MetricsLog(folder / "metrics.jsonl", print)
         self.tracker = Tracker(
             cfg, output_dir=folder, run_id=RUN, config=more.pop("config", CONFIG), step=step, limits=limits, **more
         )

@@ -14,7 +14,8 @@ One save, from `start` to its checkpoint. At most one is in flight; a new one fi
        |
     published             rank 0's thread: `latest` names it, older ones are deleted; then the loop reports it
 
-An error on any rank in any phase is raised on all ranks, at the next `poll` or `finish`.
+An error on any rank in any phase reaches all ranks at the next `poll` or `finish`. It ends no run: the step counts as
+not saved, what was written of it is removed, and the next save tries again. `save_last` alone raises it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -108,8 +110,11 @@ class _Task(threading.Thread):
 @dataclass
 class _InFlight:
     state: RunState
+    output_dir: Path
     task: _Task
     sealing: bool = False
+    good: bool = False
+    """Whether the checkpoint is sealed, and nothing is known to be wrong with it."""
     outcome: str = "was not saved"
     """What is true of the checkpoint if an error ends its save now."""
     stall_s: float = 0.0
@@ -120,12 +125,18 @@ class _InFlight:
     def tag(self) -> str:
         return f"step_{self.state.step}"
 
+    @property
+    def step_dir(self) -> Path:
+        return self.output_dir / self.tag
+
 
 class Saver:
-    """All methods are called by every rank at the same step; only `start` and `finish` wait for anything.
+    """All methods are called by every rank at the same step; `poll` alone waits for nothing.
 
-    background: False writes before `start` returns. bytes_needed: the expected size of the first save. published:
-    called on rank 0 with every checkpoint once it exists. beat: called now and then while waiting, as a sign of life.
+    background: False writes before `start` returns. bytes_needed: the expected size of the first save. saved_at: the
+    step whose checkpoint is in output_dir already, or -1. published: called on rank 0 with every checkpoint once it
+    exists. failed: called on every rank with the step and the reason of each save that failed, `save_last` apart.
+    beat: called now and then while waiting, as a sign of life.
     """
 
     def __init__(
@@ -138,30 +149,91 @@ class Saver:
         retention: Retention,
         bytes_needed: int,
         published: Callable[[SaveReport], None],
+        failed: Callable[[int, str], None],
+        saved_at: int = -1,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._world, self._dir = engine, world, output_dir
+        self._failed = failed
+        self.saved_at = saved_at
+        """The step that was saved last, or whose save is in flight; -1: none, or the last one failed."""
         self._buffers = HostBuffers(pin=world.device.type == "cuda") if background else None
         self._retention, self._bytes_needed, self._published, self._beat = retention, bytes_needed, published, beat
         self._flight: _InFlight | None = None
 
     def start(self, state: RunState) -> None:
-        """Begins the save of the state after `state.step` steps.
+        """Begins the save of the state after `state.step` steps, once the last save has ended."""
+        began = time.perf_counter()
+        self.finish()
+        with self._going_on(state.step):
+            self._begin(state, self._dir)
+            if self._buffers is None:
+                self._end(stall_since=began)
+            else:
+                self._flight.stall_s = time.perf_counter() - began
 
-        Raises CheckpointError on all ranks when the last save failed, the disk has no room, or the tag is taken.
+    def save_last(self, state: RunState, emergency_dir: str | None) -> None:
+        """Saves the state that the run ends with, and waits for it.
+
+        Raises CheckpointError on all ranks when that fails. emergency_dir: a folder, best on another disk, in which a
+        copy is saved then, in a folder of the run's own; the message says where, or why that failed too.
         """
         began = time.perf_counter()
         self.finish()
+        try:
+            self._begin(state, self._dir)
+            self._end(stall_since=began)
+        except CheckpointError as err:
+            self._abandon()
+            if self.saved_at == state.step:
+                self._failed(state.step, str(err))
+                return
+            if emergency_dir is None:
+                raise
+            raise CheckpointError(f"{err}\n{self._rescue(state, Path(emergency_dir))}") from err
+
+    def _rescue(self, state: RunState, emergency_dir: Path) -> str:
+        """Saves into the emergency folder, and says where the checkpoint lies and what to do with it."""
+        folder = emergency_dir / f"{self._dir.resolve().name}_{state.tracking_id}"
+        try:
+            self._world.from_main(lambda: _make_folder(folder))
+            self._begin(state, folder)
+            self._end()
+        except CheckpointError as err:
+            self._abandon()
+            return f"It could not be saved in training.emergency_dir either: {err}"
+        return (
+            f"Nothing is lost: {folder / f'step_{state.step}'} holds it. Mend the disk, copy that folder to "
+            f"{self._dir}, then --resume_from auto"
+        )
+
+    def _begin(self, state: RunState, output_dir: Path) -> None:
         tag = f"step_{state.step}"
-        refused = self._world.from_main(lambda: self._refusal(self._dir / tag))
+        refused = self._world.from_main(lambda: self._refusal(output_dir, tag))
         if refused is not None:
             raise CheckpointError(refused)
-        snapshot = self._engine.snapshot(self._dir, tag, state.to_dict(), buffers=self._buffers)
-        self._flight = _InFlight(state, _Task(lambda: _write(snapshot, state.config, self._dir / tag)))
-        if self._buffers is None:
-            self.finish(stall_since=began)
-        else:
-            self._flight.stall_s = time.perf_counter() - began
+        snapshot = self._engine.snapshot(output_dir, tag, state.to_dict(), buffers=self._buffers)
+        task = _Task(lambda: _write(snapshot, state.config, output_dir / tag))
+        self._flight, self.saved_at = _InFlight(state, output_dir, task), state.step
+
+    @contextmanager
+    def _going_on(self, step: int) -> Iterator[None]:
+        """Reports a CheckpointError of its block, which is raised on all ranks, instead of raising it."""
+        try:
+            yield
+        except CheckpointError as err:
+            self._abandon()
+            self._failed(step, str(err))
+
+    def _abandon(self) -> None:
+        """The save in flight has failed: unless it is good, it counts as not saved and gives its room back."""
+        flight, self._flight = self._flight, None
+        if flight is not None and flight.good:
+            return
+        self.saved_at = -1
+        if flight is not None and self._world.is_main:
+            with suppress(CheckpointError, OSError):  # the disk may refuse this as well
+                manifest.clear_torn(flight.step_dir)
 
     def status(self) -> tuple[float, float]:
         """(done, failed) of this rank's task, each 0 or 1: to be summed over ranks and given to `poll`."""
@@ -171,15 +243,22 @@ class Saver:
         return 1.0, float(task.error is not None)
 
     def poll(self, done: float, failed: float) -> None:
-        """Begins the next phase of the save in flight once every rank is done with this one.
+        """Begins the next phase of the save in flight once every rank is done with this one, or any has failed.
 
-        done, failed: `status`, summed over ranks. Raises CheckpointError on all ranks when any has failed.
+        done, failed: `status`, summed over ranks.
         """
         if self._flight is not None and (failed or done == self._world.size):
-            self._end_phase()
+            with self._going_on(self._flight.state.step):
+                self._end_phase()
 
-    def finish(self, *, stall_since: float | None = None) -> None:
-        """Waits until the save in flight, if any, is published. Raises CheckpointError on all ranks if it fails."""
+    def finish(self) -> None:
+        """Waits until the save in flight, if any, is published or has failed."""
+        if self._flight is not None:
+            with self._going_on(self._flight.state.step):
+                self._end()
+
+    def _end(self, *, stall_since: float | None = None) -> None:
+        """Waits until the save in flight is published. Raises CheckpointError on all ranks if it fails."""
         while self._flight is not None:
             self._end_phase(stall_since)
 
@@ -187,17 +266,17 @@ class Saver:
         """The newest checkpoint whose every byte is good, or None, and a line for each that was passed over."""
         return self._world.from_main(lambda: manifest.newest_good(self._dir))
 
-    def _refusal(self, step_dir: Path) -> str | None:
-        """Removes what an interrupted save left at step_dir; why nothing can be saved there, or None."""
+    def _refusal(self, output_dir: Path, tag: str) -> str | None:
+        """Removes what an interrupted save left; why nothing can be saved there, or None."""
         try:
-            manifest.clear_torn(step_dir)
-            manifest.require_space(self._dir, self._bytes_needed)
+            manifest.clear_torn(output_dir / tag)
+            manifest.require_space(output_dir, self._bytes_needed)
         except (CheckpointError, OSError) as err:  # the other ranks wait for the answer
             return str(err)
         return None
 
-    def _wait_for_all(self, flight: _InFlight) -> list[tuple[dict | None, str | None, str]]:
-        """Waits until every rank's task is done; (files written, error, outcome) of each.
+    def _wait_for_all(self, flight: _InFlight) -> list[tuple[dict | None, str | None, str, bool]]:
+        """Waits until every rank's task is done; (files written, error, outcome, good) of each.
 
         It waits in rounds, with a sign of life in each: no rank sits in one collective for as long as another's disk
         takes.
@@ -208,7 +287,9 @@ class Saver:
             self._beat()
             done = not task.is_alive()
             written = task.result if done and not flight.sealing else None
-            shared = self._world.gather((written, _error_text(task.error), flight.outcome) if done else None)
+            shared = self._world.gather(
+                (written, _error_text(task.error), flight.outcome, flight.good) if done else None
+            )
             if None not in shared:
                 return shared
 
@@ -217,10 +298,9 @@ class Saver:
         flight = self._flight
         shared = self._wait_for_all(flight)
         flight.cpu_s += flight.task.cpu_s
-        failed = [f"rank {rank}: {text}" for rank, (_, text, _) in enumerate(shared) if text is not None]
+        failed = [f"rank {rank}: {text}" for rank, (_, text, *_) in enumerate(shared) if text is not None]
         if failed:
-            self._flight = None
-            outcome = shared[0][2]  # of rank 0, which seals
+            _, _, outcome, flight.good = shared[0]  # rank 0 seals
             raise CheckpointError(f"{flight.tag} {outcome}:\n  " + "\n  ".join(failed)) from flight.task.error
         if not flight.sealing:
             hashes = {name: entry for part, *_ in shared for name, entry in part.items()}
@@ -239,15 +319,24 @@ class Saver:
             )
 
     def _seal_and_publish(self, flight: _InFlight, hashes: dict[str, tuple[int, str]]) -> tuple[int, list[Removed]]:
-        sealed = manifest.seal(self._dir / flight.tag, hashes=hashes)
+        sealed = manifest.seal(flight.step_dir, hashes=hashes)
+        flight.good = True
         flight.outcome = "was saved, and `auto` finds it, but `latest` could not be set to it"
-        manifest.publish(self._dir, flight.tag)
+        manifest.publish(flight.output_dir, flight.tag)
+        flight.good = False
         flight.outcome = "was saved, and older ones stay, since reading it back failed"
         removed: list[Removed] = []
         if self._retention.keep_last is not None:
             # one thread: reading it back must not take the loop's cores
-            removed = manifest.retain(self._dir, self._retention.keep_last, self._retention.keep_every, threads=1)
+            removed = manifest.retain(
+                flight.output_dir, self._retention.keep_last, self._retention.keep_every, threads=1
+            )
         return sum(entry.bytes for entry in sealed.files.values()), removed
+
+
+def _make_folder(path: Path) -> None:
+    with manifest.writing(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def _error_text(error: Exception | None) -> str | None:

@@ -153,6 +153,11 @@ class TrainingConfig:
     keep_every: int | None = key(
         None, "Never delete the checkpoints of steps that are multiples of this.", at_least=1, resume="harmless"
     )
+    emergency_dir: str | None = key(
+        None,
+        "Existing folder, best on another disk, for the last checkpoint of a run whose own folder refuses it.",
+        resume="harmless",
+    )
     async_save: bool = key(True, "Write checkpoints in the background, from a copy in host memory.", resume="harmless")
     log_interval: int = key(
         10, "Steps between printed lines when not on a terminal; 0: every step.", at_least=0, resume="harmless"

@@ -7,7 +7,7 @@ import platform
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 import gsa
-import training
 from gsa.checkpoint.manifest import writing
 from gsa.units import flatten
 from training.config import ConfigError, RunConfig, RunSpec, to_plain
@@ -129,11 +128,14 @@ def _started_with(spec: RunSpec) -> dict[str, Any]:
     }
 
 
-def source_digest() -> str:
-    """The sha256 of the names and contents of all source files of this project."""
+PACKAGES = (Path(gsa.__file__).parent, Path(__file__).parents[1])
+"""The folders of gsa and training."""
+
+
+def source_digest(packages: Sequence[Path] = PACKAGES) -> str:
+    """The sha256 of the names and contents of all source files in the folders `packages`."""
     digest = hashlib.sha256()
-    for package in (gsa, training):
-        root = Path(package.__file__).parent
+    for root in packages:
         for path in sorted(root.rglob("*.py")):
             digest.update(f"{root.name}/{path.relative_to(root)}".encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -31,11 +31,28 @@ class Score:
     bpb: float
     tokens: int
 
+    @classmethod
+    def of(cls, nats: float, tokens: float, n_bytes: float) -> Score:
+        """The score of targets with `nats` in all, that are `tokens` tokens and `n_bytes` bytes."""
+        return cls(loss=nats / tokens, bpb=nats / math.log(2) / n_bytes, tokens=int(tokens))
+
+
+class Interrupted(Exception):
+    """A stop request came, and the evaluation was broken off on all ranks."""
+
+
+class EvaluationError(RuntimeError):
+    """The evaluation failed on some rank. It is raised on all of them, none of which waits for another."""
+
 
 class Evaluator:
     """Evaluates the engine's model on the held-out text. Every rank must call each method at the same step.
 
+    interrupted: whether a rank has been asked to stop, the same on all ranks; a collective, called before each batch.
     beat: called now and then, as a sign of life.
+
+    The methods raise Interrupted, and EvaluationError on all ranks when one of them fails. Under ZeRO 3 a rank that
+    fails alone raises its own error instead: a forward pass is a collective, and the others are waiting in one.
     """
 
     def __init__(
@@ -45,48 +62,126 @@ class Evaluator:
         data: PackedTokens,
         held_out: PackedTokens,
         world: World,
+        interrupted: Callable[[], bool],
         beat: Callable[[], None],
     ) -> None:
         self._engine, self._spec, self._data, self._held_out = engine, spec, data, held_out
-        self._world, self._beat = world, beat
+        self._world, self._interrupted, self._beat = world, interrupted, beat
         self._unigram_bpb: float | None = None
 
-    def evaluate(self, step: int) -> tuple[dict, str]:
+    def evaluate(self, step: int) -> list[tuple[dict, str]]:
         """The "eval" event and a line for the console.
 
         The sparse model is scored, since that is what will be used; in the dense stage the dense one as well.
         """
         began = time.perf_counter()
-        cfg, stage = self._spec.cfg.training, self._engine.module.stage
+        stage = self._engine.module.stage
         row: dict = {"event": "eval", "step": step}
         for scored, suffix in [("sparse", "")] + ([("dense", "_dense")] if stage == "dense" else []):
             with self._stage(scored):
-                score = evaluate(
-                    self._engine,
-                    self._held_out,
-                    self._world,
-                    n_windows=cfg.eval_windows,
-                    micro_batch_size=self._spec.plan.micro_batch_size,
-                    beat=self._beat,
-                )
+                score = self._score()
             row |= {f"eval_loss{suffix}": score.loss, f"eval_bpb{suffix}": score.bpb, "eval_tokens": score.tokens}
-        if self._unigram_bpb is None:  # on all ranks: none waits for another, and their signs of life stay even
-            self._unigram_bpb = unigram_score(self._held_out, n_windows=cfg.eval_windows, beat=self._beat).bpb
+        if self._unigram_bpb is None:
+            self._unigram_bpb = self._unigram_score().bpb
         row |= {"unigram_bpb": self._unigram_bpb, "eval_seconds": time.perf_counter() - began}
         dense = f", dense {row['eval_bpb_dense']:.4f}" if "eval_bpb_dense" in row else ""
-        return row, (
+        line = (
             f"step {step}: held-out {row['eval_bpb']:.4f} bits per byte{dense} (unigram {self._unigram_bpb:.4f}), "
             f"loss {row['eval_loss']:.4f}, {row['eval_seconds']:.1f} s"
         )
+        return [(row, line)]
 
-    def complete_prompts(self, step: int) -> Iterator[tuple[dict, str]]:
+    def complete_prompts(self, step: int) -> list[tuple[dict, str]]:
         """For each of training.sample_prompts the "sample" event and a line for the console."""
-        cfg = self._spec.cfg.training
-        with self._stage("sparse"):
-            found = complete(self._engine, self._data, cfg.sample_prompts, cfg.sample_tokens, self._beat)
-        for prompt, text in found:
+        cfg, found = self._spec.cfg.training, []
+
+        def complete_one(number: int) -> None:
+            prompt = cfg.sample_prompts[number]
+            with self._stage("sparse"):
+                text = complete(self._engine, self._data, prompt, cfg.sample_tokens)
             event = {"event": "sample", "step": step, "prompt": prompt, "text": text}
-            yield event, f"step {step}: {prompt!r} -> {text!r}"
+            found.append((event, f"step {step}: {prompt!r} -> {text!r}"))
+
+        self._rounds(len(cfg.sample_prompts), complete_one)
+        return found
+
+    def _rounds(self, count: int, work: Callable[[int], None], *, collective: bool = True) -> None:
+        """Calls work(0), ..., work(count - 1) on every rank, and asks before each whether to stop.
+
+        A rank whose work fails does no more of it, but takes part until the end; then EvaluationError is raised on all
+        ranks. collective: the work runs the model, which under ZeRO 3 all ranks must do together.
+        """
+        failed = None
+        for number in range(count):
+            self._beat()
+            if self._interrupted():
+                raise Interrupted
+            try:
+                if failed is None:
+                    work(number)
+            except Exception as err:
+                if collective and self._engine.zero_stage == 3 and self._world.size > 1:
+                    raise
+                failed = err
+        texts = self._world.gather(None if failed is None else f"{type(failed).__name__}: {failed}")
+        for rank, text in enumerate(texts):
+            if text is not None:
+                raise EvaluationError(f"the evaluation failed on rank {rank}: {text}") from failed
+
+    def _score(self) -> Score:
+        """The score of the first training.eval_windows windows of the held-out order, in the model's present stage.
+
+        Every rank gets the same score, up to the order of a float64 sum over ranks. The model is left in the mode
+        (training or evaluation) in which it was found.
+        """
+        engine, data, world = self._engine, self._held_out, self._world
+        micro_batch_size = self._spec.plan.micro_batch_size
+        total = self._n_windows
+        own = np.arange(total)[world.rank :: world.size]
+        # under ZeRO 3 a forward pass is a collective: every rank makes the same number of them
+        calls = math.ceil(math.ceil(total / world.size) / micro_batch_size)
+        byte_counts = torch.from_numpy(data.token_bytes.astype(np.int64))
+        sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+
+        def score_one(call: int) -> None:
+            ids = own[call * micro_batch_size : (call + 1) * micro_batch_size]
+            batch = data.batch(ids) if len(ids) else _without_targets(data.batch(np.zeros(1, np.int64)))
+            moved = batch.to(world.device)
+            with torch.no_grad():
+                nats = engine.forward(moved.tokens, moved.targets, moved.doc_start, n_targets=1.0).loss
+            valid = batch.targets[batch.targets >= 0]
+            sums.add_(torch.tensor([float(nats), valid.numel(), int(byte_counts[valid].sum())], dtype=torch.float64))
+
+        with evaluating(engine):
+            self._rounds(calls, score_one)
+        sums = sums.to(world.device)
+        dist.all_reduce(sums)
+        return Score.of(*sums.tolist())
+
+    def _unigram_score(self) -> Score:
+        """The score of the best model without context on the same targets: the training text's token frequencies.
+
+        Add-one smoothed. It is the baseline that a trained model must beat clearly. Every rank computes it: none waits
+        for another, and their signs of life stay even.
+        """
+        data, total, sums = self._held_out, self._n_windows, np.zeros(3)
+        nats_of: list[np.ndarray] = []
+
+        def score_one(number: int) -> None:
+            if not nats_of:
+                counts = sum(np.load(Path(source) / "token_counts.npy").astype(np.float64) for source in data.sources)
+                nats_of.append(-np.log((counts + 1) / (counts + 1).sum()))
+            windows = np.arange(number * 64, min(number * 64 + 64, total))
+            targets = data.batch(windows).targets.numpy()
+            valid = targets[targets >= 0]
+            sums[:] += nats_of[0][valid].sum(), valid.size, data.token_bytes[valid].astype(np.int64).sum()
+
+        self._rounds(math.ceil(total / 64), score_one, collective=False)
+        return Score.of(*sums.tolist())
+
+    @property
+    def _n_windows(self) -> int:
+        return min(self._spec.cfg.training.eval_windows or self._held_out.n_windows, self._held_out.n_windows)
 
     @contextmanager
     def _stage(self, stage: str) -> Iterator[None]:
@@ -98,63 +193,17 @@ class Evaluator:
             self._engine.module.set_stage(before)
 
 
-def evaluate(
-    engine: Engine,
-    data: PackedTokens,
-    world: World,
-    *,
-    n_windows: int,
-    micro_batch_size: int,
-    beat: Callable[[], None] = lambda: None,
-) -> Score:
-    """Scores the first n_windows windows of the held-out order (0: all) with the stage that the model is in.
-
-    Every rank must call it; every rank gets the same score, up to the order of a float64 sum over ranks.
-    The model is left in the mode (training or evaluation) in which it was found.
-    """
-    total = min(n_windows or data.n_windows, data.n_windows)
-    own = np.arange(total)[world.rank :: world.size]
-    # under ZeRO 3 a forward pass is a collective: every rank makes the same number of them
-    calls = math.ceil(math.ceil(total / world.size) / micro_batch_size)
-    byte_counts = torch.from_numpy(data.token_bytes.astype(np.int64))
-    sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+@contextmanager
+def evaluating(engine: Engine) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards in the mode in which it was found."""
     was_training = engine.module.training
     engine.eval()
-    with torch.no_grad():
-        for call in range(calls):
-            beat()
-            ids = own[call * micro_batch_size : (call + 1) * micro_batch_size]
-            batch = data.batch(ids) if len(ids) else _without_targets(data.batch(np.zeros(1, np.int64)))
-            moved = batch.to(world.device)
-            nats = engine.forward(moved.tokens, moved.targets, moved.doc_start, n_targets=1.0).loss
-            valid = batch.targets[batch.targets >= 0]
-            sums += torch.tensor([float(nats), valid.numel(), int(byte_counts[valid].sum())], dtype=torch.float64)
-    if was_training:
-        engine.train()
-    sums = sums.to(world.device)
-    dist.all_reduce(sums)
-    nats, tokens, n_bytes = sums.tolist()
-    return Score(loss=nats / tokens, bpb=nats / math.log(2) / n_bytes, tokens=int(tokens))
+    try:
+        yield
+    finally:
+        if was_training:
+            engine.train()
 
 
 def _without_targets(batch: Batch) -> Batch:
     return Batch(batch.tokens, torch.full_like(batch.targets, -100), batch.doc_start)
-
-
-def unigram_score(data: PackedTokens, *, n_windows: int, beat: Callable[[], None] = lambda: None) -> Score:
-    """The score of the best model without context on the same targets: the training text's token frequencies.
-
-    Add-one smoothed. It is the baseline that a trained model must beat clearly.
-    """
-    counts = sum(np.load(Path(source) / "token_counts.npy").astype(np.float64) for source in data.sources)
-    nats_of = -np.log((counts + 1) / (counts + 1).sum())
-    nats = tokens = n_bytes = 0.0
-    total = min(n_windows or data.n_windows, data.n_windows)
-    for first in range(0, total, 64):
-        beat()
-        targets = data.batch(np.arange(first, min(first + 64, total))).targets.numpy()
-        valid = targets[targets >= 0]
-        nats += nats_of[valid].sum()
-        tokens += valid.size
-        n_bytes += data.token_bytes[valid].astype(np.int64).sum()
-    return Score(loss=nats / tokens, bpb=nats / math.log(2) / n_bytes, tokens=int(tokens))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from gsa.checkpoint.manifest import require_space
@@ -67,8 +69,10 @@ def prepare(args: argparse.Namespace) -> Prepared:
     if found is not None:
         cfg = decided_by(found, cfg)
     spec = replace(given, cfg=cfg)
-    data, _ = open_data(cfg)  # makes the window tables, which the other ranks then find
+    data, held_out = open_data(cfg)  # makes the window tables, which the other ranks then find
     _require_tokenizer(cfg, data)
+    _require_scores(cfg, held_out)
+    _require_emergency_dir(cfg)
     start = None
     if found is not None:
         start = start_from(found, spec, data, args.allow_config_change, quiet=quiet)
@@ -100,6 +104,26 @@ def _require_tokenizer(cfg: RunConfig, data: PackedTokens) -> None:
     path = data.tokenizer_file
     if cfg.training.sample_interval and not path.is_file():
         raise DataError(f"training.sample_interval needs {path}, which is missing: restore the dataset, or set it to 0")
+
+
+def _require_scores(cfg: RunConfig, held_out: PackedTokens) -> None:
+    """What only the last step's evaluation would meet: held-out text without a target that stands for text."""
+    total = min(cfg.training.eval_windows or held_out.n_windows, held_out.n_windows)
+    for window in range(total):
+        targets = held_out.batch(np.array([window])).targets.numpy()
+        if held_out.token_bytes[targets[targets >= 0]].any():
+            return
+    raise DataError(
+        f"the {total} held-out windows under {', '.join(held_out.sources)} hold nothing to predict but ends of "
+        f"documents, so that there are no bytes to score; prepare the dataset with longer held-out documents, or raise "
+        f"training.eval_windows"
+    )
+
+
+def _require_emergency_dir(cfg: RunConfig) -> None:
+    path = cfg.training.emergency_dir
+    if path is not None and not (Path(path).is_dir() and os.access(path, os.W_OK)):
+        raise ConfigError(f"training.emergency_dir={path} is not a folder that can be written to; make it first")
 
 
 def _require_work(start: Start, spec: RunSpec, folder: RunFolder) -> None:

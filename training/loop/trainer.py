@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 
 from gsa import GSAForCausalLM
 from gsa.checkpoint.full_state import read_run_state
-from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import RunState
 from training.checkpointing.resume import Start, restore
 from training.checkpointing.saver import Retention, Saver
@@ -20,7 +19,7 @@ from training.config import RunSpec, to_plain
 from training.data import Loader, PackedTokens
 from training.engine.build import build_engine
 from training.engine.world import World
-from training.loop.evaluate import Evaluator
+from training.loop.evaluate import EvaluationError, Evaluator, Interrupted
 from training.loop.progress import Progress
 from training.loop.spike_policy import (
     Action,
@@ -88,15 +87,16 @@ class Trainer:
             self._load(start)
         self._first_step = self.progress.step
         self._continued = start is not None and start.continues(folder)
-        identity = self.recorder.begin(
-            checkpoint=start and start.checkpoint,
-            state=start and start.state,
-            continued=self._continued,
-            zero_stage=self.engine.zero_stage,
-            backend=self.backend,
-            data=data.summary(planned=self.cfg.max_steps * self.plan.global_batch_size),
+        self.tracking_id: str = world.from_main(
+            lambda: self.recorder.begin(
+                checkpoint=start and start.checkpoint,
+                state=start and start.state,
+                continued=self._continued,
+                zero_stage=self.engine.zero_stage,
+                backend=self.backend,
+                data=data.summary(planned=self.cfg.max_steps * self.plan.global_batch_size),
+            )
         )
-        self.tracking_id: str = world.broadcast(identity)
         self._read_history()
         self.saver = Saver(
             self.engine,
@@ -105,13 +105,20 @@ class Trainer:
             background=self.cfg.async_save,
             bytes_needed=bytes_needed,
             retention=Retention(self.cfg.keep_last, self.cfg.keep_every),
+            saved_at=self.progress.step if self._continued else -1,  # another folder's checkpoint is not ours yet
             published=lambda report: self._report(report.event(), *report.lines()),
+            failed=self.recorder.save_failed,
             beat=lambda: self.watchdog.beat("save"),
         )
         self.evaluator = Evaluator(
-            self.engine, spec, data, held_out, world, beat=lambda: self.watchdog.beat("evaluate")
+            self.engine,
+            spec,
+            data,
+            held_out,
+            world,
+            interrupted=lambda: bool(self.stop.agree(world.device)),
+            beat=lambda: self.watchdog.beat("evaluate"),
         )
-        self._saved_at = self.progress.step if self._continued else -1  # another folder's checkpoint is not ours yet
 
     def _load(self, start: Start) -> None:
         self.watchdog.beat("load")
@@ -129,7 +136,7 @@ class Trainer:
     def _read_history(self) -> None:
         history = self.world.from_main(self.recorder.history)
         self.spikes = SpikePolicy(self.cfg, history.losses, history.lost_in_a_row)
-        self._evaluated_at = history.evaluated_at
+        self._evaluated_at, self._sampled_at = history.evaluated_at, history.sampled_at
 
     # -- the loop --------------------------------------------------------------------------------------
 
@@ -151,31 +158,21 @@ class Trainer:
         self.engine.train()
         self._open_loader()
         with collecting_garbage_together(), self._ending_in_order():
-            if self._continued and self._evaluation_due() and self._evaluated_at != self.progress.step:
-                self._report(*self.evaluator.evaluate(self.progress.step))  # a kill came between the save and it
+            if self._continued:
+                stop_signal = self._judge()  # a kill may have come between the save and it
             while self.progress.step < self.spec.last_step and not stop_signal:
                 step = self._train_step()  # forward, backward, one all-reduce, update
                 stop_signal = step.stop_signal
                 if step.action == "rollback" and self._roll_back(step):
                     continue
                 self._record(step)
-                if stop_signal:  # whoever sent it may not wait for an evaluation
-                    self._save()
-                    self._finish_save()
-                if self._evaluation_due():
-                    with self.telemetry.stalled("seconds_eval"):
-                        self._report(*self.evaluator.evaluate(self.progress.step))
-                if is_due(self.cfg.sample_interval, self.progress.step):
-                    with self.telemetry.stalled("seconds_eval"):
-                        for event, line in self.evaluator.complete_prompts(self.progress.step):
-                            self._report(event, line)
                 if self._save_due():
                     self._save()
+                if not stop_signal:  # whoever sent it may not wait for an evaluation
+                    stop_signal = self._judge()
                 if is_due(GC_INTERVAL, self.progress.step):
                     gc.collect()
-        if self._saved_at != self.progress.step:  # nothing was trained: a copy in this run's layout
-            self._save()
-        self._finish_save()
+        self._save_last()
         return self._finish(stop_signal)
 
     def _finish(self, stop_signal: int) -> str:
@@ -198,10 +195,7 @@ class Trainer:
         try:
             yield
         except Diverged:
-            try:
-                self._finish_save()  # all ranks are here
-            except CheckpointError as err:
-                self.recorder.warn(f"the last save failed too: {err}")
+            self._finish_save()  # all ranks are here
             raise
         finally:
             self.loader.close()
@@ -323,19 +317,36 @@ class Trainer:
         self._apply_state(read_run_state(found))
         self.progress.rule_out(ruled_out)
         event = spike_event(row, step.samples, "rollback") | {"checkpoint": found.name}
-        self.recorder.roll_back(row, event, step=self.progress.step, checkpoint=found.name)
+        step, tag = self.progress.step, found.name
+        self.world.from_main(lambda: self.recorder.roll_back(row, event, step=step, checkpoint=tag))
         first, last = event["samples"]
         self.recorder.line(f"{describe(row)}; back to {found.name}, past samples {first}..{last}")
         self._read_history()
         self.loader.close()
         self._open_loader()
-        self._saved_at = self.progress.step
+        self.saver.saved_at = self.progress.step
         return True
 
     # -- evaluation and checkpoints --------------------------------------------------------------------
 
-    def _evaluation_due(self) -> bool:
-        return is_due(self.cfg.eval_interval, self.progress.step) or self.progress.step == self.spec.last_step
+    def _judge(self) -> int:
+        """Evaluates and samples when it is time to. Returns the stop signal that broke it off, or 0."""
+        step, judges = self.progress.step, []
+        if (is_due(self.cfg.eval_interval, step) or step == self.spec.last_step) and self._evaluated_at != step:
+            judges.append(self.evaluator.evaluate)
+        if is_due(self.cfg.sample_interval, step) and self._sampled_at != step:
+            judges.append(self.evaluator.complete_prompts)
+        try:
+            for judge in judges:
+                with self.telemetry.stalled("seconds_eval"):
+                    for event, line in judge(step):
+                        self._report(event, line)
+        except Interrupted:
+            return self.stop.agree(self.world.device)
+        except EvaluationError:  # on all ranks; it may not cost a step
+            self._save_last()
+            raise
+        return 0
 
     def _report(self, event: dict, *lines: str) -> None:
         self.recorder.event(event)
@@ -345,11 +356,10 @@ class Trainer:
     def _save_due(self) -> bool:
         # while losses are not finite the weights may be broken: none of the good ones is to make room for them
         due = is_due(self.cfg.save_interval, self.progress.step) and not self.spikes.lost_in_a_row
-        return (due or self.progress.step == self.spec.last_step) and self._saved_at != self.progress.step
+        return (due or self.progress.step == self.spec.last_step) and self.saver.saved_at != self.progress.step
 
-    def _save(self) -> None:
-        self.watchdog.beat("save")
-        state = self.progress.to_state(
+    def _state(self) -> RunState:
+        return self.progress.to_state(
             epoch=self._epoch(),
             config=to_plain(self.spec.cfg),
             data_fingerprint=self.data.fingerprint,
@@ -360,14 +370,21 @@ class Trainer:
             zero_stage=self.engine.zero_stage,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
+
+    def _save(self) -> None:
+        self.watchdog.beat("save")
         with self.telemetry.stalled("seconds_save"):
-            self.saver.start(state)
-        self._saved_at = self.progress.step
+            self.saver.start(self._state())
 
     def _finish_save(self) -> None:
-        """Nobody exits before the checkpoint exists."""
         self.watchdog.beat("save")
         self.saver.finish()
+
+    def _save_last(self) -> None:
+        """Nobody exits before the checkpoint of this step exists. Raises CheckpointError when it cannot be saved."""
+        self._finish_save()
+        if self.saver.saved_at != self.progress.step:
+            self.saver.save_last(self._state(), self.cfg.emergency_dir)
 
 
 def is_due(interval: int, step: int) -> bool:

@@ -8,11 +8,9 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import RunState
 from training.config import RunSpec, config_changes, to_plain
 from training.observe.banner import closing_summary, start_banner
@@ -33,13 +31,14 @@ RECENT_STEPS = 100
 class History:
     """What goes on from the rows that metrics.jsonl holds.
 
-    losses: the last finite ones. lost_in_a_row: how many of the last steps were not finite. evaluated_at: the step of
-    the last evaluation, or -1.
+    losses: the last finite ones. lost_in_a_row: how many of the last steps were not finite. evaluated_at, sampled_at:
+    the step of the last evaluation and of the last completions, or -1.
     """
 
     losses: list[float] = field(default_factory=list)
     lost_in_a_row: int = 0
     evaluated_at: int = -1
+    sampled_at: int = -1
 
 
 class SilentRecorder:
@@ -76,6 +75,9 @@ class SilentRecorder:
         pass
 
     def roll_back(self, row: dict, event: dict, step: int, checkpoint: str) -> None:
+        pass
+
+    def save_failed(self, step: int, reason: str) -> None:
         pass
 
     def failed(self, step: int, reason: str) -> None:
@@ -142,7 +144,7 @@ class Recorder(SilentRecorder):
             self.line(text)
         moved = rewind(self._folder.metrics, step)
         segment = self._folder.read_run().get("segments", 0)
-        self._log = MetricsLog(self._folder.metrics)
+        self._log = MetricsLog(self._folder.metrics, self.warn)
         self._receipt = ReplayReceipt(moved)
         self._backend, self._first_step = backend, step
         world_size = self._spec.plan.world_size
@@ -198,7 +200,7 @@ class Recorder(SilentRecorder):
     def history(self) -> History:
         """Reads what goes on from the rows of metrics.jsonl."""
         losses: deque[float] = deque(maxlen=WINDOW)
-        lost, evaluated_at = 0, -1
+        lost, evaluated_at, sampled_at = 0, -1, -1
         for row in iter_rows(self._folder.metrics):
             if "loss" in row:
                 numbers = [float(row.get(name, 0.0)) for name in ("loss", "indexer_loss", "grad_norm")]
@@ -207,7 +209,9 @@ class Recorder(SilentRecorder):
                     losses.append(numbers[0])
             elif row.get("event") == "eval":
                 evaluated_at = row["step"]
-        return History(list(losses), lost, evaluated_at)
+            elif row.get("event") == "sample":
+                sampled_at = row["step"]
+        return History(list(losses), lost, evaluated_at, sampled_at)
 
     # -- rows ------------------------------------------------------------------------------------------
 
@@ -252,16 +256,20 @@ class Recorder(SilentRecorder):
         for text in self._folder.discard_after(step, resumed_from=checkpoint):
             self.line(text)
         rewind(self._folder.metrics, step)
-        self._log = MetricsLog(self._folder.metrics)
+        self._log = MetricsLog(self._folder.metrics, self.warn)
         self.event(event)
         self._console.rewound(step)
+
+    def save_failed(self, step: int, reason: str) -> None:
+        """A save that the run goes on without."""
+        self.event({"event": "save_failed", "step": step, "reason": reason})
+        self.warn(f"{reason}\ntraining goes on; the next save will try again")
 
     # -- the end ---------------------------------------------------------------------------------------
 
     def failed(self, step: int, reason: str) -> None:
         """The run ends out of order."""
-        with suppress(CheckpointError):  # a full disk refuses this row as well
-            self.event({"event": "error", "step": step, "reason": reason})
+        self.event({"event": "error", "step": step, "reason": reason})
 
     def finish(self, step: int, reason: str) -> None:
         """The run ends in order. reason: finished, stop_at_step, or the name of a signal."""

@@ -191,6 +191,9 @@ EVENTS: dict[str, Event] = {
     "stop": Event(
         "the run finished or was stopped on request", {"reason": Metric("text", "finished, stop_at_step, or a signal")}
     ),
+    "save_failed": Event(
+        "a checkpoint could not be saved, and training went on", {"reason": Metric("text", "what the disk refused")}
+    ),
     "error": Event("the run failed", {"reason": Metric("text", "what went wrong")}),
 }
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO
 
 from gsa.checkpoint import manifest
 from gsa.files import write_atomically
@@ -28,20 +30,52 @@ def as_written(value: object) -> Any:
 
 
 class MetricsLog:
-    """Appends rows to metrics.jsonl; every row is on disk (flushed) when `write` returns. Rank 0 only."""
+    """Appends rows to metrics.jsonl; a row has left this process when `write` returns. Rank 0 only.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._file: TextIO = open(path, "a", encoding="utf-8")
+    A disk that refuses a row ends no run: the row is kept in memory and written with the next one. warn: called when
+    that begins, when it ends, and at the end with the number of rows that are lost.
+    """
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self._path, self._warn = path, warn
+        self._file: FileIO = open(path, "ab", buffering=0)
+        self._end = self._file.tell()
+        self._kept: list[bytes] = []
+        self._refused = False
 
     def write(self, row: dict) -> None:
-        """Appends one row, as `as_written` makes it. Raises CheckpointError when the disk refuses."""
-        with manifest.writing(self._path):
-            self._file.write(json.dumps(as_written(row), allow_nan=False) + "\n")
-            self._file.flush()
+        """Appends one row, as `as_written` makes it, after those that the disk has refused so far."""
+        self._kept.append(json.dumps(as_written(row), allow_nan=False).encode() + b"\n")
+        try:
+            while self._kept:
+                self._append(self._kept[0])
+                del self._kept[0]
+        except OSError as err:
+            if not self._refused:
+                self._warn(f"{self._path} could not be written ({err.strerror}); rows are kept until it can")
+            self._refused = True
+        else:
+            if self._refused:
+                self._warn(f"{self._path} can be written again; no row is lost")
+            self._refused = False
+
+    def _append(self, line: bytes) -> None:
+        """Writes the line whole or, when the disk refuses, nothing of it."""
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(self._end)
+            raise
+        self._end += len(line)
 
     def close(self) -> None:
-        self._file.close()
+        if self._kept:
+            self._warn(f"{self._path}: its last {len(self._kept)} rows are lost, since the disk refused them")
+        with suppress(OSError):  # a quota may be reported only now
+            self._file.close()
 
 
 class DamagedRowsError(manifest.CheckpointError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -109,12 +110,11 @@ def test_after_any_kill_a_resume_by_auto_ends_with_the_same_bytes(kills):
         assert manifest.latest_tag(folder) == "step_4"
 
 
-def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(a_run, tiny_yaml, tmp_path):
-    """No file may grow beyond 100 KB: the writer's thread fails, and the run ends with its error."""
+def test_a_disk_that_takes_no_checkpoint_ends_the_run_after_its_last_step(a_run, tiny_yaml, tmp_path):
+    """No file may grow beyond 100 KB: the periodic saves fail, training goes on, and the last save ends the run."""
     shutil.copytree(a_run, tmp_path / "run")
-    assert (
-        manifest.latest_tag(tmp_path / "run") == "step_6"
-    )  # the resume moves it to segments/: `latest` must not go on naming it
+    # the resume moves step_6 to segments/: `latest` must not go on naming it
+    assert manifest.latest_tag(tmp_path / "run") == "step_6"
     done = subprocess.run(
         [
             sys.executable,
@@ -137,10 +137,16 @@ def test_a_full_disk_is_reported_and_the_last_checkpoint_stays(a_run, tiny_yaml,
         ),
     )
     assert done.returncode == 3, done.stderr
-    assert "step_4 was not saved" in done.stderr and "File too large" in done.stderr and "Free space" in done.stderr
+    assert "error: rank 0: step_6 was not saved" in done.stderr and "Free space" in done.stderr
+    warned = re.findall(r"warning: (step_\d) was not saved:\n.*File too large", done.stdout)
+    assert warned == ["step_4", "step_5", "step_6"] and done.stdout.count("training goes on") == 3
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert run["status"] == "failed" and "step_4 was not saved" in run["reason"]
+    assert run["status"] == "failed" and "step_6 was not saved" in run["reason"]
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in rows if row.get("event") == "save_failed"] == [4, 5, 6]
     assert manifest.newest_good(tmp_path / "run")[0].name == manifest.latest_tag(tmp_path / "run") == "step_3"
+    assert not list((tmp_path / "run").glob("step_[456]"))  # what was written of them takes no room
 
 
 # -- the real launcher ------------------------------------------------------------------------------------------
@@ -275,11 +281,10 @@ def test_too_little_disk_is_refused_before_the_launch_and_before_each_save(tmp_p
     monkeypatch.setattr(manifest, "free_bytes", lambda path: 2**20)
     assert train.main(["--config", str(tiny_yaml), "--output_dir", str(tmp_path / "run")]) == 3
     assert "a checkpoint needs" in capsys.readouterr().err and not (tmp_path / "run").exists()
-    alone = World(0, 1, 0, 1, torch.device("cpu"))
-    saver = Saver(
-        None, alone, tmp_path, background=True, retention=Retention(None, None), bytes_needed=2**21, published=print
-    )
-    assert "a checkpoint needs 0.00 GiB and 0.00 GiB are free" in saver._refusal(tmp_path / "step_1")
+    ranks = Ranks(tmp_path, [SHARD])
+    ranks.savers[0]._bytes_needed = 2**21
+    ranks.start(1)
+    assert "a checkpoint needs" in ranks.failures[0][0][1] and not (tmp_path / "step_1").exists()
 
 
 # -- the saver without an engine, ranks as threads ---------------------------------------------------------------
@@ -310,20 +315,24 @@ class ThreadWorld(World):
 
 
 class Ranks:
-    """One saver per rank, each used by its own thread. reports: what was published. beats: signs of life per rank."""
+    """One saver per rank, each used by its own thread. reports: what was published. beats: signs of life per rank.
+    failures: (step, reason) of each save that failed, per rank.
+    """
 
     def __init__(self, folder: Path, files: list[dict[str, object]], keep_last: int | None = None) -> None:
         self.size, self.reports, self.beats = len(files), [], [0] * len(files)
+        self.failures: list[list[tuple[int, str]]] = [[] for _ in files]
         self._meeting, self._values = threading.Barrier(len(files), timeout=60), [None] * len(files)
         self.savers = [
             Saver(
-                SimpleNamespace(snapshot=lambda *_, buffers, rank=rank: self._snapshot(folder, rank, files[rank])),
+                SimpleNamespace(snapshot=lambda into, *_, buffers, rank=rank: self._snapshot(into, rank, files[rank])),
                 ThreadWorld(rank, self.size, rank, self.size, torch.device("cpu"), self.gather),
                 folder,
                 background=True,
                 retention=Retention(keep_last, None),
                 bytes_needed=0,
                 published=self.reports.append,
+                failed=lambda step, reason, rank=rank: self.failures[rank].append((step, reason)),
                 beat=lambda rank=rank: self._beat(rank),
             )
             for rank in range(self.size)
@@ -346,23 +355,30 @@ class Ranks:
     def _beat(self, rank: int) -> None:
         self.beats[rank] += 1
 
-    def start(self, step: int) -> None:
+    def state(self, step: int) -> RunState:
         self._step = step
-        state = RunState(
+        return RunState(
             step=step,
             epoch=0.0,
             samples_consumed=0,
             tokens_seen=0,
             config={"model": {}},
             data_fingerprint="f",
-            tracking_id=None,
+            tracking_id="id",
             stage="sparse",
             versions={},
             world_size=self.size,
             zero_stage=2,
             created="now",
         )
+
+    def start(self, step: int) -> None:
+        state = self.state(step)
         self.each(lambda saver: saver.start(state))
+
+    def save_last(self, step: int, emergency_dir: Path | None = None) -> list:
+        state = self.state(step)
+        return self.each(lambda saver: saver.save_last(state, emergency_dir and str(emergency_dir)))
 
     def each(self, call) -> list:
         """What `call(saver)` returns or raises, for every rank."""
@@ -408,15 +424,50 @@ def test_a_save_is_published_at_a_later_step_once_every_rank_has_written(tmp_pat
     assert ranks.one_step() == [None, None] and len(ranks.reports) == 1
 
 
-def test_a_writer_that_fails_on_one_rank_raises_on_all_ranks_at_the_next_step(tmp_path):
+def test_a_writer_that_fails_on_one_rank_is_reported_on_all_ranks_at_the_next_step(tmp_path):
     ranks = Ranks(tmp_path, [SHARD, {"nowhere/rank_{rank}_optim_states.pt": {}}])
     ranks.start(3)
+    assert [saver.saved_at for saver in ranks.savers] == [3, 3]
     until(lambda: ranks.savers[1].status() == (1.0, 1.0) and ranks.savers[0].status()[0])
-    errors = ranks.one_step()
-    for err in errors:
-        assert isinstance(err, CheckpointError) and str(err).startswith("step_3 was not saved:\n  rank 1: ")
-        assert "rank_1_optim_states.pt could not be written: No such file or directory" in str(err)
+    assert ranks.one_step() == [None, None]
+    for ((step, reason),) in ranks.failures:
+        assert step == 3 and reason.startswith("step_3 was not saved:\n  rank 1: ")
+        assert "rank_1_optim_states.pt could not be written: No such file or directory" in reason
+    assert [saver.saved_at for saver in ranks.savers] == [-1, -1]
     assert manifest.newest_good(tmp_path)[0] is None and ranks.reports == []
+    assert not (tmp_path / "step_3").exists()  # half a checkpoint takes no room from the next one
+    errors = ranks.save_last(3)
+    assert all(isinstance(err, CheckpointError) and str(err).startswith("step_3 was not saved:") for err in errors)
+
+
+def test_after_a_full_disk_the_next_save_succeeds(tmp_path, monkeypatch):
+    ranks = Ranks(tmp_path, [SHARD, SHARD])
+    real = manifest.free_bytes
+    monkeypatch.setattr(manifest, "free_bytes", lambda path: -1)
+    ranks.start(3)
+    assert [failures[0][0] for failures in ranks.failures] == [3, 3]
+    monkeypatch.setattr(manifest, "free_bytes", real)
+    ranks.start(4)
+    assert ranks.each(Saver.finish) == [None, None]
+    assert manifest.latest_tag(tmp_path) == "step_4" and [saver.saved_at for saver in ranks.savers] == [4, 4]
+
+
+def test_the_last_save_goes_to_the_emergency_folder_and_the_message_says_what_to_do(tmp_path, monkeypatch):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    run.mkdir()
+    ranks = Ranks(run, [SHARD, SHARD])
+    real = manifest.free_bytes
+    monkeypatch.setattr(manifest, "free_bytes", lambda path: -1 if run in (path, *path.parents) else real(path))
+    kept = elsewhere / "run_id" / "step_7"
+    for err in ranks.save_last(7, elsewhere):
+        assert isinstance(err, CheckpointError)
+        assert f"Nothing is lost: {kept} holds it. Mend the disk, copy that folder to {run}" in str(err)
+    manifest.verify(kept)
+    shutil.copytree(kept, run / "step_7")  # as the message says
+    assert manifest.newest_good(run)[0] == run / "step_7"
+    monkeypatch.setattr(manifest, "free_bytes", lambda path: -1)
+    for err in ranks.save_last(8, elsewhere):
+        assert "It could not be saved in training.emergency_dir either" in str(err)
 
 
 def test_a_rank_that_waits_for_another_ranks_disk_gives_signs_of_life(tmp_path, monkeypatch):
@@ -473,9 +524,11 @@ def test_a_checkpoint_that_cannot_be_read_back_is_reported_and_older_ones_stay(t
 
     monkeypatch.setattr(manifest, "seal", seal_on_a_bad_disk)
     ranks.start(2)
-    (err,) = ranks.each(Saver.finish)
-    assert str(err).startswith("step_2 was saved, and older ones stay, since reading it back failed:")
-    assert "rank_0_optim_states.pt: its sha256 is not that of the manifest" in str(err)
+    assert ranks.each(Saver.finish) == [None]
+    (((_, reason),),) = ranks.failures
+    assert reason.startswith("step_2 was saved, and older ones stay, since reading it back failed:")
+    assert "rank_0_optim_states.pt: its sha256 is not that of the manifest" in reason
+    assert ranks.savers[0].saved_at == -1  # it is no good
     assert manifest.newest_good(tmp_path)[0] == tmp_path / "step_1"
 
 
@@ -490,37 +543,25 @@ def test_a_save_that_cannot_update_latest_reports_that_the_checkpoint_exists(tmp
 
     monkeypatch.setattr(manifest.os, "replace", full)
     ranks.start(2)
-    for err in ranks.each(Saver.finish):
-        assert str(err).startswith(
+    assert ranks.each(Saver.finish) == [None, None]
+    for ((_, reason),) in ranks.failures:
+        assert reason.startswith(
             "step_2 was saved, and `auto` finds it, but `latest` could not be set to it:\n  rank 0: "
         )
-        assert f"{tmp_path / 'latest'} could not be written: No space left on device" in str(err)
+        assert f"{tmp_path / 'latest'} could not be written: No space left on device" in reason
+    assert [saver.saved_at for saver in ranks.savers] == [2, 2]
     assert manifest.newest_good(tmp_path)[0] == tmp_path / "step_2" and manifest.latest_tag(tmp_path) is None
 
 
-def test_a_disk_error_before_a_save_is_raised_on_every_rank(tmp_path, monkeypatch):
+def test_a_disk_error_before_a_save_is_reported_on_every_rank(tmp_path, monkeypatch):
     ranks = Ranks(tmp_path, [SHARD, SHARD])
 
     def dead(path):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(manifest, "free_bytes", dead)
-    ranks._step = 1
-    state = RunState(
-        step=1,
-        epoch=0.0,
-        samples_consumed=0,
-        tokens_seen=0,
-        config={},
-        data_fingerprint="f",
-        tracking_id=None,
-        stage="sparse",
-        versions={},
-        world_size=2,
-        zero_stage=2,
-        created="now",
-    )
-    assert [str(err) for err in ranks.each(lambda saver: saver.start(state))] == ["[Errno 5] Input/output error"] * 2
+    ranks.start(1)
+    assert ranks.failures == [[(1, "[Errno 5] Input/output error")]] * 2
 
 
 def test_the_loader_that_deepspeed_calls_executes_nothing_in_a_file(tmp_path):

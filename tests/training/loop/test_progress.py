@@ -121,7 +121,8 @@ def test_a_stop_signal_in_a_step_that_is_rolled_back_ends_the_run_there():
     from training.loop.trainer import Step, Trainer
 
     trainer, steps = Trainer.__new__(Trainer), []
-    trainer.spec, trainer.progress, trainer._saved_at = SimpleNamespace(last_step=10), Progress(step=3), 3
+    trainer.spec, trainer.progress = SimpleNamespace(last_step=10), Progress(step=3)
+    trainer.saver = SimpleNamespace(saved_at=3)
     trainer.stop, trainer.engine = SimpleNamespace(listen=lambda: None), SimpleNamespace(train=lambda: None)
     trainer._open_loader = trainer._finish_save = lambda: None
     trainer.loader, trainer._continued = SimpleNamespace(close=lambda: None), False

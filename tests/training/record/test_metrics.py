@@ -43,7 +43,7 @@ def test_a_torn_last_line_is_repaired(tmp_path):
     write(path, [step(1), step(2)], torn='{"step": 3, "lo')
     assert read_rows(path) == [step(1), step(2)]
     assert rewind(path, 2) == []
-    log = MetricsLog(path)
+    log = MetricsLog(path, print)
     log.write(step(3))
     log.close()
     assert read_rows(path) == [step(1), step(2), step(3)]
@@ -57,7 +57,7 @@ def test_a_damaged_line_inside_raises_an_error_with_its_number(tmp_path):
 
 
 def test_non_finite_numbers_are_written_as_strings(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log = MetricsLog(tmp_path / "metrics.jsonl", print)
     log.write({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
     log.close()
     assert read_rows(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": "nan", "grad_norm": "inf"}]
