@@ -1,4 +1,4 @@
-"""Runs cases on this rank, as run_cases_on_rank.py does, with a fault in the middle of an evaluation.
+"""Runs cases on this rank, as run_cases_on_rank.py does, with a fault in the middle of an evaluation, or of a step.
 
 Arguments: the folder of the cases, and a json list of [name, fault, argv of training/train.py, exit code].
 """
@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from training.data.dataset import PackedTokens
+from training.data.dataset import DataError, PackedTokens
 from training.engine.engine import start
 from training.engine.world import exit_process
 from training.loop.preflight import prepare
@@ -21,12 +21,14 @@ world = start(timeout_s=120)
 
 
 def faulty(fault: str, counts: list[int]):
-    """A `batch` whose third one of the held-out text does what `fault` says, on rank 1."""
+    """A `batch` whose third one does what `fault` says, on rank 1."""
 
     def batch(self, samples):
-        if self.split == "held_out":
+        if self.split == ("train" if fault == "data" else "held_out"):
             counts.append(1)
             if len(counts) == 3 and world.rank == 1:
+                if fault == "data":
+                    raise DataError("shard_7.bin cannot be read; restore it")
                 if fault == "memory":
                     raise MemoryError("out of memory in the evaluation")
                 if fault == "signal":
@@ -45,8 +47,7 @@ def main() -> int:
         print(f"{name}: rank {world.rank} ended with {ended} after {len(counts)} batches", flush=True)
         if ended != code:
             return 1
-    world.leave()
-    return 0
+    return 0  # the last case has broken the process group
 
 
 exit_process(main())

@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 import time
 import traceback
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from gsa.checkpoint.manifest import CheckpointError
 from training.config import to_yaml
 from training.config.exit_codes import ExitCode, Refusal, exit_code_of
 from training.engine.world import World
 from training.loop.agreement import open_same_data, require_same_folder
+from training.loop.last_words import LastWords, is_broken_connection
 from training.loop.preflight import Prepared
 from training.loop.spike_policy import Diverged
 from training.loop.trainer import Trainer
@@ -34,6 +35,7 @@ def run(prepared: Prepared, world: World) -> ExitCode:
             print(f"error: {err}", file=sys.stderr, flush=True)
         world.barrier()  # a launcher ends all ranks when the first one exits
         return exit_code_of(err)
+    words, trainer = LastWords(folder.path, rank=world.rank, launch=str(launch)), None
     try:
         with Watchdog(
             folder.path, rank=world.rank, size=world.size, timeout_s=cfg.training.hang_timeout_s, launch=str(launch)
@@ -52,28 +54,63 @@ def run(prepared: Prepared, world: World) -> ExitCode:
             trainer.train()
             trainer.close()
         return ExitCode.FINISHED
-    except Diverged as err:
-        if world.is_main:
-            _record_failure(folder, "diverged")
-            print(f"error: {err}", file=sys.stderr, flush=True)
-        world.barrier()  # a launcher ends all ranks when the first one exits: rank 0 has printed its message by now
-        return ExitCode.DIVERGED
-    except (Refusal, CheckpointError) as err:
-        print(f"error: rank {world.rank}: {err}", file=sys.stderr, flush=True)
-        if world.is_main and folder.read_run().get("status") == "running":  # it had begun: a save or a read failed
-            _record_failure(folder, str(err))
-        return exit_code_of(err)
     except Exception as err:
-        # an error of one rank reaches the others as a broken connection; each prints what it saw
-        print(f"error: rank {world.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        failure = explain(err, words, world)
+        if trainer is not None:
+            trainer.recorder.failed(trainer.progress.step, str(err) if isinstance(err, Diverged) else failure.reason)
         if world.is_main:
-            _record_failure(folder, f"{type(err).__name__}: {err}")
-        return ExitCode.FAILED
+            _record_failure(folder, failure, None if trainer is None else trainer.progress.step)
+        if failure.printed:
+            print(f"error: {failure.printed}", file=sys.stderr, flush=True)
+        if isinstance(err, Diverged):  # all ranks are here, and rank 0 has printed
+            world.barrier()  # a launcher ends all ranks when the first one exits
+        return failure.exit_code
 
 
-def _record_failure(folder: RunFolder, reason: str) -> None:
-    """Writes it into run.json; a disk that refuses that as well must not change the exit code."""
+@dataclass(frozen=True)
+class Failure:
+    """reason: for run.json. printed: what this rank has to say; empty when another says it."""
+
+    reason: str
+    printed: str
+    exit_code: ExitCode
+
+
+def explain(err: Exception, words: LastWords, world: World) -> Failure:
+    """Why the run ends, and with which code: that of the rank at fault, whose words the others repeat."""
+    if isinstance(err, Diverged):  # on all ranks
+        return Failure("diverged", str(err) if world.is_main else "", ExitCode.DIVERGED)
+    if is_broken_connection(err):
+        heard = words.of_another()
+        if heard is not None:
+            text = f"rank {heard.rank} on {heard.host}: {heard.reason}"
+            return Failure(text, text if world.local_rank == 0 else "", ExitCode(heard.exit_code))
+        lost = "the connection to another rank broke: it was killed, or its host or the network failed"
+        return Failure(lost, f"rank {world.rank}: {lost}\n({_first_line(err)})", ExitCode.FAILED)
+    if isinstance(err, Refusal | CheckpointError):
+        code = exit_code_of(err)
+        words.leave(str(err), code)
+        return Failure(str(err), f"rank {world.rank}: {err}", code)
+    reason = f"{type(err).__name__}: {err}"
+    words.leave(reason, ExitCode.FAILED)
+    trace = "".join(traceback.format_exception(err))
+    return Failure(reason, f"rank {world.rank} failed:\n{trace}", ExitCode.FAILED)
+
+
+def _first_line(err: Exception) -> str:
+    return (str(err).splitlines() or [type(err).__name__])[0]
+
+
+def _record_failure(folder: RunFolder, failure: Failure, step: int | None) -> None:
+    """Writes it into run.json, unless the launch was refused before it began.
+
+    step: the one that the run has reached; None: it had not begun to train. A disk that refuses the write as well must
+    not change the exit code.
+    """
+    refused = failure.exit_code in (ExitCode.REFUSED_CONFIG, ExitCode.REFUSED_INPUT)
+    if refused and folder.read_run().get("status") != "running":
+        return
     try:
-        folder.update_run(status="failed", reason=reason)
+        folder.update_run(status="failed", reason=failure.reason, **({} if step is None else {"step": step}))
     except CheckpointError as err:
         print(f"warning: {err}", file=sys.stderr, flush=True)

@@ -146,13 +146,6 @@ class Trainer:
         Returns "finished", "stop_at_step" or the name of the signal. Raises Diverged when the loss or the gradient norm
         is not finite and training.on_spike does not continue from there; the last checkpoint stays good.
         """
-        try:
-            return self._train()
-        except Exception as err:
-            self.recorder.failed(self.progress.step, str(err) or type(err).__name__)
-            raise
-
-    def _train(self) -> str:
         stop_signal = 0
         self.stop.listen()
         self.engine.train()

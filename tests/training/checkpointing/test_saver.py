@@ -30,10 +30,11 @@ from gsa.checkpoint.state import RunState
 from training import train
 from training.checkpointing import saver as saving
 from training.checkpointing.saver import Retention, Saver
+from training.config.exit_codes import ExitCode
 from training.engine.engine import _SnapshotFiles
 from training.engine.snapshot import HostBuffers, Snapshot, host_tree
 from training.engine.world import World
-from training.loop.run import _record_failure
+from training.loop.run import Failure, _record_failure
 from training.record.metrics_log import read_rows
 from training.record.run_folder import RunFolder
 
@@ -597,7 +598,7 @@ def test_run_json_is_synced_before_it_gets_its_name_and_a_damaged_one_is_reporte
 def test_failing_to_write_run_json_does_not_raise(tmp_path, capsys):
     folder = RunFolder(tmp_path)
     (folder.run_json / "in_the_way").mkdir(parents=True)
-    _record_failure(folder, "step_4 was not saved")
+    _record_failure(folder, Failure("step_4 was not saved", "", ExitCode.REFUSED_INPUT), 4)
     assert "run.json could not be written" in capsys.readouterr().err
 
 

@@ -39,6 +39,7 @@ def faults(tmp_path_factory, tiny_yaml) -> tuple[Path, str]:
         # not right after the other signal, which takes its handlers away a moment later
         case("signal3", "signal", "training.eval_interval=2", *zero3, code=0),
     ]
+    cases.append(case("data", "data", "data.num_workers=0", code=3))
     (base / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
     done = subprocess.run(
@@ -79,6 +80,18 @@ def test_a_stop_signal_breaks_off_an_evaluation_at_its_next_batch(faults, name):
 def test_the_resume_makes_up_for_the_evaluation_that_was_broken_off(faults):
     base, _ = faults
     assert [row["step"] for row in rows_of(base / "signal", "eval")] == [2, 4]
+
+
+def test_an_error_of_one_rank_in_a_step_is_the_sentence_and_the_code_of_all(faults):
+    """Rank 0 sees only that the connection broke."""
+    base, output = faults
+    sentence = "samples 10..11 cannot be read: DataError: shard_7.bin cannot be read; restore it"
+    assert f"error: rank 1: {sentence}" in output and re.search(rf"error: rank 1 on \S+: {sentence}", output)
+    assert len(re.findall(r"^data: rank \d ended with 3 ", output, re.M)) == 2
+    assert "Traceback" not in output[output.index(sentence) :]
+    run = json.loads((base / "data" / "run.json").read_text())
+    assert run["status"] == "failed" and run["reason"].endswith(sentence) and run["step"] == 1
+    assert rows_of(base / "data", "error")[0]["reason"] == run["reason"]
 
 
 def test_held_out_text_with_nothing_to_score_is_refused_before_training(tmp_path, tiny_yaml):

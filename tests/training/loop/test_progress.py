@@ -129,4 +129,4 @@ def test_a_stop_signal_in_a_step_that_is_rolled_back_ends_the_run_there():
     trainer._train_step = lambda: steps.append(1) or Step({}, "rollback", [0, 4], signal.SIGTERM)
     trainer._roll_back = lambda step: True
     trainer._finish = lambda stop_signal: stop_signal
-    assert trainer._train() == signal.SIGTERM and len(steps) == 1
+    assert trainer.train() == signal.SIGTERM and len(steps) == 1
