@@ -36,9 +36,9 @@ from training.data.dataset import PackedTokens
 
 
 def held_out(sources: Mapping[str, float], seq_len: int, n_windows: int, device: str = "cpu") -> Windows:
-    """The first `n_windows` held-out windows of prepared data, one per batch. Raises DataError when it is damaged."""
+    """The first `n_windows` distinct held-out windows of prepared data, one per batch. DataError when it is damaged."""
     data = PackedTokens(sources, split="held_out", max_seq_len=seq_len, seed=0)
-    batches = (data.batch(np.array([i])) for i in range(min(n_windows, data.n_windows)))
+    batches = (data.batch(np.array([i])) for i in data.distinct(n_windows))
     return [(batch.tokens.to(device), batch.doc_start.to(device)) for batch in batches]
 
 

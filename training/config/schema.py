@@ -143,7 +143,9 @@ class TrainingConfig:
     eval_interval: int = key(
         500, "Steps between held-out evaluations; 0: only at the end.", at_least=0, resume="harmless"
     )
-    eval_windows: int = key(64, "Held-out windows per evaluation; 0: all.", at_least=0, resume="harmless")
+    eval_windows: int = key(
+        64, "Held-out windows per evaluation, each counted once; 0: all.", at_least=0, resume="harmless"
+    )
     save_interval: int = key(
         1000, "Steps between checkpoints; 0: only at the stop or the end.", at_least=0, resume="harmless"
     )

@@ -149,6 +149,16 @@ class PackedTokens:
             self._splits[place.source[row]].fill(int(place.window[row]), tokens[row], targets[row], doc_start[row])
         return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(doc_start))
 
+    def distinct(self, n_windows: int) -> np.ndarray:
+        """Sample numbers of the first `n_windows` windows of the order without repetitions; 0: of every window once.
+
+        In a mixture the order repeats a source with few windows before another one's have all occurred. A dataset that
+        the mixture names twice, as two folders, is taken once. Returns int64, ascending.
+        """
+        texts = [source.manifest["fingerprint"] for source in self._splits]
+        sources = [number for number, text in enumerate(texts) if texts.index(text) == number]
+        return self._order.first_pass(n_windows or self.n_windows, sources)
+
     def n_targets(self, first: int, count: int) -> int:
         """The number of targets in the `count` windows from sample number `first` on. No text is read for it."""
         place = self._order(np.arange(first, first + count))

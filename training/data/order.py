@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,23 +42,54 @@ def permute(index: np.ndarray, n: int, key: Hashable) -> np.ndarray:
         return index.copy()
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest()
-    keys = np.frombuffer(digest, dtype="<u8")
+    keys = _round_keys(key)
     value = _feistel(index.astype(_U), _U(a), _U(b), keys)
     while (outside := value >= _U(n)).any():
         value[outside] = _feistel(value[outside], _U(a), _U(b), keys)
     return value.astype(np.int64)
 
 
+def _unpermute(position: np.ndarray, n: int, keys: np.ndarray) -> np.ndarray:
+    """The indices that `permute` sends to the given positions. keys: (..., ROUNDS), `_round_keys` of each position."""
+    if n == 1:
+        return position.copy()
+    a = math.isqrt(n - 1) + 1
+    b = -(-n // a)
+    value = _feistel_back(position.astype(_U), _U(a), _U(b), keys)
+    while (outside := value >= _U(n)).any():
+        value[outside] = _feistel_back(value[outside], _U(a), _U(b), keys[outside])
+    return value.astype(np.int64)
+
+
+def _round_keys(key: Hashable) -> np.ndarray:
+    """(ROUNDS,) uint64."""
+    return np.frombuffer(hashlib.blake2b(repr(key).encode(), digest_size=8 * ROUNDS).digest(), dtype="<u8")
+
+
 def _feistel(x: np.ndarray, a: np.uint64, b: np.uint64, keys: np.ndarray) -> np.ndarray:
     high, low = x // b, x % b
     for even, odd in zip(keys[::2], keys[1::2], strict=True):
-        # a multiplication scales the upper half of the scramble to the radix; it is exact while a, b < 2**32
-        high = high + (((_mix(low ^ even) >> _U(32)) * a) >> _U(32))
+        high = high + _scaled(_mix(low ^ even), a)
         high -= np.where(high >= a, a, _U(0))
-        low = low + (((_mix(high ^ odd) >> _U(32)) * b) >> _U(32))
+        low = low + _scaled(_mix(high ^ odd), b)
         low -= np.where(low >= b, b, _U(0))
     return high * b + low
+
+
+def _feistel_back(x: np.ndarray, a: np.uint64, b: np.uint64, keys: np.ndarray) -> np.ndarray:
+    """The inverse of `_feistel`; keys: (..., ROUNDS), those of each element."""
+    high, low = x // b, x % b
+    for i in range(ROUNDS - 2, -1, -2):
+        low = low + b - _scaled(_mix(high ^ keys[..., i + 1]), b)
+        low -= np.where(low >= b, b, _U(0))
+        high = high + a - _scaled(_mix(low ^ keys[..., i]), a)
+        high -= np.where(high >= a, a, _U(0))
+    return high * b + low
+
+
+def _scaled(scramble: np.ndarray, radix: np.uint64) -> np.ndarray:
+    """The upper half of a scramble, scaled to range(radix) by a multiplication; exact while radix < 2**32."""
+    return ((scramble >> _U(32)) * radix) >> _U(32)
 
 
 @dataclass(frozen=True)
@@ -97,6 +128,26 @@ class Order:
             here = (source == s) & (epoch == e)
             window[here] = permute(window[here], self.windows[s], (self.seed, "source", int(s), int(e)))
         return Place(source, epoch, window)
+
+    def first_pass(self, count: int, sources: Sequence[int]) -> np.ndarray:
+        """Sample numbers, ascending, of the first `count` windows of `sources` that no earlier sample number names.
+
+        Those are the windows of the first pass over each source; when there are fewer than `count`, it is all of them.
+        sources: the numbers of the sources to take windows of. Returns int64.
+        """
+        if len(self.parts) == 1:
+            return np.arange(min(count, self.windows[0]))
+        found = [self._samples_of(source, min(count, self.windows[source])) for source in sources]
+        return np.sort(np.concatenate(found))[:count]
+
+    def _samples_of(self, source: int, count: int) -> np.ndarray:
+        """The sample numbers of the first pass over a source, in no order; at least the `count` lowest of them."""
+        part, total = self.parts[source], int(self._starts[-1])
+        ordinal = np.arange(min(-(-count // part) * part, self.windows[source]))
+        block, slot = np.divmod(ordinal, part)
+        numbers, at = np.unique(block, return_inverse=True)
+        keys = np.stack([_round_keys((self.seed, "block", int(number))) for number in numbers])[at]
+        return block * total + _unpermute(self._starts[source] + slot, total, keys)
 
     def epochs(self, samples: int) -> list[float]:
         """Passes over each source after `samples` windows; exact at block boundaries and for one source."""

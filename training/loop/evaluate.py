@@ -5,6 +5,7 @@ Scores are deterministic: the windows are divided over ranks, and the mean is we
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -129,17 +130,16 @@ class Evaluator:
                 raise EvaluationError(f"the evaluation failed on rank {rank}: {text}") from failed
 
     def _score(self) -> Score:
-        """The score of the first training.eval_windows windows of the held-out order, in the model's present stage.
+        """The score of the first training.eval_windows distinct windows of the held-out order, in the present stage.
 
         Every rank gets the same score, up to the order of a float64 sum over ranks. The model is left in the mode
         (training or evaluation) in which it was found.
         """
         engine, data, world = self._engine, self._held_out, self._world
         micro_batch_size = self._spec.plan.micro_batch_size
-        total = self._n_windows
-        own = np.arange(total)[world.rank :: world.size]
+        own = self._windows[world.rank :: world.size]
         # under ZeRO 3 a forward pass is a collective: every rank makes the same number of them
-        calls = math.ceil(math.ceil(total / world.size) / micro_batch_size)
+        calls = math.ceil(math.ceil(len(self._windows) / world.size) / micro_batch_size)
         byte_counts = torch.from_numpy(data.token_bytes.astype(np.int64))
         sums = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
 
@@ -164,24 +164,24 @@ class Evaluator:
         Add-one smoothed. It is the baseline that a trained model must beat clearly. Every rank computes it: none waits
         for another, and their signs of life stay even.
         """
-        data, total, sums = self._held_out, self._n_windows, np.zeros(3)
+        data, sums = self._held_out, np.zeros(3)
         nats_of: list[np.ndarray] = []
 
         def score_one(number: int) -> None:
             if not nats_of:
                 counts = sum(np.load(Path(source) / "token_counts.npy").astype(np.float64) for source in data.sources)
                 nats_of.append(-np.log((counts + 1) / (counts + 1).sum()))
-            windows = np.arange(number * 64, min(number * 64 + 64, total))
-            targets = data.batch(windows).targets.numpy()
+            targets = data.batch(self._windows[number * 64 : (number + 1) * 64]).targets.numpy()
             valid = targets[targets >= 0]
             sums[:] += nats_of[0][valid].sum(), valid.size, data.token_bytes[valid].astype(np.int64).sum()
 
-        self._rounds(math.ceil(total / 64), score_one, collective=False)
+        self._rounds(math.ceil(len(self._windows) / 64), score_one, collective=False)
         return Score.of(*sums.tolist())
 
-    @property
-    def _n_windows(self) -> int:
-        return min(self._spec.cfg.training.eval_windows or self._held_out.n_windows, self._held_out.n_windows)
+    @functools.cached_property
+    def _windows(self) -> np.ndarray:
+        """The sample numbers that are scored, each of another window."""
+        return self._held_out.distinct(self._spec.cfg.training.eval_windows)
 
     @contextmanager
     def _stage(self, stage: str) -> Iterator[None]:

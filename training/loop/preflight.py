@@ -108,13 +108,13 @@ def _require_tokenizer(cfg: RunConfig, data: PackedTokens) -> None:
 
 def _require_scores(cfg: RunConfig, held_out: PackedTokens) -> None:
     """What only the last step's evaluation would meet: held-out text without a target that stands for text."""
-    total = min(cfg.training.eval_windows or held_out.n_windows, held_out.n_windows)
-    for window in range(total):
+    windows = held_out.distinct(cfg.training.eval_windows)
+    for window in windows:
         targets = held_out.batch(np.array([window])).targets.numpy()
         if held_out.token_bytes[targets[targets >= 0]].any():
             return
     raise DataError(
-        f"the {total} held-out windows under {', '.join(held_out.sources)} hold nothing to predict but ends of "
+        f"the {len(windows)} held-out windows under {', '.join(held_out.sources)} hold nothing to predict but ends of "
         f"documents, so that there are no bytes to score; prepare the dataset with longer held-out documents, or raise "
         f"training.eval_windows"
     )

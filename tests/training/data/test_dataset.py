@@ -113,6 +113,51 @@ def test_mixture_shares_are_exact_in_every_block_and_each_source_has_its_own_epo
     assert order.epochs(3 * BLOCK) == pytest.approx([2103 / 300, 600 / 70, 297 / 50])
 
 
+def test_the_first_pass_is_what_a_walk_along_the_order_finds():
+    order = Order([30, 50, 7], [0.3, 0.5, 0.04], seed=3)
+    samples = np.arange(20 * BLOCK)
+    place = order(samples)
+    walked = samples[place.epoch == 0]
+    assert len(walked) == 87
+    for count in (1, 29, 60, 87, 1000):
+        assert np.array_equal(order.first_pass(count, [0, 1, 2]), walked[:count])
+    without_the_second = samples[(place.epoch == 0) & (place.source != 1)]
+    assert np.array_equal(order.first_pass(1000, [0, 2]), without_the_second)
+
+
+def held_out_mixture(folder: Path, windows: dict[str, int], weights: dict[str, float]) -> PackedTokens:
+    """Held-out splits in which each document fills one window of 16 tokens, and all tokens differ."""
+    for i, (name, count) in enumerate(windows.items()):
+        texts = [list(range(15 * n + 3000 * i, 15 * n + 15 + 3000 * i)) for n in range(count)]
+        write_dataset(folder / name, texts[:1], vocab_size=9000, held_out=texts)
+    sources = {str(folder / name): weight for name, weight in weights.items()}
+    return PackedTokens(sources, split="held_out", max_seq_len=16, seed=0)
+
+
+@pytest.mark.parametrize("weights", [(0.9, 0.1), (0.002, 0.998), (1.0, 1.0)])
+def test_each_held_out_window_of_a_mixture_is_scored_once(tmp_path, weights):
+    data = held_out_mixture(tmp_path, {"a": 40, "b": 40}, dict(zip("ab", weights, strict=True)))
+    every = data.distinct(0)
+    assert len(every) == 80 and (np.diff(every) > 0).all()
+    rows = {tuple(row) for row in data.batch(every).tokens.tolist()}
+    assert len(rows) == 80
+    for count in (1, 17, 79, 500):  # the first ones of the same order
+        assert np.array_equal(data.distinct(count), every[:count])
+
+
+def test_one_dataset_under_two_names_is_scored_once(tmp_path):
+    held_out_mixture(tmp_path, {"a": 5}, {"a": 1.0})
+    sources = {str(tmp_path / "a"): 0.5, f"{tmp_path}/./a": 0.5}
+    data = PackedTokens(sources, split="held_out", max_seq_len=16, seed=0)
+    windows = data.batch(data.distinct(0)).tokens.tolist()
+    assert len(windows) == 5 and len({tuple(row) for row in windows}) == 5
+
+
+def test_without_a_mixture_the_held_out_windows_are_scored_in_the_order_they_always_were(small):
+    data = PackedTokens({str(small): 1.0}, split="train", max_seq_len=8, seed=0)
+    assert data.distinct(7).tolist() == list(range(7)) and data.distinct(0).tolist() == list(range(data.n_windows))
+
+
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_the_windows_of_a_step_do_not_depend_on_ranks_or_workers(small, workers):
     data = opened(small)
