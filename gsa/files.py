@@ -1,8 +1,10 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all, and reading a file that may be anything."""
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -45,3 +47,25 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_small_file(path: Path, limit_bytes: int) -> bytes:
+    """The content of a regular file of at most `limit_bytes`.
+
+    Raises OSError, before anything is read, for a longer file and for what is no regular file: opening a named pipe
+    would wait for its writer, and a device never ends.
+    """
+    with open(open_regular(path), "rb") as file:
+        content = file.read(limit_bytes + 1)
+    if len(content) > limit_bytes:
+        raise OSError(errno.EFBIG, f"longer than the {limit_bytes:,} bytes that it may have", str(path))
+    return content
+
+
+def open_regular(path: Path) -> int:
+    """A file descriptor for reading a regular file. Raises OSError, without waiting, for anything else."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file but a folder, pipe or device", str(path))
+    return descriptor

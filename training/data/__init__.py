@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_DATASET = ("FORMAT", "IGNORE", "MANIFEST_KEYS", "Batch", "DataError", "PackedTokens", "read_manifest")
+_DATASET = ("FORMAT", "IGNORE", "MANIFEST_KEYS", "Batch", "DataError", "PackedTokens", "raise_fault", "read_manifest")
 _LOADER = ("Loader", "past", "step_samples")
 
 

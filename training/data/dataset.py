@@ -6,30 +6,44 @@ the files and the order, docs/gsa.md, sections 2 and 7, for doc_start and target
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
-import sys
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from training.config.exit_codes import ExitCode, Refusal
+from gsa.files import open_regular
 from training.data import packing
+from training.data.manifest import (
+    FORMAT,
+    MANIFEST_KEYS,
+    TOKENIZER,
+    DataError,
+    Shard,
+    how_to_mend,
+    read_ends,
+    read_manifest,
+    read_tables,
+    read_tokenizer,
+    require_size,
+    shards_of,
+    unverifiable,
+)
 from training.data.order import BLOCK, Order
+from training.data.proof import AT_ONCE_BYTES, Remembered, prove_shard, prove_shards, require_bytes_of_tokenizer
+
+__all__ = ["FORMAT", "IGNORE", "MANIFEST_KEYS", "Batch", "DataError", "PackedTokens", "read_manifest"]
 
 IGNORE = -100
-FORMAT = 1
-MANIFEST_KEYS = ("dtype", "vocab_size", "eod_id", "tokenizer_sha256", "fingerprint", "splits")
-
-
-class DataError(Refusal):
-    """A dataset is missing, damaged or unsuitable. The message names the file and says what to do."""
-
-    exit_code = ExitCode.REFUSED_INPUT
+OPEN_SHARDS = 256
+"""Shards of one split that are open at a time: a process has about 1000 file descriptors."""
 
 
 @dataclass(frozen=True)
@@ -47,53 +61,99 @@ class Batch:
         return Batch(self.tokens.pin_memory(), self.targets.pin_memory(), self.doc_start.pin_memory())
 
 
-@dataclass(frozen=True)
-class _Shard:
-    tokens: np.ndarray
-    windows: packing.Windows
+class _OpenShard:
+    """A shard that is open for reading by position.
+
+    It is read, not mapped into memory: a map whose file is cut off or whose disk fails kills the process with SIGBUS.
+    """
+
+    def __init__(self, shard: Shard) -> None:
+        self._shard = shard
+        self._descriptor = open_regular(shard.path)
+        self.inode = os.fstat(self._descriptor).st_ino
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """(count,) ids from position `start` on. Raises OSError, or DataError when the file ends before."""
+        dtype = self._shard.dtype
+        raw = os.pread(self._descriptor, count * dtype.itemsize, start * dtype.itemsize)
+        if len(raw) < count * dtype.itemsize:
+            raise DataError(
+                f"{self._shard.path} was cut off while it was being read; {how_to_mend(self._shard.folder)}"
+            )
+        return np.frombuffer(raw, dtype)
+
+
+def _open_same(shards: Sequence[Shard], inodes: Sequence[int], number: int) -> _OpenShard:
+    """Opens a shard, which must be the file that it was at the start. Raises OSError, DataError."""
+    found = _OpenShard(shards[number])
+    if found.inode != inodes[number]:
+        raise DataError(f"{shards[number].path} was replaced while it was being read; start again")
+    return found
 
 
 class _Split:
-    """One split of one prepared dataset."""
+    """One split of one prepared dataset. unproved: shards whose bytes were not yet compared with their sha256."""
 
     def __init__(self, folder: Path, split: str, window_tokens: int) -> None:
         self.folder, self.split = folder, split
         self.manifest = read_manifest(folder)
-        dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
-        self.shards = []
-        for entry in self.manifest["splits"][split]["shards"]:
-            path = folder / entry["file"]
-            ends_path = path.with_name(path.stem + ".ends.npy")
-            _require_size(path, entry["tokens"] * dtype.itemsize)
-            _require_sha256(ends_path, entry["ends_sha256"], folder)
-            try:
-                ends = np.load(ends_path)
-            except (OSError, ValueError) as err:
-                raise DataError(f"{ends_path}: {err}; {_mend(folder)}") from err
-            if len(ends) != entry["documents"] or (len(ends) and ends[-1] != entry["tokens"]):
-                raise DataError(f"{ends_path} does not describe {path.name}; {_mend(folder)}")
-            if entry["tokens"]:
-                windows = packing.cached_windows(path, ends, entry["ends_sha256"], window_tokens)
-                self.shards.append(_Shard(_map(path, dtype, entry["tokens"]), windows))
-        self.first_window = np.cumsum([0, *(len(shard.windows) for shard in self.shards)])
+        self.tokenizer = read_tokenizer(folder, self.manifest)
+        self.tables = read_tables(folder, self.manifest)
+        self.shards: list[Shard] = []
+        self._windows: list[packing.Windows] = []
+        for shard in shards_of(folder, self.manifest, split):
+            require_size(shard)
+            ends = read_ends(shard)
+            if shard.tokens:
+                self.shards.append(shard)
+                self._windows.append(packing.cached_windows(shard.path, ends, shard.ends_sha256, window_tokens))
+        self.unproved = self._prove_if_small()
+        self.first_window = np.cumsum([0, *(len(windows) for windows in self._windows)])
         self.n_windows = int(self.first_window[-1])
         if not self.n_windows:
             raise DataError(f"{folder}: its {split} split holds no text; prepare it again with more documents")
-        self.targets = np.concatenate([shard.windows.targets for shard in self.shards])
+        self.targets = np.concatenate([windows.targets for windows in self._windows])
+        inodes = [shard.path.stat().st_ino for shard in self.shards]
+        self._open = lru_cache(OPEN_SHARDS)(partial(_open_same, self.shards, inodes))
+
+    def _prove_if_small(self) -> list[Shard]:
+        memory = Remembered(self.folder)
+        unproved = [shard for shard in self.shards if not memory.has(shard)]
+        if sum(shard.bytes for shard in unproved) > AT_ONCE_BYTES:
+            return unproved
+        prove_shards(unproved, memory)
+        memory.save()
+        return []
 
     def fill(self, window: int, tokens: np.ndarray, targets: np.ndarray, doc_start: np.ndarray) -> None:
-        """Writes one window into rows of length T that hold padding."""
+        """Writes one window into rows of length T that hold padding.
+
+        Raises DataError, naming the shard, when it cannot be read or holds an id outside the vocabulary.
+        """
         at = int(np.searchsorted(self.first_window, window, side="right")) - 1
-        shard = self.shards[at]
-        w = shard.windows
+        w, shard = self._windows[at], self.shards[at]
         local = window - int(self.first_window[at])
         position = 0
         for span in range(w.first[local], w.first[local + 1]):
             start, length, whole = int(w.start[span]), int(w.length[span]), bool(w.whole[span])
-            here = slice(position, position + length)
-            tokens[here] = shard.tokens[start : start + length]
             predicted = length - whole
-            targets[position : position + predicted] = shard.tokens[start + 1 : start + 1 + predicted]
+            try:
+                ids = self._open(at).read(start, 1 + predicted)
+            except OSError as err:
+                reason = "too many files are open" if err.errno == errno.EMFILE else err.strerror
+                raise DataError(f"{shard.path} cannot be read: {reason}; {how_to_mend(self.folder)}") from err
+            if ids.max() >= shard.vocab_size:
+                raise DataError(
+                    f"{shard.path} holds the id {ids.max()}, outside the vocabulary of {shard.vocab_size}; "
+                    f"{how_to_mend(self.folder)}"
+                )
+            here = slice(position, position + length)
+            tokens[here] = ids[:length]
+            targets[position : position + predicted] = ids[1:]
             doc_start[here] = position
             position += length
 
@@ -120,15 +180,20 @@ class PackedTokens:
         self._splits = [_Split(Path(folder), split, max_seq_len) for folder in self.sources]
         manifests = [source.manifest for source in self._splits]
         for folder, manifest in zip(self.sources, manifests, strict=True):
-            if manifest["tokenizer_sha256"] != manifests[0]["tokenizer_sha256"]:
+            if any(manifest[key] != manifests[0][key] for key in ("tokenizer_sha256", "vocab_size", "eod_id")):
                 raise DataError(
                     f"{folder} and {next(iter(self.sources))} were made with different tokenizers; prepare one "
                     f"again with --tokenizer of the other"
                 )
         self.vocab_size: int = manifests[0]["vocab_size"]
         self.eod_id: int = manifests[0]["eod_id"]
+        self.tokenizer_sha256: str = manifests[0]["tokenizer_sha256"]
+        self.tokenizer = next((source.tokenizer for source in self._splits if source.tokenizer is not None), None)
         self.n_windows = sum(source.n_windows for source in self._splits)
-        self.token_bytes: np.ndarray = np.load(Path(next(iter(self.sources))) / "token_bytes.npy")
+        self.token_bytes: np.ndarray = self._splits[0].tables["token_bytes.npy"]
+        self.token_counts: np.ndarray = sum(source.tables["token_counts.npy"] for source in self._splits)
+        self.unproved: list[Shard] = [shard for source in self._splits for shard in source.unproved]
+        self.fault: str | None = None
         self._order = Order([source.n_windows for source in self._splits], list(self.sources.values()), seed)
         described = [
             [[m["fingerprint"], part] for m, part in zip(manifests, self._order.parts, strict=True)],
@@ -159,6 +224,12 @@ class PackedTokens:
         sources = [number for number, text in enumerate(texts) if texts.index(text) == number]
         return self._order.first_pass(n_windows or self.n_windows, sources)
 
+    def padding(self, count: int) -> Batch:
+        """A batch of `count` windows without text, and so without targets."""
+        tokens = torch.full((count, self.max_seq_len), self.eod_id, dtype=torch.int64)
+        alone = torch.arange(self.max_seq_len).expand(count, -1).contiguous()
+        return Batch(tokens, torch.full_like(tokens, IGNORE), alone)
+
     def n_targets(self, first: int, count: int) -> int:
         """The number of targets in the `count` windows from sample number `first` on. No text is read for it."""
         place = self._order(np.arange(first, first + count))
@@ -178,8 +249,8 @@ class PackedTokens:
 
     @property
     def tokenizer_file(self) -> Path:
-        """The tokenizer that prepare_data wrote. It may be missing, since only code that shows text needs it."""
-        return Path(next(iter(self.sources))) / "tokenizer.json"
+        """Where the tokenizer lies, for messages."""
+        return Path(next(iter(self.sources))) / TOKENIZER
 
     def summary(self, *, planned: int) -> str:
         """One line about the text. planned: samples that the run will consume."""
@@ -195,58 +266,29 @@ class PackedTokens:
         """Passes over each source after `samples` windows."""
         return dict(zip(self.sources, self._order.epochs(samples), strict=True))
 
-    def verify(self) -> None:
-        """Reads every shard and compares its sha256 with the manifest. Raises DataError, which names the file."""
+    def report_fault(self, message: str) -> None:
+        """Records what is wrong with the text, so that all ranks end at their next step; the first one counts."""
+        self.fault = self.fault or message
+
+    def notes(self) -> list[str]:
+        """What could not be verified about the datasets, one line each."""
+        return [line for source in self._splits for line in unverifiable(source.folder, source.manifest)]
+
+    def require_true_token_bytes(self) -> None:
+        """Raises DataError unless the bytes of each token are those of the tokenizer of its dataset."""
         for source in self._splits:
-            for entry in source.manifest["splits"][self.split]["shards"]:
-                path = source.folder / entry["file"]
-                with open(path, "rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
-                        raise DataError(f"{path}: its sha256 is not that of the manifest; {_mend(source.folder)}")
+            if source.tokenizer is not None:
+                require_bytes_of_tokenizer(source.folder, source.tokenizer, source.tables["token_bytes.npy"])
+
+    def verify(self) -> None:
+        """Reads every shard of the split. Raises DataError, naming the file, for one that is not as prepared."""
+        for source in self._splits:
+            for shard in source.shards:
+                prove_shard(shard)
 
 
-def read_manifest(folder: Path) -> dict:
-    """The manifest of a prepared dataset. Raises DataError when there is none or it cannot be used."""
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as err:
-        raise DataError(f"{folder} is not a prepared dataset (no manifest.json); {_mend(folder)}") from err
-    except json.JSONDecodeError as err:
-        raise DataError(f"{path} is not JSON ({err}); {_mend(folder)}") from err
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        manifest = manifest if isinstance(manifest, dict) else {}
-        raise DataError(f"{path} has format {manifest.get('format')!r}, this project reads {FORMAT}; {_mend(folder)}")
-    missing = [key for key in MANIFEST_KEYS if key not in manifest]
-    if missing:
-        raise DataError(f"{path} lacks {', '.join(missing)}; {_mend(folder)}")
-    return manifest
-
-
-def _map(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """The tokens of a shard, mapped into memory. It holds no file descriptor: a process has about 1000 of them."""
-    assert sys.byteorder == "little"
-    return torch.from_file(str(path), shared=False, size=count, dtype=getattr(torch, dtype.name)).numpy()
-
-
-def _require_size(path: Path, expected: int) -> None:
-    try:
-        found = path.stat().st_size
-    except OSError as err:
-        raise DataError(f"{path}: {err.strerror}; {_mend(path.parent.parent)}") from err
-    if found != expected:
-        raise DataError(f"{path} has {found} bytes, its manifest says {expected}; {_mend(path.parent.parent)}")
-
-
-def _require_sha256(path: Path, expected: str, folder: Path) -> None:
-    """Raises DataError for other content: a wrong document end would give wrong targets and a wrong window table."""
-    try:
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as err:
-        raise DataError(f"{path}: {err.strerror}; {_mend(folder)}") from err
-    if found != expected:
-        raise DataError(f"{path}: its sha256 is not that of the manifest; {_mend(folder)}")
-
-
-def _mend(folder: Path) -> str:
-    return f"make it with: python -m training.prepare_data --out {folder} ... (the quickstart's: make data)"
+def raise_fault(faults: Sequence[str | None]) -> None:
+    """Raises DataError with what the ranks found wrong in the data while the run trained, each message once, if any."""
+    found = dict.fromkeys(fault for fault in faults if fault is not None)
+    if found:
+        raise DataError("\n".join(found))

@@ -39,7 +39,9 @@ class Loader:
 
     num_workers: threads; 0 reads each batch when it is requested. The sequence does not depend on it.
     skipped: (first, count) ranges of sample numbers that no step trains on.
-    When a batch cannot be read, the `next` that would have returned it raises DataError with its sample numbers.
+    When a batch cannot be read, the `next` that would have returned it raises DataError with its sample numbers; or,
+    with defer_faults, it sets `data.fault` and returns a batch of padding, so that this rank can still take part in the
+    step at whose end all ranks stop.
     """
 
     def __init__(
@@ -52,8 +54,9 @@ class Loader:
         num_workers: int,
         pin_memory: bool,
         skipped: Sequence[tuple[int, int]] = (),
+        defer_faults: bool = False,
     ) -> None:
-        self._data, self._pin = data, pin_memory
+        self._data, self._pin, self._defer = data, pin_memory, defer_faults
         self._numbers = self._forever(samples_consumed, plan, rank, skipped)
         self._pool = ThreadPoolExecutor(num_workers, thread_name_prefix="loader") if num_workers else None
         self._ahead: deque[Future[Batch]] = deque()
@@ -71,7 +74,12 @@ class Loader:
         try:
             batch = self._data.batch(samples)
         except Exception as err:
-            raise DataError(f"samples {samples[0]}..{samples[-1]} cannot be read: {type(err).__name__}: {err}") from err
+            reason = str(err) if isinstance(err, DataError) else f"{type(err).__name__}: {err}"
+            message = f"samples {samples[0]}..{samples[-1]} cannot be read: {reason}"
+            if not self._defer:
+                raise DataError(message) from err
+            self._data.report_fault(message)
+            batch = self._data.padding(len(samples))
         return batch.pin_memory() if self._pin else batch
 
     def __iter__(self) -> Loader:

@@ -1,24 +1,29 @@
 """Packs documents into windows of max_seq_len tokens by best fit, so that few are cut and there is little padding.
 
 The table of a shard's windows is cached beside the dataset. It is a pure function of the shard's document ends and the
-window length, so any rank may write it, and a damaged one is made again.
+window length, so any rank may write it. One that is damaged, or does not cover the shard exactly, is made again.
 """
 
 from __future__ import annotations
 
 import bisect
+import errno
 import hashlib
 import io
 import sys
-from dataclasses import dataclass
+import zipfile
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
-from gsa.files import write_atomically
+from gsa.files import read_small_file, write_atomically
+from training.data.manifest import parse_npy
 
 VERSION = 1
 """Raise it when the result of `pack` changes: the order of the data is a contract."""
+_OVERHEAD_BYTES = 1 << 14
+"""The most that a cache file holds besides its arrays, which have at most 40 bytes per span."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def cached_windows(shard: Path, ends: np.ndarray, ends_sha256: str, window_token
     """
     folder = shard.parent.parent / "packed"
     path = folder / f"{shard.parent.name}_{shard.stem}_{window_tokens}_v{VERSION}_{ends_sha256[:16]}.npz"
-    cached = _read(path)
+    cached = _read(path, ends, window_tokens)
     if cached is not None:
         return cached
     windows = pack(ends, window_tokens)
@@ -114,6 +119,8 @@ def cached_windows(shard: Path, ends: np.ndarray, ends_sha256: str, window_token
     digest = hashlib.sha256(body.getvalue()).digest()
     try:
         folder.mkdir(exist_ok=True)
+        if folder.is_symlink():  # a dataset from elsewhere decides nothing outside its folder
+            raise OSError(errno.ELOOP, "it is a link")
         with write_atomically(path, durable=False, unique=True) as file:  # every rank may write it
             file.write(digest + body.getvalue())
     except OSError as err:
@@ -121,13 +128,52 @@ def cached_windows(shard: Path, ends: np.ndarray, ends_sha256: str, window_token
     return windows
 
 
-def _read(path: Path) -> Windows | None:
-    """The cached table, or None when there is none or its checksum is wrong."""
+def _read(path: Path, ends: np.ndarray, window_tokens: int) -> Windows | None:
+    """The cached table, or None when there is none or it is not one of this shard."""
+    spans = len(ends) + int(ends[-1]) // window_tokens
     try:
-        raw = path.read_bytes()
+        raw = read_small_file(path, 40 * spans + _OVERHEAD_BYTES)
+    except FileNotFoundError:
+        return None
     except OSError:
-        return None
-    if hashlib.sha256(raw[32:]).digest() != raw[:32]:
+        raw = b""
+    try:
+        windows = _parse(raw, ends, window_tokens)
+    except (ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile):
+        windows = None
+    if windows is None:
         print(f"note: {path} is damaged; making it again", file=sys.stderr)
+    return windows
+
+
+def _parse(raw: bytes, ends: np.ndarray, window_tokens: int) -> Windows | None:
+    """The table in the content of a cache file; None when it would read other tokens than those of the shard."""
+    if hashlib.sha256(raw[32:]).digest() != raw[:32]:
         return None
-    return Windows(**np.load(io.BytesIO(raw[32:])))
+    arrays = {}
+    with zipfile.ZipFile(io.BytesIO(raw[32:])) as archive:
+        for name in (field.name for field in fields(Windows)):
+            entry = archive.getinfo(f"{name}.npy")
+            if entry.compress_type != zipfile.ZIP_STORED:  # nothing may grow while it is read
+                return None
+            arrays[name] = parse_npy(archive.read(entry), np.dtype(bool if name == "whole" else np.int64))
+    windows = Windows(**arrays)
+    return windows if _covers(windows, ends, window_tokens) else None
+
+
+def _covers(w: Windows, ends: np.ndarray, window_tokens: int) -> bool:
+    """Whether the spans are every token of the shard once, in windows of at most this length, with true targets."""
+    spans = len(w.start)
+    if not len(w.length) == len(w.whole) == spans or not spans or len(w.first) != len(w.targets) + 1:
+        return False
+    if w.first[0] != 0 or w.first[-1] != spans or (np.diff(w.first) < 1).any() or (w.length < 1).any():
+        return False
+    order = np.argsort(w.start)
+    follows = np.concatenate([w.start[order][1:], ends[-1:]])
+    if w.start[order[0]] != 0 or not np.array_equal(w.start[order] + w.length[order], follows):
+        return False
+    return (
+        np.array_equal(w.whole, np.isin(w.start + w.length, ends))
+        and np.array_equal(w.targets, np.add.reduceat(w.length - w.whole, w.first[:-1]))
+        and np.add.reduceat(w.length, w.first[:-1]).max() <= window_tokens
+    )

@@ -56,7 +56,7 @@ def load(path: Path) -> Tokenizer:
         raise
     except Exception as err:  # the library raises bare Exception for a missing or malformed file
         raise PrepareError(f"--tokenizer {path}: cannot be read ({err})") from err
-    if not _is_byte_level(tokenizer):
+    if not is_byte_level(tokenizer):
         raise PrepareError(f"--tokenizer {path} is not a byte-level BPE; bits per byte need one")
     # a tokenizer.json often holds these settings for batches of a fixed shape: they would drop or add tokens
     tokenizer.no_truncation()
@@ -72,7 +72,8 @@ def load(path: Path) -> Tokenizer:
     return tokenizer
 
 
-def _is_byte_level(tokenizer: Tokenizer) -> bool:
+def is_byte_level(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer spells every byte as a letter, so that its entries say how many bytes they stand for."""
     decoder = json.loads(tokenizer.to_str())["decoder"]
     return decoder is not None and decoder["type"] == "ByteLevel"
 

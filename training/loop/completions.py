@@ -17,7 +17,7 @@ def complete(engine: Engine, data: PackedTokens, prompt: str, max_new_tokens: in
     Every rank must call it: under ZeRO 3 every forward pass is a collective. The model is left in the mode (training
     or evaluation) in which it was found.
     """
-    tokenizer = Tokenizer.from_file(str(data.tokenizer_file))
+    tokenizer = Tokenizer.from_buffer(data.tokenizer)
     was_training = engine.module.training
     engine.eval()
     tokens = tokenizer.encode(prompt, add_special_tokens=False).ids or [data.eod_id]

@@ -73,6 +73,9 @@ def prepare(args: argparse.Namespace) -> Prepared:
     _require_tokenizer(cfg, data)
     _require_scores(cfg, held_out)
     _require_emergency_dir(cfg)
+    data.require_true_token_bytes()
+    for note in () if quiet else data.notes():
+        print(f"note: {note}", flush=True)
     start = None
     if found is not None:
         start = start_from(found, spec, data, args.allow_config_change, quiet=quiet)
@@ -101,9 +104,11 @@ def _require_plain(cfg: RunConfig) -> None:
 
 def _require_tokenizer(cfg: RunConfig, data: PackedTokens) -> None:
     """A dataset without its tokenizer can be trained on, but there is no text to show."""
-    path = data.tokenizer_file
-    if cfg.training.sample_interval and not path.is_file():
-        raise DataError(f"training.sample_interval needs {path}, which is missing: restore the dataset, or set it to 0")
+    if cfg.training.sample_interval and data.tokenizer is None:
+        raise DataError(
+            f"training.sample_interval needs {data.tokenizer_file}, which is missing: restore the dataset, "
+            f"or set it to 0"
+        )
 
 
 def _require_scores(cfg: RunConfig, held_out: PackedTokens) -> None:

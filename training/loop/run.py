@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from gsa.checkpoint.manifest import CheckpointError
 from training.config import to_yaml
 from training.config.exit_codes import ExitCode, Refusal, exit_code_of
+from training.data.dataset import raise_fault
+from training.data.proof import BackgroundProof
 from training.engine.world import World
 from training.loop.agreement import open_same_data, require_same_folder
 from training.loop.last_words import LastWords, is_broken_connection
@@ -37,9 +39,13 @@ def run(prepared: Prepared, world: World) -> ExitCode:
         return exit_code_of(err)
     words, trainer = LastWords(folder.path, rank=world.rank, launch=str(launch)), None
     try:
-        with Watchdog(
-            folder.path, rank=world.rank, size=world.size, timeout_s=cfg.training.hang_timeout_s, launch=str(launch)
-        ) as watchdog:
+        unproved = [*held_out.unproved, *data.unproved]
+        with (
+            BackgroundProof(unproved, failed=data.report_fault, part=world.local_rank, parts=world.local_size),
+            Watchdog(
+                folder.path, rank=world.rank, size=world.size, timeout_s=cfg.training.hang_timeout_s, launch=str(launch)
+            ) as watchdog,
+        ):
             trainer = Trainer(
                 spec,
                 world=world,
@@ -52,6 +58,7 @@ def run(prepared: Prepared, world: World) -> ExitCode:
                 log_level=prepared.log_level,
             )
             trainer.train()
+            raise_fault(world.gather(data.fault))  # found after the last step
             trainer.close()
         return ExitCode.FINISHED
     except Exception as err:

@@ -16,7 +16,7 @@ from gsa.checkpoint.state import RunState
 from training.checkpointing.resume import Start, restore
 from training.checkpointing.saver import Retention, Saver
 from training.config import RunSpec, to_plain
-from training.data import Loader, PackedTokens
+from training.data import Loader, PackedTokens, raise_fault
 from training.engine.build import build_engine
 from training.engine.world import World
 from training.loop.evaluate import EvaluationError, Evaluator, Interrupted
@@ -202,6 +202,7 @@ class Trainer:
             skipped=self.progress.skipped,
             num_workers=self.spec.cfg.data.num_workers,
             pin_memory=self.world.device.type == "cuda",
+            defer_faults=True,
         )
 
     def _epoch(self) -> float:
@@ -233,13 +234,15 @@ class Trainer:
         progress.advance(first, plan.global_batch_size, cfg.max_seq_len)
         totals = reduce_step(
             sums,
-            flags=(self.stop.number, *self.saver.status()),
+            flags=(self.stop.number, self.data.fault is not None, *self.saver.status()),
             rank_shares=self.telemetry.shares(sums.selection),
             world_size=self.world.size,
         )
         if not sums.dropped:
             self.model.update_v_ref(totals.selection)
-        signals, done, failed = totals.flags
+        signals, faults, done, failed = totals.flags
+        if faults:  # before anything of this step, or of a save in flight, is published
+            raise_fault(self.world.gather(self.data.fault))
         self.saver.poll(done, failed)
         row = {
             "step": progress.step,

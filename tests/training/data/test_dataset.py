@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from support.tiny_dataset import write_dataset
 
 from training.config import BatchPlan
+from training.data import dataset
 from training.data.dataset import DataError, PackedTokens
 from training.data.loader import Loader, step_samples
 from training.data.order import BLOCK, Order, permute
@@ -291,11 +293,12 @@ def test_different_tokenizers_and_impossible_weights_are_refused(small, tmp_path
     other = tmp_path / "other"
     write_dataset(other, documents([5]), vocab_size=5000, held_out=[[1]])
     (other / "tokenizer.json").write_text("{1}")
+    sha256 = hashlib.sha256(b"{1}").hexdigest()
     manifest = json.loads((other / "manifest.json").read_text())
-    (other / "manifest.json").write_text(json.dumps(manifest | {"tokenizer_sha256": "x"}))
+    (other / "manifest.json").write_text(json.dumps(manifest | {"tokenizer_sha256": sha256}))
     with pytest.raises(DataError, match="different tokenizers"):
         PackedTokens({str(small): 1.0, str(other): 1.0}, split="train", max_seq_len=8, seed=0)
-    other.joinpath("manifest.json").write_text(json.dumps(manifest))
+    write_dataset(other, documents([5]), vocab_size=5000, held_out=[[1]])
     for weight in (0.0, -1.0, 1e-5, float("inf"), float("nan")):
         with pytest.raises(
             DataError, match=rf"weight {weight} of \S+other (must be above 0 and finite|is below 1/1000 of)"
@@ -303,12 +306,15 @@ def test_different_tokenizers_and_impossible_weights_are_refused(small, tmp_path
             PackedTokens({str(small): 1.0, str(other): weight}, split="train", max_seq_len=8, seed=0)
 
 
-def test_shards_hold_no_file_descriptor(tmp_path):
+def test_few_shards_are_open_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "OPEN_SHARDS", 5)
     write_dataset(tmp_path, documents([20] * 60), vocab_size=5000, held_out=[[1]], shard_tokens=40)
     before = len(os.listdir("/proc/self/fd"))
     data = opened(tmp_path)
     assert len(list((tmp_path / "train").glob("*.bin"))) == 60
-    assert data.batch(np.arange(8)).tokens.shape == (8, 8)
+    assert data.batch(np.arange(50)).tokens.shape == (50, 8)
+    assert len(os.listdir("/proc/self/fd")) == before + 5
+    del data
     assert len(os.listdir("/proc/self/fd")) == before
 
 
