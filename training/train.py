@@ -8,9 +8,11 @@ which); 2 refused configuration; 3 refused checkpoint or data; 4 diverged; 1 any
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import get_args
 
@@ -72,6 +74,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str]) -> int:
+    with suppress(AttributeError, ValueError, OSError, RuntimeError):  # standard error is closed, or no file
+        faulthandler.enable()  # a signal that kills the process leaves the stack behind
     survive_lost_output()
     meeting, refused = None, None
     try:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +22,7 @@ class Case:
     """One launch of a training run: the arguments of training/train.py, and the expected exit code.
 
     rank_1: arguments that only rank 1 is given. rank_1_cwd: the working directory of rank 1, where relative paths lead
-    elsewhere.
+    elsewhere. patches: values of module attributes, by dotted name, on every rank while the case runs.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Case:
     code: int = 0
     rank_1: tuple[str, ...] = ()
     rank_1_cwd: str | None = None
+    patches: dict[str, object] = field(default_factory=dict)
 
 
 _AT_START = dict(os.environ)

@@ -5,7 +5,9 @@ import json
 import os
 import sys
 import traceback
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 from training.engine.engine import start
 from training.engine.world import exit_process
@@ -26,12 +28,16 @@ def main() -> int:
         freeze()
         argv = [*case["argv"], *(case["rank_1"] if world.rank == 1 else ())]
         os.chdir((case["rank_1_cwd"] if world.rank == 1 else None) or home)
+        patches = ExitStack()
+        for name, value in case["patches"].items():
+            patches.enter_context(mock.patch(name, value))
         try:
             prepared = prepare(parse(argv))
         except Exception:
             print(f"case {case['name']}:\n{traceback.format_exc()}", flush=True)
             return 1
         code = run(prepared, world)
+        patches.close()
         if code != case["code"]:
             print(f"case {case['name']}: rank {world.rank} ended with {code}, expected {case['code']}", flush=True)
             return 1
