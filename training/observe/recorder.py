@@ -18,7 +18,7 @@ from training.observe.console import Console, LogLevel
 from training.observe.telemetry import SETTLED, Telemetry
 from training.observe.tracking.run_identity import identify_run
 from training.observe.tracking.tracker import Tracker
-from training.record.metrics_log import MetricsLog, iter_rows, rewind
+from training.record.metrics_log import MetricsLog, rewind, rows_from_end
 from training.record.replay_receipt import ReplayReceipt, describe
 from training.record.run_folder import PROJECT, RunFolder, version
 from training.record.spike_score import WINDOW
@@ -32,7 +32,7 @@ class History:
     """What goes on from the rows that metrics.jsonl holds.
 
     losses: the last finite ones. lost_in_a_row: how many of the last steps were not finite. evaluated_at, sampled_at:
-    the step of the last evaluation and of the last completions, or -1.
+    the step of the last evaluation and of the last completions, or -1 when they came before these losses.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -198,20 +198,23 @@ class Recorder(SilentRecorder):
         return identity.id
 
     def history(self) -> History:
-        """Reads what goes on from the rows of metrics.jsonl."""
-        losses: deque[float] = deque(maxlen=WINDOW)
-        lost, evaluated_at, sampled_at = 0, -1, -1
-        for row in iter_rows(self._folder.metrics):
+        """Reads what goes on from the last rows of metrics.jsonl, as many as there are losses that count."""
+        losses: deque[float] = deque()
+        lost, went_on, evaluated_at, sampled_at = 0, False, -1, -1
+        for row in rows_from_end(self._folder.metrics):
             if "loss" in row:
                 numbers = [float(row.get(name, 0.0)) for name in ("loss", "indexer_loss", "grad_norm")]
-                lost = 0 if all(map(math.isfinite, numbers)) else lost + 1
+                went_on = went_on or all(map(math.isfinite, numbers))
+                lost += not went_on
                 if math.isfinite(numbers[0]):
-                    losses.append(numbers[0])
-            elif row.get("event") == "eval":
+                    losses.appendleft(numbers[0])
+                if went_on and len(losses) >= WINDOW:
+                    break
+            elif row.get("event") == "eval" and evaluated_at < 0:
                 evaluated_at = row["step"]
-            elif row.get("event") == "sample":
+            elif row.get("event") == "sample" and sampled_at < 0:
                 sampled_at = row["step"]
-        return History(list(losses), lost, evaluated_at, sampled_at)
+        return History(list(losses)[-WINDOW:], lost, evaluated_at, sampled_at)
 
     # -- rows ------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from io import FileIO
@@ -18,6 +19,9 @@ from typing import Any, BinaryIO
 from gsa.checkpoint import manifest
 from gsa.files import write_atomically
 from gsa.units import MIB
+
+BLOCK = 64 * 1024
+"""Bytes that are read at a time where a file is read from its end."""
 
 
 def as_written(value: object) -> Any:
@@ -88,7 +92,7 @@ def iter_rows(path: Path) -> Iterator[dict]:
     A torn last line, left by a kill, is skipped; a file that does not exist has no rows. Raises DamagedRowsError at any
     other line that is not a JSON object.
     """
-    return (row for _, row in _rows_with_ends(path))
+    return _rows_from(path, 0)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -96,31 +100,97 @@ def read_rows(path: Path) -> list[dict]:
     return list(iter_rows(path))
 
 
-def _rows_with_ends(path: Path) -> Iterator[tuple[int, dict]]:
-    """(offset in bytes at which the next line begins, row) of each row."""
-    if not path.exists():
-        return
-    end, error = 0, None
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if error is not None:  # the line before was not the last one, so it was not merely torn
-                raise error
-            end += len(line)
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("not an object")
-            except ValueError as err:
-                what = f"not JSON ({getattr(err, 'msg', err)})"
-                error = DamagedRowsError(f"{path}, line {number}: {what}; restore the file or delete the line")
-                continue
-            yield end, row
+def rows_from_end(path: Path) -> Iterator[dict]:
+    """The rows of `iter_rows`, the last one first. Reads no more of the file than the rows that are taken."""
+    return (row for _, row in _ends_and_rows_from_end(path))
+
+
+def rows_after(path: Path, step: int) -> Iterator[dict]:
+    """The rows that follow the row of `step`, in the order of the file. Reads no earlier part of the file."""
+    return _rows_from(path, _end_of_step(path, step) if step > 0 else 0)
 
 
 def require_rows(path: Path) -> None:
     """Raises DamagedRowsError when a line inside the file is not a row."""
     for _ in iter_rows(path):
         pass
+
+
+def _rows_from(path: Path, start: int) -> Iterator[dict]:
+    """The rows of the lines that begin at the offset `start` or later."""
+    if not path.exists():
+        return
+    begin, error = start, None
+    with open(path, "rb") as file:
+        file.seek(start)
+        for line in file:
+            if error is not None:  # the line before was not the last one, so it was not merely torn
+                raise _damaged(path, begin, error)
+            try:
+                yield _parse(line)
+            except ValueError as err:
+                error = err
+                continue
+            begin += len(line)
+
+
+def _ends_and_rows_from_end(path: Path) -> Iterator[tuple[int, dict]]:
+    """(offset in bytes at which the next line begins, row) of each row, the last one first."""
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        for begin, line in _lines_from_end(file, size):
+            end = begin + len(line)
+            try:
+                row = _parse(line)
+            except ValueError as err:
+                if end == size:  # torn by a kill
+                    continue
+                raise _damaged(path, begin, err) from None
+            yield end, row
+
+
+def _lines_from_end(file: BinaryIO, size: int) -> Iterator[tuple[int, bytes]]:
+    """(offset in bytes at which it begins, line with its line break) of each line, the last one first."""
+    begin, rest = size, b""  # rest: the bytes from `begin` on that belong to a line that begins earlier
+    while begin:
+        length = min(BLOCK, begin)
+        begin -= length
+        file.seek(begin)
+        block = file.read(length) + rest
+        end = len(block)
+        while (line_break := block.rfind(b"\n", 0, end - 1)) >= 0:
+            yield begin + line_break + 1, block[line_break + 1 : end]
+            end = line_break + 1
+        rest = block[:end]
+    if rest:
+        yield 0, rest
+
+
+def _parse(line: bytes) -> dict:
+    """Raises ValueError when the line is not a JSON object."""
+    row = json.loads(line)
+    if not isinstance(row, dict):
+        raise ValueError("not an object")
+    return row
+
+
+def _damaged(path: Path, begin: int, err: ValueError) -> DamagedRowsError:
+    """The error for the line that begins at the offset `begin`."""
+    with open(path, "rb") as file:
+        number = 1 + sum(part.count(b"\n") for part in _parts(file, begin))
+    what = f"not JSON ({getattr(err, 'msg', err)})"
+    return DamagedRowsError(f"{path}, line {number}: {what}; restore the file or delete the line")
+
+
+def _end_of_step(path: Path, step: int) -> int:
+    """The offset behind the last row of a step up to `step`; 0 when there is none."""
+    return next((end for end, row in _ends_and_rows_from_end(path) if _is_step(row) and row["step"] <= step), 0)
+
+
+def _is_step(row: dict) -> bool:
+    return "loss" in row
 
 
 def rewind(path: Path, step: int) -> list[dict]:
@@ -131,9 +201,18 @@ def rewind(path: Path, step: int) -> list[dict]:
     last line is dropped. A kill at any moment loses no row: the moved rows are written to disk first, then the
     shortened file replaces the old one in one step.
     """
-    head, late_saves, moved = 0, [], []  # head: bytes at the beginning of the file that stay as they are
-    for end, row in _rows_with_ends(path):
-        if moved or ("loss" in row and row["step"] > step):
+    tail, head = (
+        [],
+        0,
+    )  # tail: (end, row) of the rows after that of `step`; head: bytes of the file that stay as they are
+    for end, row in _ends_and_rows_from_end(path):
+        if _is_step(row) and row["step"] <= step:
+            head = end
+            break
+        tail.append((end, row))
+    late_saves, moved = [], []
+    for end, row in reversed(tail):
+        if moved or _is_step(row):
             (late_saves if row.get("event") == "save" and row["step"] <= step else moved).append(row)
         else:
             head = end
@@ -144,7 +223,8 @@ def rewind(path: Path, step: int) -> list[dict]:
         with write_atomically(segments / f"metrics_{number}.jsonl", durable=True) as file:
             file.write(_lines(moved))
         with open(path, "rb") as before, write_atomically(path, durable=True) as file:
-            _copy(before, file, head)
+            for part in _parts(before, head):
+                file.write(part)
             file.write(_lines(late_saves))
     elif path.exists():
         with open(path, "r+b") as file:
@@ -159,8 +239,8 @@ def _lines(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
-    """Copies `size` bytes, a MiB at a time."""
+def _parts(source: BinaryIO, size: int) -> Iterator[bytes]:
+    """The first `size` bytes of a file, a MiB at a time."""
     while size and (part := source.read(min(size, MIB))):
-        target.write(part)
         size -= len(part)
+        yield part

@@ -10,7 +10,7 @@ from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import RunState
 from training.config import RunConfig, config_changes, to_plain
 from training.observe.tracking.tracking_state import Parent, new_run_id
-from training.record.metrics_log import iter_rows
+from training.record.metrics_log import rows_from_end
 from training.record.run_folder import RunFolder
 
 
@@ -40,7 +40,7 @@ def identify_run(cfg: RunConfig, folder: RunFolder, state: RunState | None, *, c
 
 def _retrains_steps_differently(cfg: RunConfig, folder: RunFolder, state: RunState) -> bool:
     """Whether the folder has rows of steps that are about to be trained again with another curve."""
-    newest = max((row["step"] for row in iter_rows(folder.metrics) if "loss" in row), default=0)
+    newest = next((row["step"] for row in rows_from_end(folder.metrics) if "loss" in row), 0)
     changes = config_changes(state.config, to_plain(cfg))
     return newest > state.step and any(change.effect == "curve" for change in changes)
 

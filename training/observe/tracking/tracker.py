@@ -13,7 +13,7 @@ from training.observe.tracking.mirror import Limits, Mirror, Sink
 from training.observe.tracking.tensorboard_sink import TensorboardSink
 from training.observe.tracking.tracking_state import LaunchInfo, Parent
 from training.observe.tracking.wandb_sink import open_wandb
-from training.record.metrics_log import iter_rows
+from training.record.metrics_log import rows_after
 
 
 class Tracker:
@@ -77,7 +77,7 @@ class Tracker:
 def _rows_between(path: Path, resumed_from: int, last: int) -> Iterator[dict]:
     """Rows of metrics.jsonl of the steps after `last` up to `resumed_from`, with their events."""
     began = False
-    for row in iter_rows(path) if last < resumed_from else ():
+    for row in rows_after(path, last) if last < resumed_from else ():
         if "event" not in row:
             if row["step"] > resumed_from:
                 return
