@@ -83,6 +83,7 @@ def main(argv: list[str]) -> int:
             retention=Retention(None, None),
             bytes_needed=0,
             published=reports[kind].append,
+            failed=lambda step, reason: sys.exit(f"step {step}: {reason}"),
         )
         for kind in (False, True)
     }

@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
 
     timeout_s = max(600.0, 20 * prepared.spec.cfg.training.hang_timeout_s)
     world = start(timeout_s=timeout_s, verbose=prepared.log_level == "debug", meeting=meeting)
-    code = run(prepared, world)
+    code = run(prepared, world, watched=lambda: meeting and meeting.dismiss())
     if code == ExitCode.FINISHED:
         world.leave()
     return code

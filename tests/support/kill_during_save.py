@@ -156,6 +156,7 @@ def save(canned: Canned, state: RunState, folder: Path) -> int:
         retention=saving.Retention(None, None),
         bytes_needed=0,
         published=lambda report: None,
+        failed=lambda step, reason: None,
     )
     saver.start(state)
     saver.finish()

@@ -167,7 +167,7 @@ class TrainingConfig:
     init_from: str | None = key(None, "Folder of a checkpoint whose weights a new run starts from.", resume="harmless")
     hang_timeout_s: float = key(
         45.0,
-        "Seconds that one phase of a step may take before the rank is reported as hung.",
+        "Seconds that a phase of a step may take before its rank counts as hung; at least 300 for files.",
         above=0,
         resume="harmless",
     )

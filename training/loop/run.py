@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from gsa.checkpoint.manifest import CheckpointError
@@ -22,8 +23,11 @@ from training.loop.watchdog import Watchdog
 from training.record.run_folder import RunFolder
 
 
-def run(prepared: Prepared, world: World) -> ExitCode:
-    """Trains on every rank of `world` and returns the exit code. Errors are printed and recorded in run.json."""
+def run(prepared: Prepared, world: World, watched: Callable[[], None] = lambda: None) -> ExitCode:
+    """Trains on every rank of `world` and returns the exit code. Errors are printed and recorded in run.json.
+
+    watched: called once the watchdog has begun.
+    """
     folder = prepared.folder
     # rank 0 alone has read the checkpoint, which may decide some keys
     cfg, start, launch = world.broadcast((prepared.spec.cfg, prepared.start, time.time_ns()))
@@ -46,6 +50,7 @@ def run(prepared: Prepared, world: World) -> ExitCode:
                 folder.path, rank=world.rank, size=world.size, timeout_s=cfg.training.hang_timeout_s, launch=str(launch)
             ) as watchdog,
         ):
+            watched()
             trainer = Trainer(
                 spec,
                 world=world,

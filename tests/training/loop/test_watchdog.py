@@ -9,33 +9,59 @@ import sys
 import textwrap
 import time
 
-import pytest
 from support.launching import ROOT, rank_environment
 
 RANK = textwrap.dedent("""
-    import shutil, sys, time
+    import os, shutil, socket, sys, time
     from pathlib import Path
+    from training.loop import watchdog
     from training.loop.watchdog import Watchdog
 
     def late_in_here():
         time.sleep(60)
 
     folder, rank, mode = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    with Watchdog(folder, rank=rank, size=2, timeout_s=3.0, launch="L") as dog:
-        while mode in ("hang", "stop", "die") and len(list((folder / ".ranks").glob("rank_?.json"))) < 2:
-            time.sleep(0.01)  # both begin together, as ranks after creating a process group
-        for step in range(400):
+    alone = mode in ("disk", "patient", "alone")
+
+    def wait_for_the_other(step):  # as a collective does
+        (folder / f"at_{rank}_{step}").touch()
+        while not alone and not (folder / f"at_{1 - rank}_{step}").exists():
+            time.sleep(0.01)
+
+    if mode == "clock":  # one clock is behind; both are stepped, forwards and back
+        began = time.monotonic()
+        real = time.time
+        time.time = lambda: real() - 60 * rank + (3600 if 1 < time.monotonic() - began < 2 else 0)
+    if mode == "containers":  # one host name, and pids that mean nothing to the other
+        socket.gethostname = lambda: "cloned"
+        watchdog.machine = lambda: f"namespace {rank}"
+        watchdog.os.getpid = lambda: 2**22 + rank
+        watchdog._started = lambda pid: 1
+    if mode == "unwritable" and rank == 1:
+        (folder / ".ranks" / "rank_1.json.tmp").mkdir(parents=True)
+
+    storage_s = 3.0 if mode in ("hang", "disk", "alone") else 60.0
+    with Watchdog(folder, rank=rank, size=2, timeout_s=3.0, storage_s=storage_s, launch="L") as dog:
+        wait_for_the_other("start")
+        for step in range(6 if alone else 40):
             dog.beat("data")
             if mode == "hang" and rank == 1 and step == 3:
                 late_in_here()
+            if mode == "stall" and rank == 1 and step == 3:
+                time.sleep(6)  # a file server fails over
             dog.beat("backward")
-            if mode in ("hang", "stop", "die") and step == 6:
-                time.sleep(60)  # as in a collective that waits for the other rank
-            time.sleep(0.02)
-            if mode == "fine" and step == 20:
-                break
+            if mode == "die" and rank == 1 and step == 30:
+                (folder / "dying").touch()
+                time.sleep(60)
+            if mode == "slow" and step == 10:
+                time.sleep(2.5)
+            if mode == "slow" and step == 20:
+                time.sleep(5)  # longer than timeout_s, but not much longer than this run has seen
+            wait_for_the_other(step)
+            time.sleep(0.1)
             if mode == "disk" and step == 3:
-                shutil.rmtree(folder / ".ranks")  # from now on nothing can be written
+                shutil.rmtree(folder / ".ranks")
+                (folder / ".ranks").write_text("in the way")  # from now on nothing can be written
                 time.sleep(2.5)
                 raise ValueError("the error of the run")
             if mode == "patient" and step == 3:
@@ -63,11 +89,28 @@ def outputs(pair, timeout=120):
     return [rank.communicate(timeout=timeout)[0] for rank in pair]
 
 
-@pytest.mark.parametrize("mode", ["fine", "patient"])
-def test_the_watchdog_prints_nothing_and_ends_nothing_in_a_healthy_run(tmp_path, mode):
-    pair = start_pair(tmp_path, mode)
-    assert outputs(pair) == ["", ""]
-    assert [rank.returncode for rank in pair] == [0, 0]
+HEALTHY = ["fine", "patient", "clock", "containers", "stall", "slow", "unwritable", "stopped for a while"]
+
+
+def test_the_watchdog_prints_nothing_and_ends_nothing_in_a_healthy_run(tmp_path):
+    """All at once, since they mostly wait."""
+    pairs = {}
+    for mode in HEALTHY:
+        (tmp_path / mode).mkdir()
+        pairs[mode] = start_pair(tmp_path / mode, mode)
+    stopped = pairs["stopped for a while"][1]
+    while not (tmp_path / "stopped for a while" / "at_1_3").exists():
+        time.sleep(0.05)
+    os.kill(stopped.pid, signal.SIGSTOP)
+    time.sleep(2)
+    os.kill(stopped.pid, signal.SIGCONT)
+    for mode, pair in pairs.items():
+        texts = outputs(pair)
+        assert [rank.returncode for rank in pair] == [0, 0], (mode, texts)
+        if mode == "unwritable":
+            assert texts[0] == "" and texts[1].count("watchdog: rank 1 cannot write its sign of life: [Errno 21]") == 1
+        else:
+            assert texts == ["", ""], mode
 
 
 def test_the_rank_that_hangs_is_named_and_every_stack_is_dumped(tmp_path):
@@ -84,9 +127,8 @@ def test_the_rank_that_hangs_is_named_and_every_stack_is_dumped(tmp_path):
 
 def test_a_rank_that_died_is_named_by_the_other_rank(tmp_path):
     pair = start_pair(tmp_path, "die")
-    while not (tmp_path / ".ranks" / "rank_1.json").exists():
+    while not (tmp_path / "dying").exists():
         time.sleep(0.1)
-    time.sleep(1.5)  # until the other rank has read its file
     os.kill(pair[1].pid, signal.SIGKILL)
     pair[1].wait()
     text = pair[0].communicate(timeout=60)[0]
@@ -96,7 +138,7 @@ def test_a_rank_that_died_is_named_by_the_other_rank(tmp_path):
 
 def test_a_rank_that_was_stopped_is_named_by_the_other_rank(tmp_path):
     pair = start_pair(tmp_path, "stop")
-    while not (tmp_path / ".ranks" / "rank_1.json").exists():
+    while not (tmp_path / "at_1_3").exists():
         time.sleep(0.1)
     os.kill(pair[1].pid, signal.SIGSTOP)
     try:
@@ -104,7 +146,7 @@ def test_a_rank_that_was_stopped_is_named_by_the_other_rank(tmp_path):
     finally:
         os.kill(pair[1].pid, signal.SIGKILL)
         pair[1].communicate()
-    assert f"rank 1 (pid {pair[1].pid}" in text
+    assert f"rank 1 (pid {pair[1].pid}" in text and "gave no sign of life for 3 s (stopped or swapped out?)" in text
     assert pair[0].returncode == 1
 
 
@@ -116,7 +158,7 @@ def test_a_failing_disk_is_reported_once_and_does_not_hide_the_error_of_the_run(
         capture_output=True,
         text=True,
     )
-    assert lone.stderr.count("watchdog: rank 0 cannot write its sign of life: [Errno 2]") == 1
+    assert lone.stderr.count("watchdog: rank 0 cannot write its sign of life: [Errno 17]") == 1
     assert lone.returncode == 1 and lone.stderr.splitlines()[-1] == "ValueError: the error of the run"
 
 
@@ -124,10 +166,10 @@ def test_files_of_an_earlier_launch_are_ignored(tmp_path):
     ranks = tmp_path / ".ranks"
     ranks.mkdir()
     (ranks / "rank_1.json").write_text(
-        '{"launch": "older", "pid": 1, "host": "x", "state": "running", "time": 0, "count": 0}'
+        '{"launch": "older", "pid": 1, "host": "x", "state": "running", "ticks": 0, "count": 0}'
     )
     lone = subprocess.run(
-        [sys.executable, "-c", RANK, str(tmp_path), "0", "fine"],
+        [sys.executable, "-c", RANK, str(tmp_path), "0", "alone"],
         cwd=ROOT,
         env=rank_environment(),
         capture_output=True,
