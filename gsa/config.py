@@ -50,6 +50,9 @@ def check_keys(cfg: Any, section: str) -> None:
             if type(None) not in get_args(hints[f.name]):
                 raise ValueError(f"{section}.{f.name} must have a value, not null")
             continue
+        if value == "":
+            other = ", or null" if type(None) in get_args(hints[f.name]) else ""
+            raise ValueError(f"{section}.{f.name} is empty; give a value{other}")
         for bound, limit in f.metadata["bounds"].items():
             if not _within(value, bound, limit):
                 raise ValueError(f"{section}.{f.name}={value} must be {bound} {limit}")

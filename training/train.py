@@ -23,7 +23,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
 
 from gsa.checkpoint.manifest import CheckpointError  # noqa: E402
 from training.config import format_help  # noqa: E402
-from training.config.command import snake_case_flags  # noqa: E402
+from training.config.command import refuse_empty, snake_case_flags  # noqa: E402
 from training.config.exit_codes import ExitCode, Refusal, exit_code_of  # noqa: E402
 from training.engine.rendezvous import Meeting, meet  # noqa: E402
 from training.engine.world import environment_rank, exit_process  # noqa: E402
@@ -55,7 +55,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--resume_from",
         metavar="PATH|TAG|latest|auto",
-        help="continue a checkpoint; auto takes the newest good one, and starts afresh when there is none",
+        help="continue a checkpoint; auto takes the newest good one, and starts a run where there never was one",
+    )
+    parser.add_argument(
+        "--fresh",
+        action="store_true",
+        help="start over at step 0 in a folder that holds a run, whose rows and checkpoints move to segments/",
     )
     parser.add_argument(
         "--allow_config_change",
@@ -70,7 +75,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration keys, over the yaml")
-    return parser.parse_intermixed_args(snake_case_flags(argv))
+    return parser.parse_intermixed_args(refuse_empty(snake_case_flags(argv)))
 
 
 def main(argv: Sequence[str]) -> int:

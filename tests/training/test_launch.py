@@ -224,7 +224,7 @@ def test_auto_passes_over_a_torn_checkpoint_and_resumes_the_newest_good_one(resu
 def test_auto_starts_afresh_where_a_run_died_before_its_first_checkpoint(resumed):
     """Rows of the dead run once stayed in the file, so that the curve began twice; the soak test found it."""
     base, output = resumed
-    assert f"no good checkpoint under {base / 'dead'}: starting afresh" in output
+    assert f"there has been no checkpoint under {base / 'dead'}: starting a run" in output
     assert steps_of(base / "dead") == [1, 2, 3]
     assert read_rows(base / "dead" / "segments" / "metrics_0.jsonl") == [{"step": 1, "loss": 9.0}]
 

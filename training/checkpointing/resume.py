@@ -43,10 +43,11 @@ class Start:
 
 
 def find_checkpoint(resume_from: str, folder: RunFolder) -> Path | None:
-    """The checkpoint that --resume_from names, every byte verified; None when "auto" finds none and a new run starts.
+    """The checkpoint that --resume_from names, every byte verified; None when "auto" finds that a new run starts.
 
     Prints each checkpoint that it passes over, with the reason. Raises CheckpointError when the named checkpoint is
-    missing or damaged, FolderError when it belongs to another run than the one in the output folder.
+    missing or damaged, or when there once was a checkpoint and "auto" finds none that is good; FolderError when the
+    named one belongs to another run than the one in the output folder.
     """
     if resume_from == "auto":
         found, passed_over = manifest.newest_good(folder.path)
@@ -56,7 +57,8 @@ def find_checkpoint(resume_from: str, folder: RunFolder) -> Path | None:
             print(f"no checkpoint of this project under {folder.path}, but a legacy one", flush=True)
             return old
         if found is None:
-            print(f"no good checkpoint under {folder.path}: starting afresh", flush=True)
+            _require_a_new_run(folder, passed_over)
+            print(f"there has been no checkpoint under {folder.path}: starting a run", flush=True)
         return found
     meant = manifest.named(resume_from, folder.path)
     if not legacy.is_legacy(meant):
@@ -68,6 +70,21 @@ def find_checkpoint(resume_from: str, folder: RunFolder) -> Path | None:
             f"give a new --output_dir for its continuation"
         )
     return meant
+
+
+def _require_a_new_run(folder: RunFolder, passed_over: list[str]) -> None:
+    """Refuses to start over where there has been a checkpoint. What an interrupted save left is none."""
+    saved = folder.saved_checkpoints()
+    torn = {path.name for path in folder.path.glob("step_*") if path.is_dir() and manifest.is_torn(path)}
+    reasons = {line.partition(":")[0]: line for line in passed_over}
+    lines = [line for tag, line in reasons.items() if tag in saved or tag not in torn]
+    lines += [f"{tag}: was saved, and is not here any more" for tag in saved if tag not in reasons][:3]
+    if lines:
+        raise manifest.CheckpointError(
+            "\n  ".join([f"{folder.path} has had checkpoints, and none of them is good:", *lines[:20]])
+            + "\n`auto` never starts over by itself. Restore one of them (is the right disk mounted?), name another\n"
+            "with --resume_from, or begin again with --fresh, which moves what is here to segments/"
+        )
 
 
 def decided_by(checkpoint: Path, cfg: RunConfig) -> RunConfig:

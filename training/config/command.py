@@ -42,6 +42,28 @@ def snake_case_flags(argv: Sequence[str]) -> list[str]:
     return spelled
 
 
+FREE_TEXT = ("--prompt",)
+"""Flags whose value may be empty."""
+
+
+def refuse_empty(argv: Sequence[str]) -> list[str]:
+    """argv, unless a value in it is empty, as it is when a variable in a job script is not set: then Refusal.
+
+    An empty path would mean the working directory, and an empty --resume_from a run that starts over.
+    """
+    before = ""
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if not word and before in FREE_TEXT:
+            continue
+        if not word or (equals and not value and flag not in FREE_TEXT):
+            which = flag or (f"what follows {before}" if before else "the first argument")
+            null = "" if flag.startswith("--") or not flag else f", or {flag}=null"
+            raise Refusal(f"{which} is empty; is a variable unset in the script that calls this? Give a value{null}")
+        before = word
+    return list(argv)
+
+
 def run_command(main: Callable[[list[str]], int], argv: Sequence[str] | None = None) -> int:
     """Runs a command's `main` and returns its exit code; a refusal is printed to stderr as one `error:` line.
 
@@ -49,7 +71,7 @@ def run_command(main: Callable[[list[str]], int], argv: Sequence[str] | None = N
     traceback.
     """
     try:
-        return main(snake_case_flags(sys.argv[1:] if argv is None else argv))
+        return main(refuse_empty(snake_case_flags(sys.argv[1:] if argv is None else argv)))
     except (Refusal, CheckpointError) as err:
         print(f"error: {err}", file=sys.stderr, flush=True)
         return exit_code_of(err)

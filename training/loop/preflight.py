@@ -63,9 +63,11 @@ def prepare(args: argparse.Namespace) -> Prepared:
     if not is_main:
         return Prepared(given, given, folder, None, 0, args.log_level)
 
-    folder.claim(args.resume_from)
+    if args.fresh and args.resume_from is not None:
+        raise ConfigError("--fresh starts over and --resume_from goes on; give one of them")
+    folder.claim(going_on=args.fresh or args.resume_from is not None)
     require_rows(folder.metrics)
-    found = find_checkpoint(args.resume_from, folder) if args.resume_from else None
+    found = None if args.resume_from is None else find_checkpoint(args.resume_from, folder)
     if found is not None:
         cfg = decided_by(found, cfg)
     spec = replace(given, cfg=cfg)

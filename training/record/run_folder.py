@@ -17,6 +17,7 @@ from gsa.checkpoint import manifest
 from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import read_json_object
 from training.config.exit_codes import Refusal
+from training.record.metrics_log import iter_rows
 
 PROJECT = "gsa-trainer"
 
@@ -41,15 +42,20 @@ class RunFolder:
     def holds_a_run(self) -> bool:
         return self.run_json.exists() or any(self.path.glob("step_*"))
 
-    def claim(self, resume_from: str | None) -> None:
-        """Refuses a folder that already holds a run, unless one is to be resumed. Writes nothing."""
+    def claim(self, *, going_on: bool) -> None:
+        """Refuses a folder that already holds a run, unless it is to be resumed or begun again. Writes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise FolderError(f"--output_dir {self.path} is a file; give a folder")
-        if resume_from is None and self.holds_a_run():
+        if not going_on and self.holds_a_run():
             raise FolderError(
                 f"--output_dir {self.path} already holds a run; continue it with --resume_from auto, "
-                f"or give another --output_dir"
+                f"begin it again with --fresh, or give another --output_dir"
             )
+
+    def saved_checkpoints(self) -> list[str]:
+        """Tags that once were good checkpoints here, by `latest` and the rows of metrics.jsonl, newest first."""
+        saved = {row["tag"]: row["step"] for row in iter_rows(self.metrics) if row.get("event") == "save"}
+        return list(dict.fromkeys(filter(None, [self.latest(), *sorted(saved, key=saved.get, reverse=True)])))
 
     def write_inputs(self, *, config_yaml: str, ds_config: dict) -> None:
         """The resolved configuration and the environment, before step 0. CheckpointError when the disk refuses."""
@@ -94,6 +100,8 @@ class RunFolder:
         """
         if resumed_from is not None and self.latest() != resumed_from:
             manifest.publish(self.path, resumed_from)
+        if resumed_from is None:
+            (self.path / manifest.LATEST).unlink(missing_ok=True)  # the tag that it names is about to move
         lines = []
         for found in sorted(self.path.glob("step_*")):
             number = found.name.removeprefix("step_")

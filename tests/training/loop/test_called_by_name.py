@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from conftest import documents
 from support.launching import Case, run_cases
 from support.tiny_dataset import write_dataset
 
-from conftest import documents
 from training.data.dataset import PackedTokens
 from training.record.metrics_log import read_rows
 
