@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-Effect = Literal["harmless", "curve", "impossible"]
-"""What changing a key on resume does: no number changes; the loss curve changes; the saved tensors no longer fit."""
+Effect = Literal["harmless", "rounding", "curve", "impossible"]
+"""What changing a key on resume does: no number changes; numbers may differ in their last digits, which a long run
+amplifies; the loss curve changes; the saved tensors no longer fit."""
 
 
 def key(

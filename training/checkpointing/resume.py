@@ -5,20 +5,23 @@ Except for `restore`, all of this happens on rank 0, before any process group ex
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gsa.checkpoint import legacy, manifest
 from gsa.checkpoint.full_state import read_ds_config, read_layout, read_run_state, require_own_name
+from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import RunState
 from gsa.config import ModelConfig
 from training.config import ConfigError, RunConfig, RunSpec, to_plain
 from training.config.batch import windows_per_step
 from training.config.changes import EFFECT_WORDS, Change, changes_on_resume, config_changes, with_batch_size
+from training.config.schedule import HORIZON_KEYS, Schedule
 from training.data import DataError, PackedTokens
-from training.engine.optimizer import schedule_factor
 from training.record.run_folder import FolderError, RunFolder
 
 if TYPE_CHECKING:  # importing DeepSpeed takes seconds
@@ -104,8 +107,9 @@ def start_from(
 ) -> Start:
     """Compares the checkpoint's configuration, text and layout with this run's, and prints every difference.
 
-    quiet: harmless differences are not printed. Raises ConfigError for a change that is impossible, or that changes
-    the curve without allow_change; CheckpointError for a file that is refused; DataError for other text.
+    quiet: differences that do not change the curve are not printed. Raises ConfigError for a change that is impossible,
+    or that changes the curve without allow_change; CheckpointError for a file that is refused; DataError for other
+    text.
     """
     cfg, plan, ds_config = spec.cfg, spec.plan, spec.ds_config
     if legacy.is_legacy(checkpoint):
@@ -113,8 +117,9 @@ def start_from(
     state = read_run_state(checkpoint)
     require_own_name(checkpoint, state)
     same_text = state.data_fingerprint == data.fingerprint
-    changes = changes_on_resume(state.config, state.world_size, read_ds_config(checkpoint), spec, same_text=same_text)
-    _refuse_or_print(checkpoint, changes, allow_change, quiet)
+    changes = changes_on_resume(state, read_ds_config(checkpoint), spec, same_text=same_text)
+    rates = _rates(checkpoint, state.config["training"], cfg, state.step)
+    _refuse_or_print(checkpoint, changes, rates, allow_change, quiet)
     if not same_text:
         message = (
             f"{checkpoint.name} was trained on other text: the data's fingerprint is {data.fingerprint[:16]}, "
@@ -145,14 +150,15 @@ def _start_from_legacy(checkpoint: Path, spec: RunSpec, data: PackedTokens, allo
         "model": {**plain["model"], **(old.model or {})},
     }
     total = windows_per_step({"training": old.training}, plan.world_size)
-    changes = with_batch_size(config_changes(theirs, plain), total, plan.global_batch_size)
+    changes = with_batch_size(config_changes(theirs, plain, steps=[old.step]), total, plan.global_batch_size)
     changes = [replace(c, effect="harmless") if c.key in legacy.ANNOUNCED else c for c in changes]
     print(f"{checkpoint} is a legacy checkpoint: step {old.step}, epoch {old.epoch}", flush=True)
-    _refuse_or_print(checkpoint, changes, allow_change, quiet)
+    rates = _rates(checkpoint, theirs["training"], cfg, old.step)
+    _refuse_or_print(checkpoint, changes, rates, allow_change, quiet)
     if cfg.model.adaptive_k != "off":
         print(f"warning: {legacy.ADAPTIVE_WARNING}", flush=True)
     if old.next_learning_rate is not None:
-        ours = cfg.training.learning_rate * schedule_factor(cfg.training)(old.step)
+        ours = Schedule.of(cfg.training).rate(old.step)
         print(
             f"the learning rate of step {old.step + 1} is {ours:.6e} here, {old.next_learning_rate:.6e} there: the "
             f"schedule is at the same step, but its formula differs at the ends (docs/checkpoints.md)",
@@ -193,9 +199,46 @@ def restore(engine: Engine, start: Start, model: ModelConfig) -> None:
         engine.load(start.checkpoint)
 
 
-def _refuse_or_print(checkpoint: Path, changes: list[Change], allow_change: bool, quiet: bool) -> None:
+class Rates(NamedTuple):
+    """The schedules of a checkpoint's run and of this one, after `step` finished steps."""
+
+    there: Schedule
+    here: Schedule
+    step: int
+
+    def describe(self) -> str:
+        """The learning rates of the next step with both; empty when they are the same."""
+        there, here = self.there.rate(self.step), self.here.rate(self.step)
+        same = math.isclose(there, here, rel_tol=1e-12)
+        return "" if same else f"the learning rate of step {self.step + 1} is {here:.6e} here, {there:.6e} there"
+
+    def advice(self, curve: list[Change]) -> str:
+        """How to keep the earlier schedule, when one of the changes is to its end."""
+        if not {change.key for change in curve} & {f"training.{name}" for name in HORIZON_KEYS}:
+            return ""
+        kept = f"training.schedule_steps={self.there.schedule_steps or self.there.max_steps}"
+        decay = self.there.wsd_decay_steps
+        if self.here.lr_scheduler == "wsd" and decay != self.here.wsd_decay_steps:
+            kept += f" training.wsd_decay_steps={'null' if decay is None else decay}"
+        return f", keep the earlier schedule with {kept}"
+
+
+def _rates(checkpoint: Path, there: Mapping[str, Any], cfg: RunConfig, step: int) -> Rates:
+    """there: the section "training" of the checkpoint's configuration."""
+    rates = Rates(Schedule.from_plain(there), Schedule.of(cfg.training), step)
+    try:
+        rates.describe()
+    except (TypeError, ArithmeticError) as err:
+        raise CheckpointError(
+            f"{checkpoint}: the learning-rate schedule in its configuration cannot be used ({err}); it is damaged or "
+            f"not from this project: take another checkpoint with --resume_from"
+        ) from None
+    return rates
+
+
+def _refuse_or_print(checkpoint: Path, changes: list[Change], rates: Rates, allow_change: bool, quiet: bool) -> None:
     for change in changes:
-        if quiet and change.effect == "harmless":
+        if quiet and change.effect in ("harmless", "rounding"):
             continue
         effect = EFFECT_WORDS[change.effect]
         print(f"changed since {checkpoint.name}: {change.key}: {change.old!r} -> {change.new!r} ({effect})", flush=True)
@@ -205,12 +248,16 @@ def _refuse_or_print(checkpoint: Path, changes: list[Change], allow_change: bool
             f"{checkpoint} was made with another {', '.join(impossible)}: its tensors do not fit; "
             f"restore the value(s), or start a new run"
         )
-    curve = [f"{c.key} ({c.old!r} there, {c.new!r} here)" for c in changes if c.effect == "curve"]
+    curve = [c for c in changes if c.effect == "curve"]
     if curve and not allow_change:
+        listed = ", ".join(f"{c.key} ({c.old!r} there, {c.new!r} here)" for c in curve)
+        text = rates.describe()
         raise ConfigError(
-            f"{', '.join(curve)} differ from those of {checkpoint} and would change the curve; "
-            f"restore the value(s), or accept with --allow_config_change"
+            f"{listed} differ from those of {checkpoint} and would change the curve{text and f' ({text})'}; "
+            f"restore the value(s){rates.advice(curve)}, or accept with --allow_config_change"
         )
+    if text := rates.describe():
+        print(text, flush=True)
 
 
 def _position_in(samples: int, length: int, cfg: RunConfig) -> int:

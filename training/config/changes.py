@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gsa.config import Effect
 from gsa.units import flatten
 from training.config.batch import windows_per_step
 from training.config.run_spec import RunSpec
+from training.config.schedule import HORIZON_KEYS, Schedule
 from training.config.schema import RESUME_EFFECT, RunConfig, to_plain
 
-EFFECT_WORDS: dict[Effect, str] = {"harmless": "harmless", "curve": "changes the curve", "impossible": "impossible"}
+if TYPE_CHECKING:
+    from gsa.checkpoint.state import RunState
+
+EFFECT_WORDS: dict[Effect, str] = {
+    "harmless": "harmless",
+    "rounding": "rounds differently",
+    "curve": "changes the curve",
+    "impossible": "impossible",
+}
 
 WHERE_TEXT_LIES = ("data.data_dir", "data.mixture")
 """Keys whose change is harmless while the fingerprint of the data stays the same."""
@@ -51,34 +60,50 @@ class Change:
     effect: Effect
 
 
-def config_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
+def config_changes(
+    old: Mapping[str, Any], new: Mapping[str, Any], *, steps: Iterable[int] | None = None
+) -> list[Change]:
     """Keys that differ between two plain configurations, sorted; a missing key counts as its default.
 
-    Micro-batch and accumulation are harmless by themselves: compare `windows_per_step` of both runs as well. A lower
-    max_steps changes the curve: the steps so far have followed a longer schedule.
+    Micro-batch and accumulation do not change the curve by themselves: compare `windows_per_step` of both runs as well.
+    steps: those whose learning rate matters, counted from 0. Where all of them have the same rate with the old end of
+    the schedule, another end is harmless: with wsd before its decay, say. None: another end changes the curve.
     """
+    same_rates = steps is not None and _same_rates(old, new, steps)
     defaults = to_plain(RunConfig())
     changes = []
     for name, effect in RESUME_EFFECT.items():
         section, short = name.split(".")
         before, after = (cfg.get(section, {}).get(short, defaults[section][short]) for cfg in (old, new))
         if before != after:
-            if name == "training.max_steps" and after < before:
-                effect = "curve"
+            if same_rates and section == "training" and short in HORIZON_KEYS:
+                effect = "harmless"
             changes.append(Change(name, before, after, effect))
     return sorted(changes, key=lambda change: change.key)
 
 
+def _same_rates(old: Mapping[str, Any], new: Mapping[str, Any], steps: Iterable[int]) -> bool:
+    """Whether the new configuration gives the same rates at `steps` with the old end of its schedule."""
+    try:
+        before, after = (Schedule.from_plain(cfg.get("training", {})) for cfg in (old, new))
+        kept = after.with_horizon_of(before)
+        return all(kept.factor(step) == after.factor(step) for step in steps)
+    except (TypeError, ZeroDivisionError):  # a checkpoint may hold anything
+        return False
+
+
 def changes_on_resume(
-    old: Mapping[str, Any], world_size: int, old_ds_config: Mapping[str, Any], spec: RunSpec, *, same_text: bool
+    state: RunState, old_ds_config: Mapping[str, Any], spec: RunSpec, *, same_text: bool
 ) -> list[Change]:
     """Everything that differs between a checkpoint's run and this one.
 
-    old, world_size, old_ds_config: the checkpoint's plain configuration, ranks and DeepSpeed dict. same_text: the
-    fingerprint of the data is the same, wherever the text lies.
+    state, old_ds_config: the checkpoint's run state and DeepSpeed dict. same_text: the fingerprint of the data is the
+    same, wherever the text lies.
     """
-    before = windows_per_step(old, world_size)
-    changes = with_batch_size(config_changes(old, to_plain(spec.cfg)), before, spec.plan.global_batch_size)
+    old, new = state.config, to_plain(spec.cfg)
+    before = windows_per_step(old, state.world_size)
+    changes = config_changes(old, new, steps=[state.step])
+    changes = with_batch_size(changes, before, spec.plan.global_batch_size)
     if same_text:
         changes = [replace(c, effect="harmless") if c.key in WHERE_TEXT_LIES else c for c in changes]
     return changes + _ds_changes(old_ds_config, spec.ds_config)

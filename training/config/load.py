@@ -165,6 +165,7 @@ def markdown_table() -> str:
         "Made by `python scripts/write_docs.py` from the fields in training/config/schema.py and gsa/config.py; a test",
         "compares them. Every key can stand in the yaml, or on the command line as `section.key=value`.",
         "The last column is what changing the key does to a run that resumes: *harmless* changes no number,",
+        "with *rounds differently* the last digits of numbers may change, which a long run amplifies,",
         "*changes the curve* needs `--allow_config_change`, and with *impossible* the saved tensors no longer fit.",
     ]
     for name in KEYS:

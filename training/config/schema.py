@@ -39,11 +39,23 @@ class TrainingConfig:
     seed: int = key(
         0, "Decides initial weights, data order and the rows of the indexer's loss.", at_least=0, resume="curve"
     )
-    max_steps: int = key(1000, "Steps of the whole run; the schedule ends here.", at_least=1, resume="harmless")
+    max_steps: int = key(
+        1000,
+        "Steps of the whole run. The schedule of the learning rate ends here too, unless schedule_steps is given.",
+        at_least=1,
+        resume="curve",
+    )
+    schedule_steps: int | None = key(
+        None,
+        "Steps of the learning-rate schedule. Default: max_steps. A run that is made longer keeps its rates with the "
+        "earlier max_steps here.",
+        at_least=1,
+        resume="curve",
+    )
     stop_at_step: int | None = key(
         None, "Stop early, at this step, with a checkpoint; the schedule stays the same.", at_least=1, resume="harmless"
     )
-    micro_batch_size: int = key(8, "Windows per rank and forward pass.", at_least=1, resume="harmless")
+    micro_batch_size: int = key(8, "Windows per rank and forward pass.", at_least=1, resume="rounding")
     global_batch_size: int | None = key(
         None,
         "Windows per optimizer step over all ranks. Takes precedence over gradient_accumulation_steps.",
@@ -51,20 +63,30 @@ class TrainingConfig:
         resume="curve",
     )
     gradient_accumulation_steps: int | None = key(
-        None, "Passes per rank and step. Default: 1, or what global_batch_size needs.", at_least=1, resume="harmless"
+        None, "Passes per rank and step. Default: 1, or what global_batch_size needs.", at_least=1, resume="rounding"
     )
     max_seq_len: int = key(1024, "Tokens per window.", at_least=1, resume="curve")
     precision: Literal["bf16", "fp32"] = key(
         "bf16", "Number format of the passes; the master weights are float32 in both cases.", resume="curve"
     )
     learning_rate: float = key(3e-4, "Peak learning rate of AdamW.", above=0, resume="curve")
-    min_learning_rate: float = key(3e-5, "Learning rate at the end of the schedule.", at_least=0, resume="curve")
+    min_learning_rate: float = key(
+        3e-5,
+        "Learning rate that the schedule reaches after its last step. The last update itself is above it by this share "
+        "of the way from the peak: cosine about (1.57 / n)^2, linear 1 / n, wsd 1 / n, where n is the number of "
+        "decaying steps; wsd with n = 1: nothing.",
+        at_least=0,
+        resume="curve",
+    )
     warmup_steps: int = key(100, "Steps of linear warm-up; may be longer than the run.", at_least=0, resume="curve")
     lr_scheduler: Literal["cosine", "linear", "wsd"] = key(
         "cosine", "Learning rate after the warm-up; wsd stays constant, then decays linearly.", resume="curve"
     )
     wsd_decay_steps: int | None = key(
-        None, "Steps of the final decay of lr_scheduler=wsd. Default: a fifth of max_steps.", at_least=0, resume="curve"
+        None,
+        "Steps of the final decay of lr_scheduler=wsd; 0: none. Default: a fifth of the schedule, at least 1.",
+        at_least=0,
+        resume="curve",
     )
     weight_decay: float = key(
         0.1, "AdamW's weight decay of matrices; biases, norms and scalars have none.", at_least=0, resume="curve"
@@ -83,7 +105,7 @@ class TrainingConfig:
         resume="harmless",
     )
     compile: bool = key(
-        False, "Fuse norms, gates and feed-forwards with torch.compile; not with ZeRO 3.", resume="harmless"
+        False, "Fuse norms, gates and feed-forwards with torch.compile; not with ZeRO 3.", resume="rounding"
     )
     indexer_warmup_steps: int = key(
         0,
@@ -114,7 +136,7 @@ class TrainingConfig:
         resume="harmless",
     )
     backend: Backend = key(
-        "auto", "Attention kernels. auto: the fastest that pass a check on the device.", resume="harmless"
+        "auto", "Attention kernels. auto: the fastest that pass a check on the device.", resume="rounding"
     )
     health_interval: int = key(
         50,
@@ -191,6 +213,17 @@ class TrainingConfig:
                 f"training.wsd_decay_steps={self.wsd_decay_steps} means nothing with training.lr_scheduler="
                 f"{self.lr_scheduler}; leave it out, or set training.lr_scheduler=wsd"
             )
+        if self.wsd_decay_steps is not None and self.wsd_decay_steps > self._steps_after_warmup:
+            raise ConfigError(
+                f"training.wsd_decay_steps={self.wsd_decay_steps} is more than the {self._steps_after_warmup} steps "
+                f"that the schedule of {self.schedule_steps or self.max_steps} (training."
+                f"{'schedule_steps' if self.schedule_steps else 'max_steps'}) has after training.warmup_steps="
+                f"{self.warmup_steps}; set training.wsd_decay_steps={self._steps_after_warmup} or less"
+            )
+
+    @property
+    def _steps_after_warmup(self) -> int:
+        return max(0, (self.schedule_steps or self.max_steps) - self.warmup_steps)
 
     @property
     def recomputed(self) -> Recomputed:
@@ -279,9 +312,19 @@ def to_plain(cfg: RunConfig) -> dict:
 def from_plain(plain: dict[str, Any]) -> RunConfig:
     """The configuration from what `to_plain` returned, in this version or an earlier one; else raises ConfigError."""
     try:
+        plain = {**plain, "training": _with_decay_that_fits(plain.get("training", {}))}
         return RunConfig(**{name: made(**plain.get(name, {})) for name, made in SECTIONS.items()})
     except (TypeError, AttributeError, ValueError) as err:
         raise ConfigError(f"not a configuration of this version: {err}") from err
+
+
+def _with_decay_that_fits(training: dict[str, Any]) -> dict[str, Any]:
+    """Cuts a wsd_decay_steps that does not fit, as an earlier version did, which did not refuse it."""
+    decay, steps = training.get("wsd_decay_steps"), training.get("max_steps", TrainingConfig.max_steps)
+    if decay is None or training.get("schedule_steps") is not None:
+        return training
+    fits = max(0, steps - training.get("warmup_steps", TrainingConfig.warmup_steps))
+    return {**training, "wsd_decay_steps": min(decay, fits)}
 
 
 def to_yaml(cfg: RunConfig) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from training.config import TrainingConfig
+from training.config.schedule import Schedule
 
 
 def group_hyperparameters(name: str, cfg: TrainingConfig) -> dict:
@@ -54,26 +54,8 @@ def build_optimizer(model: nn.Module, cfg: TrainingConfig) -> torch.optim.AdamW:
 
 
 def schedule_factor(cfg: TrainingConfig) -> Callable[[int], float]:
-    """Returns factor(step): the multiplier of the base learning rate for the update after `step` finished ones.
-
-    During warm-up it rises linearly, from 1 / warmup_steps (with 0 the first update would change nothing) to 1. Then
-    training.lr_scheduler decides: "cosine" and "linear" fall from the end of warm-up to max_steps; "wsd" stays at 1 and
-    falls linearly over the last wsd_decay_steps (default: a fifth of max_steps). All end at min_learning_rate and stay
-    there. Warm-up may be longer than the run.
-    """
-    floor = cfg.min_learning_rate / cfg.learning_rate
-    wsd_steps = cfg.max_steps // 5 if cfg.wsd_decay_steps is None else cfg.wsd_decay_steps
-    start = cfg.max_steps - wsd_steps if cfg.lr_scheduler == "wsd" else cfg.warmup_steps
-    start = max(start, cfg.warmup_steps)
-
-    def factor(step: int) -> float:
-        if step < cfg.warmup_steps:
-            return (step + 1) / cfg.warmup_steps
-        progress = min(1.0, max(0.0, (step - start) / max(1, cfg.max_steps - start)))
-        shape = 0.5 * (1 + math.cos(math.pi * progress)) if cfg.lr_scheduler == "cosine" else 1 - progress
-        return floor + (1 - floor) * shape
-
-    return factor
+    """Returns factor(step): the multiplier of the base learning rate for the update after `step` finished ones."""
+    return Schedule.of(cfg).factor
 
 
 def build_schedule(optimizer: torch.optim.Optimizer, cfg: TrainingConfig) -> torch.optim.lr_scheduler.LambdaLR:

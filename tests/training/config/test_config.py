@@ -333,6 +333,57 @@ def test_docs_configuration_md_is_up_to_date():
     assert page == markdown_table(), "run python scripts/write_docs.py"
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "step", "effect"),
+    [
+        (["max_steps=500"], ["max_steps=1000"], 300, "curve"),
+        (["max_steps=500"], ["max_steps=1000"], 500, "curve"),  # the end of the first schedule: from the floor, up
+        (["max_steps=500"], ["max_steps=400"], 300, "curve"),
+        (["max_steps=500"], ["max_steps=1000", "schedule_steps=500"], 300, "harmless"),
+        (["max_steps=500"], ["max_steps=500", "schedule_steps=1000"], 300, "curve"),
+        (["max_steps=500"], ["max_steps=1000"], 90, "harmless"),  # of 100 steps of warm-up
+        (["max_steps=500", "min_learning_rate=3e-4"], ["max_steps=1000", "min_learning_rate=3e-4"], 300, "harmless"),
+        (["max_steps=500", "lr_scheduler=linear"], ["max_steps=1000", "lr_scheduler=linear"], 300, "curve"),
+        (["max_steps=500", "lr_scheduler=wsd"], ["max_steps=1000", "lr_scheduler=wsd"], 400, "harmless"),
+        (["max_steps=500", "lr_scheduler=wsd"], ["max_steps=1000", "lr_scheduler=wsd"], 401, "curve"),
+        (["max_steps=500", "lr_scheduler=wsd"], ["max_steps=500", "lr_scheduler=wsd", "wsd_decay_steps=50"], 400, None),
+        (
+            ["max_steps=500", "lr_scheduler=wsd"],
+            ["max_steps=500", "lr_scheduler=wsd", "wsd_decay_steps=200"],
+            400,
+            None,
+        ),
+    ],
+)
+def test_another_end_of_the_schedule_changes_the_curve_where_it_changes_the_rate(before, after, step, effect):
+    def plain(keys):
+        values = ["warmup_steps=100", "learning_rate=3e-4", *keys]
+        return to_plain(load_config(QUICKSTART, ["training.stop_at_step=null", *(f"training.{k}" for k in values)]))
+
+    old, new = plain(before), plain(after)
+    ends = [c for c in config_changes(old, new, steps=[step]) if c.key.startswith("training.")]
+    assert ends
+    if effect is not None:
+        assert {c.effect for c in ends} == {effect}
+    elif "wsd_decay_steps=50" in after:
+        assert [(c.key, c.effect) for c in ends] == [("training.wsd_decay_steps", "harmless")]
+    else:
+        assert [(c.key, c.effect) for c in ends] == [("training.wsd_decay_steps", "curve")]
+    assert {c.effect for c in config_changes(old, new) if c.key.startswith("training.")} == {"curve"}
+
+
+def test_a_decay_longer_than_the_schedule_is_refused_and_read_from_earlier_runs():
+    wsd = ["training.lr_scheduler=wsd", "training.warmup_steps=2", "training.wsd_decay_steps=50"]
+    with pytest.raises(ConfigError, match=r"wsd_decay_steps=50 is more than the 4 steps .*wsd_decay_steps=4 or less"):
+        load_config(QUICKSTART, [*wsd, "training.max_steps=6"])
+    with pytest.raises(ConfigError, match=r"schedule of 20 \(training.schedule_steps\)"):
+        load_config(QUICKSTART, [*wsd, "training.max_steps=100", "training.schedule_steps=20"])
+    plain = to_plain(load_config(QUICKSTART, [*wsd, "training.max_steps=60"]))
+    plain["training"]["max_steps"] = 6
+    del plain["training"]["schedule_steps"]  # an earlier version's
+    assert from_plain(plain).training.wsd_decay_steps == 4
+
+
 def test_each_change_has_the_effect_of_its_key():
     old = to_plain(load_config(QUICKSTART, ["training.global_batch_size=16"]))
     new = to_plain(
@@ -349,11 +400,11 @@ def test_each_change_has_the_effect_of_its_key():
     )
     effects = {change.key: change.effect for change in config_changes(old, new)}
     assert effects == {
-        "training.max_steps": "harmless",
+        "training.max_steps": "curve",
         "training.learning_rate": "curve",
         "model.d_model": "impossible",
         "model.d_head": "impossible",
-        "training.micro_batch_size": "harmless",
+        "training.micro_batch_size": "rounding",
     }
     assert config_changes(old, old) == []
     shorter = to_plain(load_config(QUICKSTART, ["training.max_steps=2", "training.stop_at_step=null"]))

@@ -39,6 +39,35 @@ def test_wsd_decays_over_its_own_steps():
     assert factor(80) == pytest.approx(0.55)
 
 
+def test_a_wsd_decay_of_one_step_decays():
+    wsd = replace(BASE, lr_scheduler="wsd", min_learning_rate=1e-4)
+    one = schedule_factor(replace(wsd, wsd_decay_steps=1))
+    assert [one(step) for step in (10, 98, 99, 100)] == pytest.approx([1.0, 1.0, 0.1, 0.1])
+    two = schedule_factor(replace(wsd, wsd_decay_steps=2))
+    assert [two(step) for step in (97, 98, 99, 100)] == pytest.approx([1.0, 1.0, 0.55, 0.1])
+    for short in (replace(wsd, max_steps=4, warmup_steps=0), replace(wsd, max_steps=12, warmup_steps=11)):
+        factor = schedule_factor(short)
+        assert [factor(short.max_steps - 2), factor(short.max_steps - 1)] == pytest.approx([1.0, 0.1])
+    constant = schedule_factor(replace(wsd, wsd_decay_steps=0))
+    assert {constant(step) for step in range(10, 101)} == {1.0}
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd"])
+def test_the_last_update_has_the_rate_that_help_names(kind):
+    """min_learning_rate's line in --help: the share of the way from the peak that is left after n decaying steps."""
+    n = 90 if kind != "wsd" else 20
+    left = {"cosine": (1.57 / n) ** 2, "linear": 1 / n, "wsd": 1 / n}[kind]
+    last = schedule_factor(replace(BASE, lr_scheduler=kind))(BASE.max_steps - 1)
+    assert (last - 0.1) / 0.9 == pytest.approx(left, rel=1e-2)
+
+
+def test_schedule_steps_takes_the_place_of_max_steps():
+    for kind in ("cosine", "linear", "wsd"):
+        cfg = replace(BASE, lr_scheduler=kind)
+        short, long = schedule_factor(cfg), schedule_factor(replace(cfg, max_steps=1000, schedule_steps=100))
+        assert [short(step) for step in range(300)] == [long(step) for step in range(300)]
+
+
 def test_warmup_may_be_longer_than_the_run():
     factor = schedule_factor(replace(BASE, warmup_steps=1000))
     assert factor(99) == pytest.approx(0.1)

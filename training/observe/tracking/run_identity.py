@@ -41,7 +41,7 @@ def identify_run(cfg: RunConfig, folder: RunFolder, state: RunState | None, *, c
 def _retrains_steps_differently(cfg: RunConfig, folder: RunFolder, state: RunState) -> bool:
     """Whether the folder has rows of steps that are about to be trained again with another curve."""
     newest = next((row["step"] for row in rows_from_end(folder.metrics) if "loss" in row), 0)
-    changes = config_changes(state.config, to_plain(cfg))
+    changes = config_changes(state.config, to_plain(cfg), steps=range(state.step, newest))
     return newest > state.step and any(change.effect == "curve" for change in changes)
 
 
