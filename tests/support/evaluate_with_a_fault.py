@@ -9,9 +9,10 @@ import signal
 import sys
 from pathlib import Path
 
-from training.data.dataset import DataError, PackedTokens
+from training.data.dataset import PackedTokens
 from training.engine.engine import start
 from training.engine.world import exit_process
+from training.loop import trainer
 from training.loop.preflight import prepare
 from training.loop.run import run
 from training.train import parse
@@ -24,11 +25,9 @@ def faulty(fault: str, counts: list[int]):
     """A `batch` whose third one does what `fault` says, on rank 1."""
 
     def batch(self, samples):
-        if self.split == ("train" if fault == "data" else "held_out"):
+        if self.split == "held_out":
             counts.append(1)
             if len(counts) == 3 and world.rank == 1:
-                if fault == "data":
-                    raise DataError("shard_7.bin cannot be read; restore it")
                 if fault == "memory":
                     raise MemoryError("out of memory in the evaluation")
                 if fault == "signal":
@@ -38,10 +37,16 @@ def faulty(fault: str, counts: list[int]):
     return batch
 
 
+def broken(*args: object, **options: object) -> None:
+    raise ZeroDivisionError("a bug on one rank")
+
+
 def main() -> int:
     for name, fault, argv, code in json.loads(Path(sys.argv[1]).read_text()):
         prepared, counts = prepare(parse(argv)), []
         PackedTokens.batch = faulty(fault, counts)
+        if fault == "code" and world.rank == 1:
+            trainer.reduce_step = broken
         ended = run(prepared, world)
         PackedTokens.batch = BATCH
         print(f"{name}: rank {world.rank} ended with {ended} after {len(counts)} batches", flush=True)

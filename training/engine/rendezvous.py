@@ -130,7 +130,7 @@ class Meeting:
 class Vigil:
     """A thread that shows the other ranks that this one lives, and ends this process when another has died.
 
-    Rank 0 looks at all counters, by its own monotonic clock, and tells the others; they look at rank 0's.
+    Rank 0 looks at all counters, by its own monotonic clock, and passes the news to the others, who look at rank 0's.
     """
 
     def __init__(self, store: dist.Store, rank: int, size: int, lost_s: float) -> None:

@@ -1,4 +1,4 @@
-"""What a failing rank tells the others: its sentence and exit code reach those that only see a broken connection."""
+"""What a failing rank leaves for the others: its sentence and exit code reach those whose connection broke."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Notices a rank that hangs or dies, names it and its phase, and ends the run within a minute.
 
 Each rank writes one small file, <output_dir>/.ranks/rank_<r>.json, with its last sign of life: the phase of the loop
-(data, forward, backward, ...), a count that grows with each phase, and a tick that grows once a second. Another rank
-is judged by whether these have changed between two looks at this rank's own monotonic clock: no clock of another host,
-and no time of day, is ever compared with anything.
+(data, forward, backward, ...), a count that grows with each phase, and a tick that grows once a second. What counts is
+whether those of another rank have changed between two looks at this rank's own monotonic clock: no clock of another
+host, and no time of day, is ever compared with anything.
 
 As long as this rank itself goes from phase to phase, all is well, since every step waits for all ranks. Only when this
 rank stands still does it look for the one that it waits for: ranks that wait in a collective all have the same, higher

@@ -39,7 +39,7 @@ def faults(tmp_path_factory, tiny_yaml) -> tuple[Path, str]:
         # not right after the other signal, which takes its handlers away a moment later
         case("signal3", "signal", "training.eval_interval=2", *zero3, code=0),
     ]
-    cases.append(case("data", "data", "data.num_workers=0", code=3))
+    cases.append(case("code", "code", code=1))
     (base / "cases.json").write_text(json.dumps(cases))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port"]
     done = subprocess.run(
@@ -85,13 +85,13 @@ def test_the_resume_makes_up_for_the_evaluation_that_was_broken_off(faults):
 def test_an_error_of_one_rank_in_a_step_is_the_sentence_and_the_code_of_all(faults):
     """Rank 0 sees only that the connection broke."""
     base, output = faults
-    sentence = "samples 10..11 cannot be read: DataError: shard_7.bin cannot be read; restore it"
-    assert f"error: rank 1: {sentence}" in output and re.search(rf"error: rank 1 on \S+: {sentence}", output)
-    assert len(re.findall(r"^data: rank \d ended with 3 ", output, re.M)) == 2
-    assert "Traceback" not in output[output.index(sentence) :]
-    run = json.loads((base / "data" / "run.json").read_text())
+    sentence = "ZeroDivisionError: a bug on one rank"
+    assert "error: rank 1 failed:\nTraceback" in output and re.search(rf"error: rank 1 on \S+: {sentence}", output)
+    assert len(re.findall(r"^code: rank \d ended with 1 ", output, re.M)) == 2
+    assert "gloo" not in output and "error: rank 0 failed" not in output[output.index(sentence) :]
+    run = json.loads((base / "code" / "run.json").read_text())
     assert run["status"] == "failed" and run["reason"].endswith(sentence) and run["step"] == 1
-    assert rows_of(base / "data", "error")[0]["reason"] == run["reason"]
+    assert rows_of(base / "code", "error")[0]["reason"] == run["reason"]
 
 
 def test_held_out_text_with_nothing_to_score_is_refused_before_training(tmp_path, tiny_yaml):
