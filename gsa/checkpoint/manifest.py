@@ -35,7 +35,8 @@ _TEMPORARY = ".tmp"
 _OURS = re.compile(r".*_(?:model|optim)_states\.pt|model\.safetensors|config\.json|pinned|.*\.tmp")
 """Names of the files that an interrupted save can leave."""
 _TRASH = ".trash-"
-_BLOCK_BYTES = 8 * 2**20
+_BLOCK_BYTES = 2**20
+"""A small one: every thread that hashes leaves its block in an arena of the allocator, which does not give it back."""
 _HASHING_THREADS = 4
 
 
