@@ -33,13 +33,16 @@ class Sample(NamedTuple):
 
 
 def sample(pid: int, folder: Path) -> Sample | None:
-    """None before the first step and after the last one."""
+    """None before the first step, after the last one, and when the rank has died."""
     step = next((row["step"] for row in rows_from_end(folder / "metrics.jsonl") if "loss" in row), 0)
     if not 0 < step < STEPS:
         return None
     process = Path(f"/proc/{pid}")
-    rss_mib = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-    descriptors, threads = len(os.listdir(process / "fd")), len(os.listdir(process / "task"))
+    try:
+        rss_mib = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+        descriptors, threads = len(os.listdir(process / "fd")), len(os.listdir(process / "task"))
+    except OSError:
+        return None
     return Sample(step, rss_mib, descriptors, threads, sum(len(files) for _, _, files in os.walk(folder)))
 
 
