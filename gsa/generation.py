@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from gsa.attention.cache import Cache
 from gsa.checkpoint import manifest
+from gsa.checkpoint.state import CONFIG
 from gsa.config import ModelConfig
 from gsa.kernels.choice import Shape, resolve
 from gsa.model import GSAForCausalLM
@@ -20,18 +21,18 @@ from gsa.weights import load_weights
 
 
 def checkpoint_of(path: Path) -> Path:
-    """`path` itself when it is a step_N folder, else the checkpoint that `latest` of the run folder `path` names.
+    """`path` itself when it is the folder of a checkpoint, else the one that `latest` of the run folder `path` names.
 
     Raises CheckpointError when the run folder has none.
     """
-    return path if path.name.startswith("step_") else manifest.resolve("latest", path)
+    return path if path.name.startswith("step_") or (path / CONFIG).is_file() else manifest.resolve("latest", path)
 
 
 def load_model(step_dir: Path, device: str = "cpu") -> GSAForCausalLM:
     """The model of a checkpoint folder, in float32 and evaluation mode, on `device`, with the fastest backend there.
 
     Prints a warning to stderr when Triton's kernels do not pass their check on a GPU and the chunked ones run instead.
-    Raises CheckpointError when the weights are missing or damaged, or their configuration describes no model.
+    Raises CheckpointError when the weights are missing, changed or damaged, or their configuration describes no model.
     """
     config, weights = load_weights(step_dir)
     try:

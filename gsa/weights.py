@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from gsa.checkpoint.manifest import CheckpointError, write_durably, writing
+from gsa.checkpoint.manifest import MANIFEST, CheckpointError, verify, write_durably, writing
 from gsa.checkpoint.state import CONFIG, read_json_object, require_plain
 from gsa.files import write_atomically
 
@@ -57,12 +57,21 @@ def save_weights(state_dict: Mapping[str, torch.Tensor], config: dict[str, Any],
     write_durably(dir / CONFIG, (json.dumps(header, indent=2) + "\n").encode())
 
 
-def load_weights(dir: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def verify_weights(dir: Path) -> None:
+    """Raises CheckpointError when the weights in `dir` are not those that its manifest, if it has one, was made for."""
+    if (dir / MANIFEST).exists() or next(dir.glob("*_states.pt"), None) is not None:
+        verify(dir, files=(WEIGHTS, CONFIG))
+
+
+def load_weights(dir: Path, *, verified: bool = False) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The fields of ModelConfig, and the state dict on the CPU under all names; tied names share one tensor.
 
-    Raises CheckpointError when a file is missing, damaged, or of a newer format. Hashes are not compared: in a
-    checkpoint, `manifest.verify` does that.
+    In a checkpoint, every byte of both files is compared with the manifest, unless the caller has `verified` them.
+    Raises CheckpointError when a file is missing, changed, damaged, or of a newer format, and for a checkpoint whose
+    save was interrupted. A folder with nothing but weights, as `save_weights` writes it, has no manifest.
     """
+    if not verified:
+        verify_weights(dir)
     header = read_json_object(dir / CONFIG)
     version, config = header.get("format"), header.get("model")
     if type(version) is int and version > FORMAT:

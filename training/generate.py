@@ -1,7 +1,8 @@
 """Continues prompts with a trained model: `python -m training.generate RUN --prompt "def main("`.
 
-The text is printed as it is generated. RUN is a run's folder, whose latest checkpoint is used, or a step_N folder.
-Exit codes: 0 done; 2 refused argument; 3 refused checkpoint or missing tokenizer; 1 anything else.
+The text is printed as it is generated. RUN is a run's folder, whose latest checkpoint is used, or a step_N folder,
+which needs nothing else: it carries its tokenizer. A tokenizer that is not the model's is refused.
+Exit codes: 0 done; 2 refused argument; 3 refused checkpoint, or a missing or another tokenizer; 1 anything else.
 """
 
 from __future__ import annotations
@@ -10,11 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
-from gsa.checkpoint.manifest import CheckpointError
-from gsa.checkpoint.state import read_config_json
 from gsa.generation import Sampling, check_device, checkpoint_of, generate, load_model, stream_text
+from training.checkpointing.tokenizer import load_tokenizer
 from training.config.command import add_run, command_parser, run_command
 from training.config.exit_codes import ExitCode, Refusal
 
@@ -23,7 +21,11 @@ def main(argv: Sequence[str]) -> int:
     parser = command_parser("generate", __doc__)
     add_run(parser, "the folder of a run or of a checkpoint, e.g. outputs/quickstart or outputs/quickstart/step_300")
     parser.add_argument("--prompt", action="append", required=True, help="text to continue; may be given several times")
-    parser.add_argument("--tokenizer", type=Path, help="tokenizer.json (default: that of the run's data)")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="a tokenizer.json, which must be the model's (default: the checkpoint's, or that of the run's data)",
+    )
     parser.add_argument("--max_new_tokens", type=int, default=48, help="tokens per prompt (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 is greedy (default: %(default)s)")
     parser.add_argument(
@@ -46,29 +48,22 @@ def main(argv: Sequence[str]) -> int:
         raise Refusal(str(err)) from err
     step_dir = checkpoint_of(args.run)
     model = load_model(step_dir, args.device)
-    path = args.tokenizer or _tokenizer_of_run(step_dir)
-    if not path.exists():
-        raise CheckpointError(f"no tokenizer at {path}; name one with --tokenizer")
-    tokenizer = Tokenizer.from_file(str(path))
-    eod_id = tokenizer.token_to_id("<|endoftext|>")
+    loaded = load_tokenizer(step_dir, args.tokenizer, model_vocab_size=model.config.vocab_size)
+    if loaded.warning is not None:
+        print(f"warning: {loaded.warning}", file=sys.stderr)
     for prompt in args.prompt:
         print(prompt, end="", flush=True)
         new = generate(
             model,
-            tokenizer.encode(prompt, add_special_tokens=False).ids,
+            loaded.tokenizer.encode(prompt, add_special_tokens=False).ids,
             max_new_tokens=args.max_new_tokens,
-            eod_id=-1 if eod_id is None else eod_id,
+            eod_id=loaded.eod_id,
             sampling=sampling,
         )
-        for text in stream_text(tokenizer, new):
+        for text in stream_text(loaded.tokenizer, new):
             print(text, end="", flush=True)
         print("\n", flush=True)
     return ExitCode.FINISHED
-
-
-def _tokenizer_of_run(step_dir: Path) -> Path:
-    data = read_config_json(step_dir)["data"]
-    return Path(next(iter(data["mixture"] or {data["data_dir"]: 1.0}))) / "tokenizer.json"
 
 
 if __name__ == "__main__":

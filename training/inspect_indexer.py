@@ -30,14 +30,19 @@ from gsa.inspection import (
     spread_table,
     with_untrained_indexer,
 )
+from training.checkpointing.tokenizer import require_same_tokenizer
 from training.config.command import add_run, command_parser, run_command
 from training.config.exit_codes import ExitCode, Refusal
-from training.data.dataset import PackedTokens
+from training.data.dataset import DataError, PackedTokens
 
 
 def held_out(sources: Mapping[str, float], seq_len: int, n_windows: int, device: str = "cpu") -> Windows:
     """The first `n_windows` distinct held-out windows of prepared data, one per batch. DataError when it is damaged."""
-    data = PackedTokens(sources, split="held_out", max_seq_len=seq_len, seed=0)
+    return windows_of(PackedTokens(sources, split="held_out", max_seq_len=seq_len, seed=0), n_windows, device)
+
+
+def windows_of(data: PackedTokens, n_windows: int, device: str) -> Windows:
+    """The first `n_windows` windows of an opened split, one per batch."""
     batches = (data.batch(np.array([i])) for i in data.distinct(n_windows))
     return [(batch.tokens.to(device), batch.doc_start.to(device)) for batch in batches]
 
@@ -68,7 +73,15 @@ def main(argv: Sequence[str]) -> int:
             f"{model.config.max_position_embeddings}; give at most that"
         )
     sources = config["data"]["mixture"] or {config["data"]["data_dir"]: 1.0}
-    windows = held_out({str(args.data): 1.0} if args.data else sources, length, args.windows, args.device)
+    sources = {str(args.data): 1.0} if args.data else sources
+    data = PackedTokens(sources, split="held_out", max_seq_len=length, seed=0)
+    require_same_tokenizer(step_dir, data)
+    if data.vocab_size > model.config.vocab_size:
+        raise DataError(
+            f"the tokenizer of {', '.join(sources)} has {data.vocab_size} entries, more than the model's "
+            f"{model.config.vocab_size}; give the text of this model with --data"
+        )
+    windows = windows_of(data, args.windows, args.device)
     print(f"{step_dir.name}: {len(windows)} held-out windows of {length} tokens, k_base {model.config.k_base}\n")
     trained = measure_coverage(model, windows)
     untrained = measure_coverage(with_untrained_indexer(model, windows), windows)

@@ -168,7 +168,7 @@ def read_full_state(step_dir: Path) -> FullState:
         shapes = _shapes(model)
         schedule = model["lr_scheduler"]
         buffer_names = list(model["buffer_names"])
-    _, weights = load_weights(step_dir)
+    _, weights = load_weights(step_dir, verified=True)
     missing = [name for name in (*shapes, *buffer_names) if name not in weights]
     if missing:
         raise CheckpointError(f"{step_dir / WEIGHTS}: lacks {', '.join(missing[:5])}; restore it from a copy")

@@ -32,7 +32,7 @@ PIN = "pinned"
 
 _TAG = re.compile(r"step_(0|[1-9][0-9]*)")
 _TEMPORARY = ".tmp"
-_OURS = re.compile(r".*_(?:model|optim)_states\.pt|model\.safetensors|config\.json|pinned|.*\.tmp")
+_OURS = re.compile(r".*_(?:model|optim)_states\.pt|model\.safetensors|config\.json|tokenizer\.json|pinned|.*\.tmp")
 """Names of the files that an interrupted save can leave."""
 _TRASH = ".trash-"
 _BLOCK_BYTES = 2**20
@@ -285,12 +285,15 @@ def read(step_dir: Path) -> Manifest:
     return manifest
 
 
-def verify(step_dir: Path, *, hashes: bool = True, threads: int = _HASHING_THREADS) -> None:
+def verify(
+    step_dir: Path, *, hashes: bool = True, threads: int = _HASHING_THREADS, files: Collection[str] | None = None
+) -> None:
     """Raises CheckpointError, naming every bad file, unless the folder is exactly what was sealed.
 
-    hashes: read every byte, in `threads` threads; without it only names and sizes are compared.
+    hashes: read every byte, in `threads` threads; without it only names and sizes are compared. files: compare only
+    these, which a reader is about to use; the others may be missing.
     """
-    wrong = _wrong(step_dir, hashes=hashes, threads=threads)
+    wrong = _wrong(step_dir, hashes=hashes, threads=threads, files=files)
     if wrong:
         raise _refused(step_dir, wrong)
 
@@ -402,15 +405,18 @@ def _read(step_dir: Path) -> tuple[Manifest | None, str]:
     return manifest, ""
 
 
-def _wrong(step_dir: Path, *, hashes: bool, threads: int = _HASHING_THREADS) -> list[str]:
+def _wrong(
+    step_dir: Path, *, hashes: bool, threads: int = _HASHING_THREADS, files: Collection[str] | None = None
+) -> list[str]:
     """One line for every bad file; none when the folder is exactly what was sealed."""
     manifest, wrong = _read(step_dir)
     if manifest is None:
         return [wrong]
-    present = _contents(step_dir)
-    lines = [f"{name}: not in the manifest" for name in set(present) - set(manifest.files)]
-    lines += [f"{name}: missing" for name in set(manifest.files) - set(present)]
-    names = [name for name in manifest.files if name in present]
+    present = {name: path for name, path in _contents(step_dir).items() if files is None or name in files}
+    sealed = {name for name in manifest.files if files is None or name in files}
+    lines = [f"{name}: not in the manifest" for name in set(present) - sealed]
+    lines += [f"{name}: missing" for name in sealed - set(present)]
+    names = sorted(sealed & set(present))
     with ThreadPoolExecutor(threads) as pool:
         lines += filter(None, pool.map(partial(_wrong_file, manifest, present, hashes=hashes), names))
     return sorted(lines)

@@ -17,6 +17,9 @@ CLIENT_KEY = "gsa_run"
 CONFIG = "config.json"
 """The configuration of the run, beside its weights; its "model" section is the model's."""
 
+TOKENIZER = "tokenizer.json"
+"""The tokenizer of the run's text; checkpoints carry it since version 4 of the run state, unless the dataset had none."""
+
 
 def _since(version: int, default: Any = MISSING, *, factory: Any = MISSING) -> Any:
     """A field that older versions of the run state do not have; there it has its default."""
@@ -60,6 +63,12 @@ class RunState:
     """dotted keys of the configuration in which an imported checkpoint takes precedence over the yaml"""
     skipped: list[list[int]] = _since(3, factory=list)
     """[first, count] of samples that no step may train on again, ruled out by a rollback"""
+    tokenizer_sha256: str | None = _since(4, None)
+    """sha256 of the tokenizer.json with which the text was prepared; None: not known"""
+    tokenizer_entries: int | None = _since(4, None)
+    """entries of that tokenizer; the model's vocabulary may be padded beyond them"""
+    eod_id: int | None = _since(4, None)
+    """its end-of-document token"""
 
     def to_dict(self) -> dict[str, Any]:
         """A copy made of JSON types. Raises TypeError naming the key of any other value, at any depth."""

@@ -83,7 +83,7 @@ def test_it_resumes_to_the_rows_that_it_had(runs, resumed, run):
 @pytest.mark.parametrize("run", RUNS)
 def test_it_ends_with_the_same_checkpoint(runs, resumed, run):
     names = sorted(path.name for path in (runs / run / "step_12").iterdir())
-    assert sorted(path.name for path in (resumed / run / "step_12").iterdir()) == names
+    assert {path.name for path in (resumed / run / "step_12").iterdir()} == {*names, "tokenizer.json"}  # since then
     for name in (n for n in names if n.endswith("optim_states.pt")):
         old, new = (torch.load(base / run / "step_12" / name, weights_only=False) for base in (runs, resumed))
         compare(old, new, name, bf16="bf16" in run)

@@ -32,12 +32,13 @@ from training.record.metrics_log import read_rows
 MODEL = "mp_rank_00_model_states.pt"
 OPTIMIZER = tuple(f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1))
 FILES = {
-    2: (*OPTIMIZER, MODEL, "model.safetensors", "config.json", "manifest.json"),
+    2: (*OPTIMIZER, MODEL, "model.safetensors", "config.json", "tokenizer.json", "manifest.json"),
     3: (
         *(f"bf16_{name}" for name in OPTIMIZER),
         *(f"zero_pp_rank_{rank}_{MODEL}" for rank in (0, 1)),
         "model.safetensors",
         "config.json",
+        "tokenizer.json",
         "manifest.json",
     ),
 }

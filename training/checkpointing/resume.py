@@ -17,6 +17,7 @@ from gsa.checkpoint.full_state import read_ds_config, read_layout, read_run_stat
 from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import RunState
 from gsa.config import ModelConfig
+from training.checkpointing.tokenizer import other_tokenizer
 from training.config import ConfigError, RunConfig, RunSpec, to_plain
 from training.config.batch import windows_per_step
 from training.config.changes import EFFECT_WORDS, Change, changes_on_resume, config_changes, with_batch_size
@@ -125,6 +126,8 @@ def start_from(
             f"{checkpoint.name} was trained on other text: the data's fingerprint is {data.fingerprint[:16]}, "
             f"the checkpoint's {state.data_fingerprint[:16]}"
         )
+        if (line := other_tokenizer(checkpoint, state, data)) is not None:
+            message += f"; {line}, so that the same ids mean other text"
         if not allow_change:
             raise DataError(f"{message}; restore the dataset, or accept with --allow_config_change")
         print(message, flush=True)

@@ -33,7 +33,7 @@ import torch
 
 from gsa.checkpoint import manifest
 from gsa.checkpoint.manifest import CheckpointError, Removed
-from gsa.checkpoint.state import CONFIG, RunState
+from gsa.checkpoint.state import CONFIG, TOKENIZER, RunState
 from gsa.files import write_atomically
 from gsa.units import MIB
 from gsa.weights import WEIGHTS, save_weights
@@ -134,7 +134,8 @@ class Saver:
     """All methods are called by every rank at the same step; `poll` alone waits for nothing.
 
     background: False writes before `start` returns. bytes_needed: the expected size of the first save. saved_at: the
-    step whose checkpoint is in output_dir already, or -1. published: called on rank 0 with every checkpoint once it
+    step whose checkpoint is in output_dir already, or -1. tokenizer: the content of tokenizer.json, if there is one, of
+    which every checkpoint gets a copy. published: called on rank 0 with every checkpoint once it
     exists. failed: called on every rank with the step and the reason of each save that failed, `save_last` apart.
     beat: called now and then while waiting, as a sign of life.
     """
@@ -151,10 +152,11 @@ class Saver:
         published: Callable[[SaveReport], None],
         failed: Callable[[int, str], None],
         saved_at: int = -1,
+        tokenizer: bytes | None = None,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         self._engine, self._world, self._dir = engine, world, output_dir
-        self._failed = failed
+        self._failed, self._tokenizer = failed, tokenizer
         self.saved_at = saved_at
         """The step that was saved last, or whose save is in flight; -1: none, or the last one failed."""
         self._buffers = HostBuffers(pin=world.device.type == "cuda") if background else None
@@ -213,7 +215,7 @@ class Saver:
         if refused is not None:
             raise CheckpointError(refused)
         snapshot = self._engine.snapshot(output_dir, tag, state.to_dict(), buffers=self._buffers)
-        task = _Task(lambda: _write(snapshot, state.config, output_dir / tag))
+        task = _Task(lambda: _write(snapshot, state.config, output_dir / tag, self._tokenizer))
         self._flight, self.saved_at = _InFlight(state, output_dir, task), state.step
 
     @contextmanager
@@ -343,12 +345,14 @@ def _error_text(error: Exception | None) -> str | None:
     return None if error is None else str(error) if isinstance(error, CheckpointError) else repr(error)
 
 
-def _write(snapshot: Snapshot, config: dict, step_dir: Path) -> dict[str, tuple[int, str]]:
+def _write(snapshot: Snapshot, config: dict, step_dir: Path, tokenizer: bytes | None) -> dict[str, tuple[int, str]]:
     """Writes this rank's files; returns {name: (bytes, sha256)}."""
     hashes = {path.name: write_file(path, content) for path, content in snapshot.files.items()}
     if snapshot.weights is not None:
         save_weights(snapshot.weights, config, step_dir)
-        for name in (WEIGHTS, CONFIG):
+        if tokenizer is not None:
+            manifest.write_durably(step_dir / TOKENIZER, tokenizer)
+        for name in (WEIGHTS, CONFIG, *([TOKENIZER] if tokenizer is not None else [])):
             hashes[name] = ((step_dir / name).stat().st_size, manifest.sha256_of(step_dir / name))
     return hashes
 

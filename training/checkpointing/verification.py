@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from gsa import GSAForCausalLM, ModelConfig
 from gsa.checkpoint import legacy, manifest
 from gsa.checkpoint.full_state import FullState, read_full_state, read_layout, require_own_name
 from gsa.checkpoint.manifest import CheckpointError
-from gsa.checkpoint.state import read_config_json
+from gsa.checkpoint.state import TOKENIZER, RunState, read_config_json
 from gsa.units import MIB
 from gsa.weights import load_weights
 
@@ -65,6 +65,7 @@ def _check(step_dir: Path, config: Path | None, report: Report) -> None:
     state = read_full_state(step_dir)
     layout, run = read_layout(step_dir), state.run
     require_own_name(step_dir, run)
+    _require_own_tokenizer(step_dir, run, files)
     report("✓ Checkpoint loaded successfully")
     report(f"  step {run.step:,}, epoch {run.epoch:.3f}, {run.samples_consumed:,} samples, {run.tokens_seen:,} tokens")
     report(f"  saved by {run.world_size} rank(s) at ZeRO {run.zero_stage} ({layout})")
@@ -73,7 +74,7 @@ def _check(step_dir: Path, config: Path | None, report: Report) -> None:
     )
     if read_config_json(step_dir) != run.config:
         raise CheckpointError(f"{step_dir}: config.json is not the configuration in the shards; restore it from a copy")
-    fields, weights = load_weights(step_dir)
+    fields, weights = load_weights(step_dir, verified=True)
     model = _fresh_model(step_dir, fields)
     _compare(step_dir, state, model, weights)
     model.load_state_dict(weights)
@@ -104,6 +105,13 @@ def _check_legacy(step_dir: Path, config: Path | None, report: Report) -> None:
     trained = [p for p in state.parameters.values() if p.pieces["exp_avg"]]
     report("✓ Optimizer state loaded successfully")
     report(f"  moments of {len(trained)} of {len(state.parameters)} parameters; the indexer was never trained")
+
+
+def _require_own_tokenizer(step_dir: Path, run: RunState, files: Mapping[str, manifest.FileEntry]) -> None:
+    if TOKENIZER in files and files[TOKENIZER].sha256 != run.tokenizer_sha256:
+        raise CheckpointError(
+            f"{step_dir / TOKENIZER} is not the tokenizer that the run state names; the files come from different runs"
+        )
 
 
 def _fresh_model(step_dir: Path, fields: dict) -> GSAForCausalLM:

@@ -195,12 +195,7 @@ class PackedTokens:
         self.unproved: list[Shard] = [shard for source in self._splits for shard in source.unproved]
         self.fault: str | None = None
         self._order = Order([source.n_windows for source in self._splits], list(self.sources.values()), seed)
-        described = [
-            [[m["fingerprint"], part] for m, part in zip(manifests, self._order.parts, strict=True)],
-            split,
-            packing.VERSION,
-        ]
-        self.fingerprint: str = hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        self.fingerprint: str = text_fingerprint(manifests, self._order.parts, split)
 
     def batch(self, samples: np.ndarray) -> Batch:
         """The windows at the given positions of the training order. samples: (B,) int64, sample numbers."""
@@ -285,6 +280,12 @@ class PackedTokens:
         for source in self._splits:
             for shard in source.shards:
                 prove_shard(shard)
+
+
+def text_fingerprint(manifests: Sequence[dict], parts: Sequence[int], split: str) -> str:
+    """What identifies one split of a mixture, in every run state. parts: the windows of each dataset per block."""
+    described = [[[m["fingerprint"], part] for m, part in zip(manifests, parts, strict=True)], split, packing.VERSION]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 def raise_fault(faults: Sequence[str | None]) -> None:

@@ -111,7 +111,7 @@ class Order:
 
     def __init__(self, windows: list[int], weights: list[float], seed: int) -> None:
         self.windows, self.seed = windows, seed
-        self.parts = _integer_shares(weights)
+        self.parts = integer_shares(weights)
         self._starts = np.cumsum([0, *self.parts])
 
     def __call__(self, samples: np.ndarray) -> Place:
@@ -155,7 +155,7 @@ class Order:
         return [samples * part / total / windows for part, windows in zip(self.parts, self.windows, strict=True)]
 
 
-def _integer_shares(weights: list[float]) -> list[int]:
+def integer_shares(weights: list[float]) -> list[int]:
     """The windows of each source per block, at least 1, rounded by largest remainder; [1] for a single source."""
     if len(weights) == 1:
         return [1]

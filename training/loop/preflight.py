@@ -15,6 +15,7 @@ from gsa.checkpoint.manifest import require_space
 from gsa.checkpoint.state import require_plain
 from gsa.weights import load_weights
 from training.checkpointing.resume import Start, decided_by, find_checkpoint, start_from
+from training.checkpointing.tokenizer import require_same_tokenizer
 from training.config import ConfigError, RunConfig, RunSpec, config_changes, load_config, plan_batch, to_plain
 from training.config.deepspeed import resolve_ds_config
 from training.data.dataset import DataError, PackedTokens
@@ -84,6 +85,9 @@ def prepare(args: argparse.Namespace) -> Prepared:
         _require_work(start, spec, folder)
     elif cfg.training.init_from:
         _require_same_shapes(Path(cfg.training.init_from), cfg)
+        if not args.allow_config_change:
+            accept = ", or accept with --allow_config_change"
+            require_same_tokenizer(Path(cfg.training.init_from), data, otherwise=accept)
     bytes_needed = checkpoint_bytes(cfg, found)
     require_space(args.output_dir, bytes_needed)
     _announce_epochs(spec, data)

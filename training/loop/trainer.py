@@ -108,6 +108,7 @@ class Trainer:
             saved_at=self.progress.step if self._continued else -1,  # another folder's checkpoint is not ours yet
             published=lambda report: self._report(report.event(), *report.lines()),
             failed=self.recorder.save_failed,
+            tokenizer=data.tokenizer,
             beat=lambda: self.watchdog.beat("save"),
         )
         self.evaluator = Evaluator(
@@ -359,6 +360,9 @@ class Trainer:
             epoch=self._epoch(),
             config=to_plain(self.spec.cfg),
             data_fingerprint=self.data.fingerprint,
+            tokenizer_sha256=self.data.tokenizer_sha256,
+            tokenizer_entries=self.data.vocab_size,
+            eod_id=self.data.eod_id,
             tracking_id=self.tracking_id,
             stage=self.model.stage,
             versions=versions(self.engine.deepspeed_version),

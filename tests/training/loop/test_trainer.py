@@ -98,8 +98,7 @@ def runs(tmp_path_factory, tiny_yaml):
         if ranks == 2:
             poisoned, broken = base / "poisoned_weights", base / "broken_weights"
             for path, tokens in ((poisoned, POISONED), (broken, slice(None))):
-                shutil.copytree(base / "1" / "untied" / "step_1", path)
-                config, weights = load_weights(path)
+                config, weights = load_weights(base / "1" / "untied" / "step_1")
                 weights["embed.weight"][tokens] = float("nan")
                 save_weights(weights, {"model": config}, path)
             cases += [
