@@ -18,7 +18,7 @@ CONFIG = "config.json"
 """The configuration of the run, beside its weights; its "model" section is the model's."""
 
 TOKENIZER = "tokenizer.json"
-"""The tokenizer of the run's text; checkpoints carry it since version 4 of the run state, unless the dataset had none."""
+"""The tokenizer of the run's text, which checkpoints carry since version 4 of the run state, if the dataset has one."""
 
 
 def _since(version: int, default: Any = MISSING, *, factory: Any = MISSING) -> Any:
