@@ -21,6 +21,10 @@ TOKENIZER = "tokenizer.json"
 """The tokenizer of the run's text, which checkpoints carry since version 4 of the run state, if the dataset has one."""
 
 
+TEXT_FIELDS = ("data_fingerprint", "max_seq_len", "samples_consumed", "epoch", "epoch_offset", "skipped")
+"""The position in a text: max_seq_len of the windows that it is counted in, and fields of RunState."""
+
+
 def _since(version: int, default: Any = MISSING, *, factory: Any = MISSING) -> Any:
     """A field that older versions of the run state do not have; there it has its default."""
     return field(default=default, default_factory=factory, metadata={"since": version})
@@ -37,11 +41,11 @@ class RunState:
     step: int
     """optimizer steps done"""
     epoch: float
-    """passes over the data, with the fraction"""
+    """passes over the present data, with the fraction"""
     samples_consumed: int
-    """windows of max_seq_len tokens, over all ranks; the position in the data"""
+    """windows of max_seq_len tokens, over all ranks; the position in the data, and in no earlier text"""
     tokens_seen: int
-    """window positions trained on, over all ranks: samples_consumed x max_seq_len, the ends of documents included"""
+    """window positions trained on, over all ranks and texts, the ends of documents included"""
     config: dict[str, Any]
     """the run's whole configuration, resolved"""
     data_fingerprint: str
@@ -69,6 +73,8 @@ class RunState:
     """entries of that tokenizer; the model's vocabulary may be padded beyond them"""
     eod_id: int | None = _since(4, None)
     """its end-of-document token"""
+    earlier_texts: list[dict[str, Any]] = _since(5, factory=list)
+    """other texts that the run has trained on, each with its `TEXT_FIELDS` where the run left it"""
 
     def to_dict(self) -> dict[str, Any]:
         """A copy made of JSON types. Raises TypeError naming the key of any other value, at any depth."""
@@ -154,7 +160,13 @@ def _type_name(value: object) -> str:
 def _misfits(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Each field of RunState whose value in `data` has another type, with the type that it should have."""
     hints = get_type_hints(RunState)
-    kinds = {float: (int, float), dict[str, Any]: dict, dict[str, str]: dict, list[list[int]]: list}
+    kinds = {
+        float: (int, float),
+        dict[str, Any]: dict,
+        dict[str, str]: dict,
+        list[list[int]]: list,
+        list[dict[str, Any]]: list,
+    }
     for known in fields(RunState):
         hint, value = hints[known.name], data[known.name]
         if get_origin(hint) is Literal:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from gsa.checkpoint import legacy, manifest
 from gsa.checkpoint.full_state import read_ds_config, read_layout, read_run_state, require_own_name
 from gsa.checkpoint.manifest import CheckpointError
-from gsa.checkpoint.state import RunState
+from gsa.checkpoint.state import TEXT_FIELDS, RunState
 from gsa.config import ModelConfig
 from training.checkpointing.tokenizer import other_tokenizer
 from training.config import ConfigError, RunConfig, RunSpec, to_plain
@@ -138,8 +138,13 @@ def start_from(
             f"this run has {plan.world_size} at ZeRO {zero_stage}",
             flush=True,
         )
-    length = state.config["training"]["max_seq_len"]
-    return Start(checkpoint, replace(state, samples_consumed=_position_in(state.samples_consumed, length, cfg)), False)
+    here = position_in_text(state, data)
+    if not same_text:
+        _announce_text(state, here)
+    elif state.samples_consumed != here.samples_consumed:
+        length = _window_length(state)["max_seq_len"]
+        _announce_position(state.samples_consumed, length, here.samples_consumed, data.max_seq_len)
+    return Start(checkpoint, here, False)
 
 
 def _start_from_legacy(checkpoint: Path, spec: RunSpec, data: PackedTokens, allow_change: bool, quiet: bool) -> Start:
@@ -168,7 +173,9 @@ def _start_from_legacy(checkpoint: Path, spec: RunSpec, data: PackedTokens, allo
             flush=True,
         )
     length = old.training.get("max_seq_len") or cfg.training.max_seq_len
-    samples = _position_in(old.step * total, length, cfg)
+    samples = _converted(old.step * total, length, data.max_seq_len)
+    if length != data.max_seq_len:
+        _announce_position(old.step * total, length, samples, data.max_seq_len)
     state = RunState(
         step=old.step,
         epoch=float(old.epoch),
@@ -263,15 +270,54 @@ def _refuse_or_print(checkpoint: Path, changes: list[Change], rates: Rates, allo
         print(text, flush=True)
 
 
-def _position_in(samples: int, length: int, cfg: RunConfig) -> int:
-    """The position in the data, in windows of this run's length: after the same number of tokens, rounded up."""
-    now = cfg.training.max_seq_len
-    if now == length:
-        return samples
-    carried = -(-samples * length // now)
+def position_in_text(state: RunState, data: PackedTokens) -> RunState:
+    """`state` with its position in the text `data`, counted in windows of the length that `data` has.
+
+    The same text goes on after the same number of tokens. Another one begins at its own first window, or where the run
+    left it; the position in the text that the checkpoint was trained on is kept in `earlier_texts`. Raises
+    CheckpointError when an entry of `earlier_texts` is damaged.
+    """
+    try:
+        own = [name for name in TEXT_FIELDS if name != "max_seq_len"]
+        left = {**_window_length(state), **{name: getattr(state, name) for name in own}}
+        known = [*state.earlier_texts, left]
+        texts = {text["data_fingerprint"]: {name: text[name] for name in TEXT_FIELDS} for text in known}
+        here = texts.pop(data.fingerprint, None)
+        if here is None:
+            position = {"samples_consumed": 0, "epoch": 0.0, "epoch_offset": 0.0, "skipped": []}
+        else:
+            position = {name: here[name] for name in ("epoch", "epoch_offset", "skipped")}
+            samples = _converted(here["samples_consumed"], here["max_seq_len"], data.max_seq_len)
+            position["samples_consumed"] = samples
+    except (TypeError, KeyError, ArithmeticError) as err:
+        raise CheckpointError(
+            f"the run state of step {state.step} has an unusable position in its texts ({type(err).__name__}: {err}); "
+            f"take another checkpoint with --resume_from"
+        ) from None
+    return replace(state, data_fingerprint=data.fingerprint, earlier_texts=list(texts.values()), **position)
+
+
+def _window_length(state: RunState) -> dict[str, int]:
+    return {"max_seq_len": state.config["training"]["max_seq_len"]}
+
+
+def _converted(samples: int, length: int, now: int) -> int:
+    """Windows of `now` tokens for `samples` windows of `length`: the same number of tokens, rounded up."""
+    return samples if now == length else -(-samples * length // now)
+
+
+def _announce_position(samples: int, length: int, now_samples: int, now: int) -> None:
     print(
         f"the data goes on after the same {samples * length:,} tokens: {samples:,} windows of {length} are "
-        f"{carried:,} of {now}",
+        f"{now_samples:,} of {now}",
         flush=True,
     )
-    return carried
+
+
+def _announce_text(left: RunState, here: RunState) -> None:
+    place = f"at its window {here.samples_consumed:,}" if here.samples_consumed else "at the beginning"
+    print(
+        f"the new text is read {place}; the earlier one was left after {left.samples_consumed:,} windows, "
+        f"{left.epoch:.3f} passes",
+        flush=True,
+    )

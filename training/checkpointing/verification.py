@@ -68,6 +68,8 @@ def _check(step_dir: Path, config: Path | None, report: Report) -> None:
     _require_own_tokenizer(step_dir, run, files)
     report("✓ Checkpoint loaded successfully")
     report(f"  step {run.step:,}, epoch {run.epoch:.3f}, {run.samples_consumed:,} samples, {run.tokens_seen:,} tokens")
+    for text in run.earlier_texts:
+        report(f"  before: {text.get('epoch')!s:.5} passes over the text {text.get('data_fingerprint')!s:.16}")
     report(f"  saved by {run.world_size} rank(s) at ZeRO {run.zero_stage} ({layout})")
     report(
         f"  config type {type(run.config).__name__}, versions {', '.join(f'{k} {v}' for k, v in run.versions.items())}"

@@ -21,6 +21,7 @@ from training.config.deepspeed import resolve_ds_config
 from training.data.dataset import DataError, PackedTokens
 from training.data.open import open_data
 from training.engine.world import environment_rank, environment_world_size
+from training.loop.progress import Progress
 from training.observe.console import LogLevel
 from training.planning.cost_model import checkpoint_bytes
 from training.record.metrics_log import require_rows
@@ -90,7 +91,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
             require_same_tokenizer(Path(cfg.training.init_from), data, otherwise=accept)
     bytes_needed = checkpoint_bytes(cfg, found)
     require_space(args.output_dir, bytes_needed)
-    _announce_epochs(spec, data)
+    _announce_epochs(spec, data, start)
     if plan.note and not quiet:
         print(plan.note, flush=True)
     return Prepared(given, spec, folder, start, bytes_needed, args.log_level)
@@ -164,8 +165,10 @@ def _require_same_shapes(checkpoint: Path, cfg: RunConfig) -> None:
         raise ConfigError(f"training.init_from={checkpoint}: its weights do not fit: {', '.join(wrong)}")
 
 
-def _announce_epochs(spec: RunSpec, data: PackedTokens) -> None:
-    planned = data.epochs_by_source(spec.cfg.training.max_steps * spec.plan.global_batch_size)
+def _announce_epochs(spec: RunSpec, data: PackedTokens, start: Start | None) -> None:
+    progress = Progress() if start is None else Progress.from_state(start.state)
+    end = progress.planned_samples(spec.cfg.training.max_steps, spec.plan.global_batch_size)
+    planned = data.epochs_by_source(end)
     for source, passes in planned.items():
         if passes > SOFT_EPOCH_LIMIT:
             print(

@@ -24,6 +24,7 @@ class Progress:
     indexer_start: int = 0
     decided: dict[str, Any] = field(default_factory=dict)
     skipped: list[list[int]] = field(default_factory=list)
+    earlier_texts: list[dict[str, Any]] = field(default_factory=list)
 
     @classmethod
     def from_state(cls, state: RunState) -> Progress:
@@ -42,6 +43,15 @@ class Progress:
         self.step += 1
         self.samples_consumed = first + count
         self.tokens_seen += count * window_tokens
+
+    @property
+    def rollbacks(self) -> int:
+        """Spans of samples that the run has ruled out, in this text and in earlier ones."""
+        return len(self.skipped) + sum(len(text["skipped"]) for text in self.earlier_texts)
+
+    def planned_samples(self, max_steps: int, count: int) -> int:
+        """The position in the present text after max_steps steps of `count` windows."""
+        return self.samples_consumed + max(0, max_steps - self.step) * count
 
     def rule_out(self, spans: list[list[int]]) -> None:
         """Adds [first, count] spans of samples that no step may train on again."""

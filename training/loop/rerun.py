@@ -35,13 +35,15 @@ WORST_TOKENS = 5
 class TrainedStep:
     """A row of a step, and the configuration and number of ranks of the launch that trained it.
 
-    segment: K when the row is in segments/metrics_K.jsonl, of a discarded branch; None: it is in metrics.jsonl.
+    segment: K when the row is in segments/metrics_K.jsonl, of a discarded branch; None: it is in metrics.jsonl. text:
+    the fingerprint of the training text, where the launch recorded it.
     """
 
     row: dict
     segment: int | None
     cfg: RunConfig
     world_size: int
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,12 +83,13 @@ def trainings_of(folder: Path, step: int) -> list[TrainedStep]:
     return [TrainedStep(row, segment, *_launch_of(folder, launches, row)) for segment, row in found]
 
 
-def _launch_of(folder: Path, launches: list[dict], row: dict) -> tuple[RunConfig, int]:
-    """Configuration and number of ranks of the launch that wrote a row; of the newest where it recorded none."""
+def _launch_of(folder: Path, launches: list[dict], row: dict) -> tuple[RunConfig, int, str | None]:
+    """Configuration, number of ranks and text of the launch that wrote a row; of the newest where it recorded none."""
     before = [launch for launch in launches if launch.get("time", 0) <= row.get("time", 0)]
     launch = max(before, key=lambda launch: launch.get("time", 0), default={})
     cfg = from_plain(launch["config"]) if "config" in launch else load_config(folder / "config.yaml", [])
-    return cfg, launch.get("world_size") or RunFolder(folder).read_run().get("world_size", 1)
+    ranks = launch.get("world_size") or RunFolder(folder).read_run().get("world_size", 1)
+    return cfg, ranks, launch.get("data_fingerprint")
 
 
 def choose_training(trainings: Sequence[TrainedStep], segment: int | None) -> TrainedStep:
@@ -117,16 +120,16 @@ def checkpoint_before(folder: Path, step: int) -> Path:
 def rerun_step(trained: TrainedStep, checkpoint: Path, *, same_data: bool) -> list[Window]:
     """Every window of a step through the weights of a checkpoint, in the attention stage that the step had.
 
-    same_data: refuse a dataset that is not the one of the checkpoint. Raises Refusal when the row lacks a field,
-    DataError and CheckpointError when data or checkpoint cannot be read.
+    same_data: refuse a dataset that is not the one that the step was trained on. Raises Refusal when the row lacks a
+    field, DataError and CheckpointError when data or checkpoint cannot be read.
     """
     row = trained.row
     if missing := {"samples", "stage", "grad_norm"} - row.keys():
         raise Refusal(f"the row of step {row['step']} has no {', '.join(sorted(missing))}; it cannot be run again")
     data = open_training_text(trained.cfg)
-    if same_data and read_run_state(checkpoint).data_fingerprint != data.fingerprint:
+    if same_data and (trained.text or read_run_state(checkpoint).data_fingerprint) != data.fingerprint:
         raise DataError(
-            f"the text under {', '.join(data.sources)} is not what {checkpoint.name} was trained on; restore it"
+            f"the text under {', '.join(data.sources)} is not what step {row['step']} was trained on; restore it"
         )
     if data.tokenizer is None:
         raise DataError(f"{data.tokenizer_file} is missing: there is no text to show; restore the dataset")

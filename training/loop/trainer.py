@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from gsa import GSAForCausalLM
 from gsa.checkpoint.full_state import read_run_state
 from gsa.checkpoint.state import RunState
-from training.checkpointing.resume import Start, restore
+from training.checkpointing.resume import Start, position_in_text, restore
 from training.checkpointing.saver import Retention, Saver
 from training.config import RunSpec, to_plain
 from training.data import Loader, PackedTokens, raise_fault
@@ -94,7 +94,10 @@ class Trainer:
                 continued=self._continued,
                 zero_stage=self.engine.zero_stage,
                 backend=self.backend,
-                data=data.summary(planned=self.cfg.max_steps * self.plan.global_batch_size),
+                data=data.summary(
+                    planned=self.progress.planned_samples(self.cfg.max_steps, self.plan.global_batch_size)
+                ),
+                data_fingerprint=data.fingerprint,
             )
         )
         self._read_history()
@@ -260,7 +263,7 @@ class Trainer:
             "selected_k": totals.selected,
             "visible_k": totals.visible,
         }
-        action = self.spikes.decide(row, dropped=sums.dropped, rollbacks=len(progress.skipped))
+        action = self.spikes.decide(row, dropped=sums.dropped, rollbacks=progress.rollbacks)
         samples = [first, plan.global_batch_size]
         if action == "stop":
             self.recorder.last_row(row)
@@ -311,7 +314,7 @@ class Trainer:
             return False
         ruled_out = [*self.progress.skipped, step.samples]
         self.engine.load(found)
-        self._apply_state(read_run_state(found))
+        self._apply_state(position_in_text(read_run_state(found), self.data))
         self.progress.rule_out(ruled_out)
         event = spike_event(row, step.samples, "rollback") | {"checkpoint": found.name}
         step, tag = self.progress.step, found.name

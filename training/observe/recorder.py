@@ -59,6 +59,7 @@ class SilentRecorder:
         zero_stage: int,
         backend: str,
         data: str,
+        data_fingerprint: str,
     ) -> str | None:
         return None
 
@@ -131,6 +132,7 @@ class Recorder(SilentRecorder):
         zero_stage: int,
         backend: str,
         data: str,
+        data_fingerprint: str,
     ) -> str:
         """Opens metrics.jsonl at the step of the launch, writes its first rows, starts the trackers, prints the banner.
 
@@ -166,6 +168,7 @@ class Recorder(SilentRecorder):
             "world_size": world_size,
             "zero_stage": zero_stage,
             "segment": segment,
+            "data_fingerprint": data_fingerprint,
             "config": config,
         }
         if state is not None:

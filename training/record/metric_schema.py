@@ -13,9 +13,9 @@ class Metric:
 
 STEP_METRICS: dict[str, Metric] = {
     "step": Metric("optimizer steps", "optimizer steps finished, including this one"),
-    "epoch": Metric("passes", "passes over the training text so far, as a fraction"),
-    "samples": Metric("windows", "training windows consumed so far, over all ranks"),
-    "tokens": Metric("tokens", "positions of the windows consumed so far (samples x max_seq_len), targets or not"),
+    "epoch": Metric("passes", "passes over the present training text so far, as a fraction"),
+    "samples": Metric("windows", "windows of the present training text consumed so far, over all ranks"),
+    "tokens": Metric("tokens", "positions of all windows consumed so far, targets or not"),
     "loss": Metric("nats/token", "next-token cross-entropy of the step's global batch, mean over target tokens"),
     "spike_score": Metric(
         "deviations", "standard deviations of the loss above the mean of the last 1000; 0 while fewer than 50 are known"
@@ -105,6 +105,7 @@ class Event:
 
 
 _LAUNCH = {
+    "data_fingerprint": Metric("text", "identifies the training text and its mixture"),
     "world_size": Metric("ranks", "processes, one per device"),
     "zero_stage": Metric("0 to 3", "ZeRO stage"),
     "segment": Metric("launches", "number of launches of this run before this one"),

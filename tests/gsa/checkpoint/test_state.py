@@ -75,8 +75,9 @@ def test_every_version_of_the_run_state_is_read():
     second = {**first, "version": 2, "epoch_offset": 0.0, "indexer_start": 0, "decided": {}}
     third = {**second, "version": 3, "skipped": []}
     fourth = {**third, "version": 4, "tokenizer_sha256": None, "tokenizer_entries": None, "eod_id": None}
-    assert STATE.to_dict() == fourth
-    assert all(RunState.from_dict(state) == STATE for state in (first, second, third, fourth))
+    fifth = {**fourth, "version": 5, "earlier_texts": []}
+    assert STATE.to_dict() == fifth
+    assert all(RunState.from_dict(state) == STATE for state in (first, second, third, fourth, fifth))
 
 
 @pytest.mark.parametrize("where", ["gsa/checkpoint/__init__.py", "docs/checkpoints.md"])

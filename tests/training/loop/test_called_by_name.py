@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,12 @@ from conftest import documents
 from support.launching import Case, run_cases
 from support.tiny_dataset import write_dataset
 
+from gsa.checkpoint.full_state import read_run_state
+from gsa.checkpoint.manifest import CheckpointError
+from training.checkpointing.resume import position_in_text
 from training.data.dataset import PackedTokens
+from training.loop.progress import Progress
+from training.loop.rerun import checkpoint_before, rerun_step, trainings_of
 from training.record.metrics_log import read_rows
 
 
@@ -38,6 +44,21 @@ def runs(tmp_path_factory, tiny_yaml, mixed) -> Path:
             return Case(name, ("--config", str(tiny_yaml), "--output_dir", str(folder / (into or name)), *extra), code)
 
         cases = [case("mixture", mixture, "training.eval_windows=0", "training.max_steps=1")]
+        if ranks == 1:
+            other = next(iter(mixed))
+            cases += [
+                case("texts_a", "training.stop_at_step=2", into="texts"),
+                case(
+                    "texts_b",
+                    "--resume_from",
+                    "latest",
+                    "--allow_config_change",
+                    f"data.data_dir={other}",
+                    "training.stop_at_step=4",
+                    into="texts",
+                ),
+                case("texts_c", "--resume_from", "latest", "--allow_config_change", into="texts"),
+            ]
         (folder / "output.txt").parent.mkdir()
         (folder / "output.txt").write_text(run_cases(ranks, cases, folder))
     return base
@@ -52,3 +73,65 @@ def test_eval_windows_0_scores_each_held_out_window_of_a_mixture_once_on_any_ran
     (one,), (two,) = (events_of(runs / str(ranks) / "mixture", "eval") for ranks in (1, 2))
     assert one["eval_tokens"] == two["eval_tokens"] == tokens
     assert one["eval_bpb"] == pytest.approx(two["eval_bpb"], rel=1e-5) and one["unigram_bpb"] == two["unigram_bpb"]
+
+
+# -- another text ------------------------------------------------------------------------------------------
+
+
+def test_another_text_is_read_from_its_beginning_and_the_earlier_one_goes_on_where_it_was_left(runs, corpus, mixed):
+    folder = runs / "1" / "texts"
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+    assert [row["samples"] for row in rows] == [8, 16, 8, 16, 24, 32]
+    assert [row["tokens"] for row in rows] == [8 * 32 * step for step in range(1, 7)]
+    first, second = (
+        PackedTokens({str(text): 1.0}, split="train", max_seq_len=32, seed=7) for text in (corpus, next(iter(mixed)))
+    )
+    lengths = [text.n_windows for text in (first, first, second, second, first, first)]
+    assert [row["epoch"] for row in rows] == pytest.approx(
+        [row["samples"] / n for row, n in zip(rows, lengths, strict=True)]
+    )
+    launches = [row["data_fingerprint"] for row in read_rows(folder / "metrics.jsonl") if "config" in row]
+    assert launches == [first.fingerprint, second.fingerprint, first.fingerprint]
+    middle, last = (read_run_state(folder / name) for name in ("step_4", "step_6"))
+    assert middle.earlier_texts == [
+        {
+            "data_fingerprint": first.fingerprint,
+            "max_seq_len": 32,
+            "samples_consumed": 16,
+            "epoch": 16 / first.n_windows,
+            "epoch_offset": 0.0,
+            "skipped": [],
+        }
+    ]
+    assert [text["data_fingerprint"] for text in last.earlier_texts] == [second.fingerprint]
+    assert (last.samples_consumed, last.data_fingerprint) == (32, first.fingerprint)
+    printed = (runs / "1" / "output.txt").read_text()
+    assert "the new text is read at the beginning; the earlier one was left after 16 windows" in printed
+    assert "the new text is read at its window 16; the earlier one was left after 16 windows" in printed
+
+
+def test_a_step_of_a_new_text_is_replayed_from_the_checkpoint_before_it(runs):
+    folder = runs / "1" / "texts"
+    (trained,) = trainings_of(folder, 3)
+    windows = rerun_step(trained, checkpoint_before(folder, 3), same_data=True)
+    assert [window.sample for window in windows] == list(range(8))
+    losses = sum(window.loss * window.targets for window in windows) / sum(window.targets for window in windows)
+    assert losses == pytest.approx(trained.row["loss"], rel=1e-5)
+
+
+def test_ruled_out_samples_stay_with_their_text_and_count_as_rollbacks(runs, mixed):
+    state = replace(read_run_state(runs / "1" / "texts" / "step_2"), skipped=[[8, 8]], epoch_offset=1.5)
+    second, shorter = (
+        PackedTokens({next(iter(mixed)): 1.0}, split="train", max_seq_len=length, seed=7) for length in (32, 16)
+    )
+    there = position_in_text(state, second)
+    assert (there.samples_consumed, there.skipped, there.epoch_offset, there.epoch) == (0, [], 0.0, 0.0)
+    assert Progress.from_state(there).rollbacks == 1
+    assert position_in_text(there, second) == there
+    assert position_in_text(replace(there, samples_consumed=3), shorter).samples_consumed == 6
+    for damaged in (
+        [{}],
+        [{**there.earlier_texts[0], "samples_consumed": "x", "data_fingerprint": shorter.fingerprint}],
+    ):
+        with pytest.raises(CheckpointError, match="unusable position"):
+            position_in_text(replace(state, earlier_texts=damaged), shorter)

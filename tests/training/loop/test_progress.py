@@ -43,7 +43,7 @@ def test_a_run_state_is_the_same_after_conversion_to_progress_and_back():
 
 def test_each_field_of_progress_is_one_of_the_run_state_and_defaults_to_a_new_run():
     assert {f.name for f in fields(Progress)} <= {f.name for f in fields(RunState)}
-    assert Progress() == Progress(0, 0, 0, 0.0, 0, {}, [])
+    assert Progress() == Progress(0, 0, 0, 0.0, 0, {}, [], [])
 
 
 def test_progress_shares_nothing_with_the_state_it_came_from():
