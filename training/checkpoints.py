@@ -69,10 +69,11 @@ def _list(run: Path) -> int:
     found = manifest.list_checkpoints(run)
     if not found:
         raise CheckpointError(f"{run}: no step_N folder in it; give a run's folder, such as outputs/mine")
-    latest = manifest.latest_tag(run)
+    latest, suspects = manifest.latest_tag(run), RunFolder(run).suspects()
     print(f"{'tag':<14}{'epoch':>9}{'tokens':>16}{'MiB':>11}  {'made by':<18}state")
     for f in found:
         notes = ["latest"] * (f.tag == latest) + ["pinned"] * (f.path / manifest.PIN).exists()
+        notes += [suspects[f.tag]] if f.tag in suspects else []
         if legacy.is_legacy(f.path):
             print(f"{f.tag:<14}{'':>36}  {'legacy trainer':<18}{', '.join(['no manifest', *notes])}")
         elif not f.complete:

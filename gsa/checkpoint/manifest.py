@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 from gsa.files import fsync, write_atomically
 from gsa.units import GIB
@@ -325,15 +326,23 @@ def list_checkpoints(output_dir: Path) -> list[Found]:
     return sorted(found, key=lambda f: f.step)
 
 
-def newest_good(output_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose every byte agrees with its manifest, and one line for each newer, bad folder."""
-    passed_over = []
+def newest_good(output_dir: Path, avoid: Mapping[str, str] = MappingProxyType({})) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose every byte agrees with its manifest, and one line for each that was passed over.
+
+    avoid: tags that are taken only where no other checkpoint is good, each with the reason.
+    """
+    passed_over, avoided = [], None
     for found in reversed(list_checkpoints(output_dir)):
         wrong = _wrong(found.path, hashes=True)
+        if not wrong and found.tag in avoid:
+            avoided = avoided or found.path
+            wrong = [avoid[found.tag]]
         if not wrong:
             return found.path, passed_over
         passed_over.append(f"{found.tag}: {'; '.join(wrong)}")
-    return None, passed_over
+    if avoided is not None:
+        passed_over.append(f"{avoided.name} is taken all the same: no other checkpoint is good")
+    return avoided, passed_over
 
 
 def resolve(resume_from: str, output_dir: Path) -> Path | None:

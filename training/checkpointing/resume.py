@@ -54,7 +54,7 @@ def find_checkpoint(resume_from: str, folder: RunFolder) -> Path | None:
     named one belongs to another run than the one in the output folder.
     """
     if resume_from == "auto":
-        found, passed_over = manifest.newest_good(folder.path)
+        found, passed_over = manifest.newest_good(folder.path, folder.suspects())
         for line in passed_over:
             print(f"passed over: {line}", flush=True)
         if found is None and (old := legacy.newest_legacy(folder.path)) is not None:
@@ -68,6 +68,8 @@ def find_checkpoint(resume_from: str, folder: RunFolder) -> Path | None:
     if not legacy.is_legacy(meant):
         meant = manifest.resolve(resume_from, folder.path)
         manifest.verify(meant)
+    if meant.parent.resolve() == folder.path.resolve() and (words := folder.suspects().get(meant.name)):
+        print(f"warning: {meant.name}: {words}", flush=True)
     if meant.parent.resolve() != folder.path.resolve() and folder.holds_a_run():
         raise FolderError(
             f"--output_dir {folder.path} already holds a run, and {meant} belongs to another; "

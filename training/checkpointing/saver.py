@@ -264,10 +264,6 @@ class Saver:
         while self._flight is not None:
             self._end_phase(stall_since)
 
-    def newest_good(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint whose every byte is good, or None, and a line for each that was passed over."""
-        return self._world.from_main(lambda: manifest.newest_good(self._dir))
-
     def _refusal(self, output_dir: Path, tag: str) -> str | None:
         """Removes what an interrupted save left; why nothing can be saved there, or None."""
         try:

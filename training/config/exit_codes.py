@@ -18,7 +18,7 @@ class ExitCode(IntEnum):
     REFUSED_INPUT = 3
     """A refused checkpoint or dataset: restore it or name another."""
     DIVERGED = 4
-    """The loss or the gradient norm is no longer a finite number."""
+    """The loss or the gradient norm is no longer finite, or three launches in a row have ended at one step."""
 
 
 class Refusal(ValueError):

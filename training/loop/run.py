@@ -30,7 +30,8 @@ def run(prepared: Prepared, world: World, watched: Callable[[], None] = lambda: 
     """
     folder = prepared.folder
     # rank 0 alone has read the checkpoint, which may decide some keys
-    cfg, start, launch = world.broadcast((prepared.spec.cfg, prepared.start, time.time_ns()))
+    told = (prepared.spec.cfg, prepared.start, time.time_ns(), folder.read_run().get("ends") if world.is_main else None)
+    cfg, start, launch, ends = world.broadcast(told)
     spec = replace(prepared.spec, cfg=cfg)
     try:
         data, held_out = open_same_data(prepared.given, cfg, world)
@@ -68,15 +69,45 @@ def run(prepared: Prepared, world: World, watched: Callable[[], None] = lambda: 
         return ExitCode.FINISHED
     except Exception as err:
         failure = explain(err, words, world)
+        step = None if trainer is None else trainer.progress.step
+        ends = count_end(ends, step, failure)
         if trainer is not None:
-            trainer.recorder.failed(trainer.progress.step, str(err) if isinstance(err, Diverged) else failure.reason)
+            trainer.recorder.failed(step, str(err) if isinstance(err, Diverged) else failure.reason)
         if world.is_main:
-            _record_failure(folder, failure, None if trainer is None else trainer.progress.step)
+            _record_failure(folder, failure, step, ends)
         if failure.printed:
             print(f"error: {failure.printed}", file=sys.stderr, flush=True)
+        if ends is not None and ends["count"] >= SAME_END:
+            failure = replace(failure, exit_code=ExitCode.DIVERGED)
+            if world.local_rank == 0:
+                print(f"error: {_same_end(ends)}", file=sys.stderr, flush=True)
         if isinstance(err, Diverged):  # all ranks are here, and rank 0 has printed
             world.barrier()  # a launcher ends all ranks when the first one exits
         return failure.exit_code
+
+
+SAME_END = 3
+"""So many launches in a row that end at one step are reported, with an exit code that a job script need not retry."""
+
+
+def count_end(ends: dict | None, step: int | None, failure: Failure) -> dict | None:
+    """How often launches in a row have ended at this step, as run.json holds it: {"step", "count"}.
+
+    ends: what it held before this launch. step: the one that the run has reached; None, where it had not begun to
+    train, and a refusal count as no end, and neither does a kill, which may come at any step.
+    """
+    if step is None or failure.exit_code in (ExitCode.REFUSED_CONFIG, ExitCode.REFUSED_INPUT):
+        return None
+    again = ends is not None and ends.get("step") == step
+    return {"step": step, "count": ends["count"] + 1 if again else 1}
+
+
+def _same_end(ends: dict) -> str:
+    return (
+        f"{ends['count']} launches in a row have ended at step {ends['step']}: another one will not get further. Look "
+        f"at the error and at the samples of the step (python -m training.replay), lower training.learning_rate, or go "
+        f"back further with --resume_from step_N"
+    )
 
 
 @dataclass(frozen=True)
@@ -113,16 +144,19 @@ def _first_line(err: Exception) -> str:
     return (str(err).splitlines() or [type(err).__name__])[0]
 
 
-def _record_failure(folder: RunFolder, failure: Failure, step: int | None) -> None:
+def _record_failure(folder: RunFolder, failure: Failure, step: int | None, ends: dict | None) -> None:
     """Writes it into run.json, unless the launch was refused before it began.
 
-    step: the one that the run has reached; None: it had not begun to train. A disk that refuses the write as well must
-    not change the exit code.
+    step: the one that the run has reached; None: it had not begun to train. ends: see count_end. A disk that refuses
+    the write as well must not change the exit code.
     """
     refused = failure.exit_code in (ExitCode.REFUSED_CONFIG, ExitCode.REFUSED_INPUT)
     if refused and folder.read_run().get("status") != "running":
         return
     try:
-        folder.update_run(status="failed", reason=failure.reason, **({} if step is None else {"step": step}))
+        reached = {} if step is None else {"step": step, "ends": ends}
+        folder.update_run(status="failed", reason=failure.reason, **reached)
+        if failure.exit_code == ExitCode.DIVERGED:
+            folder.suspect(step)
     except CheckpointError as err:
         print(f"warning: {err}", file=sys.stderr, flush=True)

@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 
 from gsa import GSAForCausalLM
 from gsa.checkpoint.full_state import read_run_state
+from gsa.checkpoint.manifest import newest_good
 from gsa.checkpoint.state import RunState
 from training.checkpointing.resume import Start, position_in_text, restore
 from training.checkpointing.saver import Retention, Saver
@@ -303,7 +305,7 @@ class Trainer:
         """
         row = step.row
         self._finish_save()
-        found, passed_over = self.saver.newest_good()
+        found, passed_over = self.world.from_main(lambda: self._newest_good(finite=is_finite(row)))
         for line in passed_over:
             self.recorder.warn(line)
         if found is None:
@@ -326,6 +328,12 @@ class Trainer:
         self._open_loader()
         self.saver.saved_at = self.progress.step
         return True
+
+    def _newest_good(self, *, finite: bool) -> tuple[Path | None, list[str]]:
+        """On rank 0: the checkpoint to go back to. Broken weights may show only in the step after their save."""
+        if not finite:
+            self.folder.suspect(self.progress.step)
+        return newest_good(self.folder.path, self.folder.suspects())
 
     # -- evaluation and checkpoints --------------------------------------------------------------------
 

@@ -282,7 +282,8 @@ class Recorder(SilentRecorder):
         if (receipt := self._receipt.event()) is not None:
             self.event({**receipt, "step": step})
         self.event({"event": "stop", "step": step, "reason": reason})
-        self._folder.update_run(status="finished" if reason == "finished" else "stopped", reason=reason, step=step)
+        status = "finished" if reason == "finished" else "stopped"
+        self._folder.update_run(status=status, reason=reason, step=step, ends=None)
         entries = closing_summary(
             reason=reason,
             first_step=self._first_step,

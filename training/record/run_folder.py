@@ -8,6 +8,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -83,6 +84,27 @@ class RunFolder:
         Raises CheckpointError when the disk refuses.
         """
         _write(self.run_json, json.dumps({**self.read_run(), **fields, "updated": time.time()}, indent=2) + "\n")
+
+    def suspect(self, step: int) -> None:
+        """Step `step` is not finite: the checkpoint of the step before, if there is one, may hold broken weights.
+
+        Its bytes are good and stay as they are; what is said of it goes into run.json, until it is saved again.
+        """
+        tag = f"step_{step - 1}"
+        if (self.path / tag / manifest.MANIFEST).exists():
+            known = self.read_run().get("suspects", {})
+            self.update_run(
+                suspects={**known, tag: {"next_step": step, "created": manifest.read(self.path / tag).created}}
+            )
+
+    def suspects(self) -> dict[str, str]:
+        """The checkpoints whose next step was not finite: tag -> what to say of it."""
+        found = {}
+        for tag, words in self.read_run().get("suspects", {}).items():
+            with suppress(CheckpointError):
+                if manifest.read(self.path / tag).created == words["created"]:
+                    found[tag] = f"its next step, {words['next_step']}, was not finite: its weights may be broken"
+        return found
 
     def latest(self) -> str | None:
         """The tag that `latest` names; None when the file cannot be read, which the next save mends."""

@@ -598,7 +598,7 @@ def test_run_json_is_synced_before_it_gets_its_name_and_a_damaged_one_is_reporte
 def test_failing_to_write_run_json_does_not_raise(tmp_path, capsys):
     folder = RunFolder(tmp_path)
     (folder.run_json / "in_the_way").mkdir(parents=True)
-    _record_failure(folder, Failure("step_4: KeyError", "", ExitCode.FAILED), 4)
+    _record_failure(folder, Failure("step_4: KeyError", "", ExitCode.FAILED), 4, None)
     assert "run.json could not be written" in capsys.readouterr().err
 
 
