@@ -30,8 +30,13 @@ def run(prepared: Prepared, world: World, watched: Callable[[], None] = lambda: 
     """
     folder = prepared.folder
     # rank 0 alone has read the checkpoint, which may decide some keys
-    told = (prepared.spec.cfg, prepared.start, time.time_ns(), folder.read_run().get("ends") if world.is_main else None)
-    cfg, start, launch, ends = world.broadcast(told)
+    shared = (
+        prepared.spec.cfg,
+        prepared.start,
+        time.time_ns(),
+        folder.read_run().get("ends") if world.is_main else None,
+    )
+    cfg, start, launch, ends = world.broadcast(shared)
     spec = replace(prepared.spec, cfg=cfg)
     try:
         data, held_out = open_same_data(prepared.given, cfg, world)
