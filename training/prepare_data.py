@@ -1,8 +1,9 @@
 """Turns text into memory-mapped token shards with a manifest: `python -m training.prepare_data --out DIR INPUT ...`.
 
 It reads the input twice, in parallel: first to check and hash every document, then to tokenise the documents that are
-chosen. A killed preparation continues where it was when the same command runs again. The result does not depend on the
-number of workers. Formats: docs/data.md.
+chosen. It says how long this takes, compares every document with what the tokenizer gives back, and names what it
+leaves out. A killed preparation continues where it was when the same command runs again. The result does not depend on
+the number of workers. Formats, and how to add text later: docs/data.md.
 
 Exit codes: 0 prepared, now or before; 2 refused argument; 3 refused text, tokenizer or folder; 1 anything else.
 """
@@ -21,8 +22,13 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:  # run as a s
 from training.config.command import command_parser, run_command  # noqa: E402
 from training.config.exit_codes import ExitCode  # noqa: E402
 from training.data.corpus import Reading  # noqa: E402
+from training.data.manifest import MAX_VOCAB_SIZE  # noqa: E402
 from training.data.prepare import DEFAULT_VOCAB_SIZE, PrepareOptions, prepare, summary  # noqa: E402
-from training.data.tokenizer import EOD  # noqa: E402
+from training.data.tokenizer import EOD, MIN_VOCAB_SIZE  # noqa: E402
+from training.observe.terminal import survive_lost_output  # noqa: E402
+
+MAX_WORKERS = 1024
+MAX_DOCUMENT_MB = 1 << 16
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,6 +46,7 @@ def main(argv: Sequence[str]) -> int:
             skip_bad=(args.on_bad or ("skip" if args.embedded else "error")) == "skip",
             workers=args.workers,
             force=args.force,
+            on_changed=args.on_changed,
         )
     )
     if prepared.was_finished:
@@ -87,6 +94,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         choices=("error", "skip"),
         help="stop at a bad document, or count it and leave it out (default: error; skip for --embedded)",
     )
+    parser.add_argument(
+        "--on_changed",
+        choices=("error", "skip", "keep"),
+        default="error",
+        help="a document that the tokenizer does not give back as it was: stop, count it and leave it out, or count it "
+        "and keep it as the tokenizer gives it back (default: %(default)s)",
+    )
     parser.add_argument("--force", action="store_true", help="replace a dataset made from other input or options")
     args = parser.parse_args(argv)
     if args.embedded == bool(args.inputs):
@@ -95,13 +109,22 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--vocab_size is for a tokenizer that is trained; leave it out with --tokenizer")
     if not 0 < args.held_out < 1:
         parser.error(f"--held_out {args.held_out} is a share: it must be between 0 and 1")
-    for name in ("workers", "max_document_mb"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
+    if args.eod_token != EOD and not args.tokenizer:
+        parser.error(f"--eod_token names a token of --tokenizer; a tokenizer that is trained ends documents with {EOD}")
+    bounds = {"workers": MAX_WORKERS, "max_document_mb": MAX_DOCUMENT_MB}
+    for name, most in bounds.items():
+        if not 1 <= getattr(args, name) <= most:
+            parser.error(f"--{name} {getattr(args, name)} must be from 1 to {most:,}")
+    if args.vocab_size is not None and not MIN_VOCAB_SIZE <= args.vocab_size <= MAX_VOCAB_SIZE:
+        parser.error(
+            f"--vocab_size {args.vocab_size} must be from {MIN_VOCAB_SIZE} (the 256 bytes and {EOD}) to "
+            f"{MAX_VOCAB_SIZE:,}"
+        )
     if args.limit_mb is not None and not args.limit_mb > 0:
         parser.error("--limit_mb must be above 0")
     return args
 
 
 if __name__ == "__main__":
+    survive_lost_output()  # progress that nobody can read any more is no reason to stop
     sys.exit(run_command(main))

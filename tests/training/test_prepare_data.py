@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,11 +23,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.launching import ROOT, rank_environment
-from tokenizers import AddedToken, Tokenizer
+from support.permissions import permissions_apply
+from tokenizers import AddedToken, Tokenizer, normalizers
 
 from training import prepare_data
+from training.config import load_config
 from training.config.command import run_command
-from training.data import corpus, prepare
+from training.data import corpus, pace, prepare
 from training.data import tokenizer as bpe
 from training.data.corpus import BadRecord, Document, PrepareError, Reading, Source, read_documents
 from training.data.dataset import PackedTokens
@@ -199,7 +204,7 @@ def test_folders_globs_and_markdown(tmp_path):
 @pytest.mark.parametrize(
     "argv, words",
     [
-        (["nowhere"], "nowhere: no such file"),
+        (["nowhere"], "nowhere: no such file, and as a glob no file"),
         (["{in}/picture.png"], "picture.png: unknown kind of file"),
         (["{in}/empty"], "no file ending in .txt"),
         (["{in}/one.txt"], "all documents are of one group"),
@@ -225,7 +230,18 @@ def test_unusable_input_is_refused(tmp_path, capsys, argv, words):
         ["--embedded", "x.txt"],
         ["x.txt", "--tokenizer", "t", "--vocab_size", "9"],
         ["x.txt", "--held_out", "1"],
+        ["x.txt", "--held_out", "nan"],
+        ["x.txt", "--limit_mb", "nan"],
         ["x.txt", "--workers", "0"],
+        ["x.txt", "--workers", "100000"],
+        ["x.txt", "--max_document_mb", "0"],
+        ["x.txt", "--max_document_mb", str(1 << 70)],
+        ["x.txt", "--vocab_size", "100"],
+        ["x.txt", "--vocab_size", "0"],
+        ["x.txt", "--vocab_size", "-5"],
+        ["x.txt", "--vocab_size", str(1 << 40)],
+        ["x.txt", "--eod_token", "</s>"],
+        ["x.txt", "--on_changed", "maybe"],
     ],
 )
 def test_impossible_arguments_are_refused(argv):
@@ -266,7 +282,13 @@ BAD = {
     "a number as text": (
         "a.jsonl",
         lines([{"text": 5}, *GOOD]),
-        "a.jsonl, line 1: no text in field 'text'",
+        "a.jsonl, line 1: field 'text' holds a number, not text",
+        "not_text",
+    ),
+    "null as text": (
+        "a.jsonl",
+        lines([{"text": None}, *GOOD]),
+        "a.jsonl, line 1: no text in field 'text' (it is null)",
         "missing_field",
     ),
     "half a surrogate": (
@@ -406,7 +428,9 @@ def test_a_token_outside_the_vocabulary_is_refused_not_wrapped(tmp_path, monkeyp
     (tmp_path / "a.txt").write_text("some text")
     monkeypatch.setattr(bpe, "encode", lambda tokenizer, text: [70000])
     unit = prepare.Unit(0, (Source(str(tmp_path / "a.txt"), "a.txt", "a.txt"),))
-    result = prepare._encode_unit(prepare.Job(unit, str(work), "k", Reading("text", None, 1 << 20), False, 0))
+    job = prepare.Job(unit, str(work), "k", Reading("text", None, 1 << 20), False, 0)
+    prepare._scan(job)
+    result = prepare._encode_unit(job)
     assert result["error"] == "a.txt: token id 70000 is outside the vocabulary of 300"
 
 
@@ -480,11 +504,11 @@ import sys, time
 from training import prepare_data
 from training.data import prepare
 
-def run_jobs(pool, work, jobs, title):
+def run_jobs(pool, work, jobs, progress, announce=None):
     results = []
     for job in jobs:
         results.append(work(job))
-        time.sleep(1.0 if title == "encoding" else 0)
+        time.sleep(1.0 if progress.title == "encoding" else 0)
     return results
 
 if __name__ == "__main__":
@@ -702,7 +726,8 @@ def test_files_with_an_unknown_suffix_are_counted(tmp_path, capsys):
     (source / "table.csv").write_text("a,b")
     assert prepare_texts(tmp_path / "out", str(source)) == 0
     assert manifest(tmp_path / "out")["skipped"] == {"unknown_kind": 1}
-    assert "1 unknown_kind" in capsys.readouterr().out
+    assert manifest(tmp_path / "out")["skipped_names"] == {"unknown_kind": [f"{source}/table.csv"]}
+    assert f"1 unknown_kind ({source}/table.csv)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("force", [[], ["--force"]])
@@ -760,3 +785,186 @@ def test_workers_end_when_their_parent_is_killed(tmp_path, many_units):
     process.kill()
     process.wait()
     assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=60)[1]
+
+
+# -- nothing is lost in silence ---------------------------------------------------------------------------
+
+
+def test_a_folder_of_a_stranger_is_prepared_whole_or_says_what_it_leaves_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "ANNOUNCE_BYTES", 1)
+    source, elsewhere = folder_of_texts(tmp_path / "in", 8), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "linked.txt").write_text(prose(100))
+    (source / "link").symlink_to(elsewhere)
+    (source / "loop").symlink_to(source)
+    (source / "gone.txt").symlink_to("nowhere")
+    (source / "table.csv").write_text("a,b")
+    (source / "records.jsonl").write_bytes(lines([{"text": prose(101)}, {"text": prose(102)}]) + b"\n \n")
+    with open(os.path.join(os.fsencode(source), b"caf\xe9.txt"), "wb") as file:
+        file.write(prose(103).encode())
+    (source / "secret").mkdir(mode=0)
+    with permissions_apply():
+        assert prepare_texts(tmp_path / "out", str(source)) == 3
+        message = capsys.readouterr().err
+        assert f"{source}/secret: this folder cannot be read (Permission denied)" in message
+        assert "--on_bad skip" in message and message.count("\n") == 1
+        assert prepare_texts(tmp_path / "out", str(source), "--on_bad", "skip") == 0
+    said = capsys.readouterr().out
+    assert "the whole takes about" in said and "training the tokenizer" in said
+    found = documents(tmp_path / "out", "train") + documents(tmp_path / "out", "held_out")
+    assert sorted(found) == sorted(prose(i) for i in (*range(8), 100, 101, 102, 103))
+    m = manifest(tmp_path / "out")
+    assert m["skipped"] == {"dangling_link": 1, "unknown_kind": 1, "unreadable": 1}
+    for kind, name in {"dangling_link": "gone.txt", "unknown_kind": "table.csv", "unreadable": "secret"}.items():
+        assert m["skipped_names"][kind] == [f"{source}/{name}"]
+        assert f"1 {kind} ({source}/{name})" in said
+    assert f"{source}/caf\\xe9.txt" in [entry["name"] for entry in m["sources"]]
+
+
+def test_documents_that_the_tokenizer_changes_are_refused_left_out_or_kept(tmp_path, capsys, small_bpe):
+    nfc = Tokenizer.from_str(small_bpe.to_str())
+    nfc.normalizer = normalizers.NFC()
+    nfc.save(str(tmp_path / "nfc.json"))
+    source = folder_of_texts(tmp_path / "in", 12)
+    (source / "accents.txt").write_text("e\u0301tude " * 30)
+    argv = (str(source), "--tokenizer", str(tmp_path / "nfc.json"))
+    assert prepare_texts(tmp_path / "out", *argv, vocab=None) == 3
+    captured = capsys.readouterr()
+    assert f"{source}/accents.txt: the tokenizer does not give this text back: 'e\\u0301tude" in captured.err
+    assert "normaliser NFC" in captured.out and "--on_bad" not in captured.err
+    assert prepare_texts(tmp_path / "out", *argv, "--on_changed", "skip", vocab=None) == 0
+    assert f"left out: 1 changed ({source}/accents.txt)" in capsys.readouterr().out
+    skipped = manifest(tmp_path / "out")
+    assert skipped["skipped"] == {"changed": 1}
+    assert f"{source}/accents.txt" not in [entry["name"] for entry in skipped["sources"]]
+
+    assert prepare_texts(tmp_path / "kept", *argv, "--on_changed", "keep", vocab=None) == 0
+    assert f"1 of the documents ({source}/accents.txt); 240 bytes became 210" in capsys.readouterr().out
+    m = manifest(tmp_path / "kept")
+    assert m["changed"] == {"documents": 1, "bytes": 240, "bytes_kept": 210, "names": [f"{source}/accents.txt"]}
+    sizes = np.load(tmp_path / "kept" / "token_bytes.npy").astype(np.int64)
+    for split in ("train", "held_out"):
+        ids = np.concatenate(
+            [np.fromfile(tmp_path / "kept" / s["file"], m["dtype"]) for s in m["splits"][split]["shards"]]
+        )
+        assert sizes[ids].sum() == m["splits"][split]["bytes"]
+
+
+def test_text_added_later_is_mixed_with_the_first(tmp_path, prepared):
+    """The two commands of docs/data.md, "Adding text later"."""
+    new = folder_of_texts(tmp_path / "new", 10, words=90)
+    first_tokenizer = str(prepared / "tokenizer.json")
+    assert prepare_texts(tmp_path / "more", str(new), "--tokenizer", first_tokenizer, vocab=None) == 0
+    assert manifest(tmp_path / "more")["tokenizer_sha256"] == manifest(prepared)["tokenizer_sha256"]
+    override = f"data.mixture={{{prepared}: 2, {tmp_path / 'more'}: 1}}"
+    mixture = load_config(ROOT / "training" / "configs" / "quickstart.yaml", [override]).data.mixture
+    assert mixture == {str(prepared): 2.0, str(tmp_path / "more"): 1.0}
+    for split in ("train", "held_out"):
+        data = PackedTokens(mixture, split=split, max_seq_len=64, seed=0)
+        assert (data.vocab_size, data.eod_id) == (300, 0)
+        origins = "".join(data.describe(np.arange(1000)))
+        assert (origins.count(f"{prepared}/"), origins.count(f"{tmp_path}/more/")) == (667, 333)
+
+
+@pytest.mark.parametrize("out", ["{tmp}/file", "{tmp}/file/below", "/proc/nowhere", "{tmp}/loop/out"])
+def test_an_out_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path, capsys, out):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "loop").symlink_to("loop")
+    assert prepare_texts(Path(out.format(tmp=tmp_path)), str(folder_of_texts(tmp_path / "in", 2))) == 3
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and "give another" in message
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "code, words", [(errno.ENOSPC, "free some space"), (errno.EROFS, "give another"), (errno.EIO, "mend it")]
+)
+def test_an_error_of_the_disk_is_one_line_with_its_mend(tmp_path, capsys, monkeypatch, code, words):
+    def fail(options):
+        raise OSError(code, os.strerror(code), "out/work/unit_00000.bin")
+
+    (tmp_path / "out" / "work").mkdir(parents=True)
+    monkeypatch.setattr(prepare, "_prepare", fail)
+    assert prepare_texts(tmp_path / "out", "x.txt") == 3
+    message = capsys.readouterr().err
+    assert f"out/work/unit_00000.bin: {os.strerror(code)}; " in message and words in message
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\n\n \n\r\n", b""])
+def test_blank_lines_at_the_end_of_a_file_are_no_records(tmp_path, end):
+    path = tmp_path / "a.jsonl"
+    how = Reading("text", None, 1 << 20)
+    path.write_bytes(lines(GOOD[:1]) + b"\n\n" + lines(GOOD[1:2]) + end)
+    items = list(read_documents(Source(str(path), "a.jsonl", None), how))
+    assert [str(item) for item in items if isinstance(item, BadRecord)] == [
+        "a.jsonl, line 2: empty line",
+        "a.jsonl, line 3: empty line",
+    ]
+    assert [item.text for item in items if isinstance(item, Document)] == [record["text"] for record in GOOD[:2]]
+
+
+@pytest.mark.parametrize(
+    "value, words",
+    [
+        (b"bytes", "bytes (a binary column)"),
+        (5, "a number"),
+        (1.5, "a number"),
+        (True, "true or false"),
+        (["a", "b"], "a list"),
+        ({"a": "b"}, "an object"),
+    ],
+)
+def test_a_column_without_text_is_named_as_what_it_holds(tmp_path, value, words):
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": [value]}), path)
+    (item,) = read_documents(Source(str(path), "a.parquet", None), Reading("text", None, 1 << 20))
+    assert item.kind == "not_text"
+    assert str(item).startswith(f"a.parquet, row 1: field 'text' holds {words}, not text; convert it")
+
+
+def test_a_list_as_a_line_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD))
+    (item,) = read_documents(Source(str(tmp_path / "a.jsonl"), "a.jsonl", None), Reading("text", None, 1 << 20))
+    assert (
+        str(item)
+        == "a.jsonl, line 1: this line holds a list, not an object with named fields; write one object per line"
+    )
+
+
+def test_a_group_may_hold_half_a_surrogate_pair(tmp_path):
+    unit = prepare.Unit(0, (Source(str(tmp_path / "a.jsonl"), "a.jsonl", None),))
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "of": "\\ud800"}\n')
+    scan = prepare._scan(prepare.Job(unit, str(tmp_path), "k", Reading("text", "of", 1 << 20), False))
+    assert len(scan["groups"]) == 1
+
+
+def test_progress_in_a_log_is_a_line_now_and_then(capsys, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(pace.time, "monotonic", lambda: clock[0])
+    progress = pace.Progress("encoding", 8_000_000, multiprocessing.Value("q", 5))
+    assert progress._done.value == 0
+    for seconds, done in ((1, 1_000_000), (30, 2_000_000), (31, 3_000_000), (60, 4_000_000)):
+        clock[0], progress._done.value = 100.0 + seconds, done
+        progress.show()
+    progress.close()
+    assert capsys.readouterr().out.splitlines() == [
+        "encoding: 2 of 8 MB, 0.1 MB/s, about 2 min left",
+        "encoding: 4 of 8 MB, 0.1 MB/s, about 60 s left",
+    ]
+
+
+def test_an_estimate_names_its_parts(small_bpe):
+    line = pace.estimate(
+        [prose(1)],
+        small_bpe,
+        text_bytes=1e6,
+        largest_unit_bytes=1e6,
+        tokenizer_text_bytes=1e6,
+        reading_s=100.0,
+        workers=4,
+    )
+    assert re.fullmatch(
+        r"the whole takes about 3 min: reading 2 min, encoding (2 min|1\d\d s); measured on its first 0.0 MB, for 1 MB "
+        r"of text and 4 workers",
+        line,
+    ), line

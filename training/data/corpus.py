@@ -6,14 +6,14 @@ preparation or is counted.
 
 from __future__ import annotations
 
-import glob
 import gzip
 import io
 import json
 import os
 import re
 import sysconfig
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -72,11 +72,11 @@ class PrepareError(Refusal):
 
 
 class BadRecord(ValueError):
-    """A document that cannot be used. kind: a short name under which it is counted."""
+    """A document or file that cannot be used. kind: a short name under which it is counted. where: its name."""
 
     def __init__(self, kind: str, where: str, what: str) -> None:
         super().__init__(f"{where}: {what}")
-        self.kind = kind
+        self.kind, self.where = kind, where
 
 
 @dataclass(frozen=True)
@@ -116,49 +116,14 @@ class Reading:
 # -- finding files ------------------------------------------------------------------------------------
 
 
-def find_files(inputs: Sequence[str]) -> list[Source]:
-    """The files that paths, folders and globs name, sorted, each once.
-
-    Raises PrepareError when an input names no file, or a named file has an unknown suffix.
-    """
-    found: dict[str, None] = {}
-    folders = []  # one per input
-    for given in inputs:
-        path = Path(given)
-        if path.is_dir():
-            inside = [p for p in sorted(path.rglob("*")) if p.is_file() and _suffix(p.name)]
-            if not inside:
-                raise PrepareError(f"{given}: no file ending in {', '.join(SUFFIXES)} in this folder")
-            found.update(dict.fromkeys(map(str, inside)))
-            folders.append(path)
-        elif path.is_file():
-            if not _suffix(path.name):
-                raise PrepareError(f"{given}: unknown kind of file; known are {', '.join(SUFFIXES)}")
-            found[str(path)] = None
-            folders.append(path.parent)
-        else:
-            matches = [p for p in sorted(glob.glob(given, recursive=True)) if Path(p).is_file() and _suffix(p)]
-            if not matches:
-                raise PrepareError(f"{given}: no such file, and no match as a glob")
-            found.update(dict.fromkeys(matches))
-            folders.append(next(parent for parent in path.parents if not glob.has_magic(str(parent))))
-    # A file's group is its path relative to the inputs' common folder. So the split depends neither on where the text
-    # lies nor on how the inputs are spelled.
-    root = os.path.commonpath([folder.absolute() for folder in folders])
-    return [
-        Source(path, path, os.path.relpath(path, root) if _suffix(path) in (".txt", ".md") else None)
-        for path in sorted(found)
-    ]
-
-
-def count_unknown(inputs: Sequence[str]) -> int:
-    """The number of files in the folders among `inputs` that find_files leaves out, since their suffix is unknown."""
-    folders = [Path(given) for given in inputs if Path(given).is_dir()]
-    return sum(path.is_file() and not _suffix(path.name) for folder in folders for path in folder.rglob("*"))
-
-
-def _suffix(name: str) -> str | None:
+def known_suffix(name: str) -> str | None:
+    """The suffix of SUFFIXES that a file's name ends in, or None."""
     return next((s for s in sorted(SUFFIXES, key=len, reverse=True) if name.lower().endswith(s)), None)
+
+
+def printable(name: str) -> str:
+    """A file's name for messages and reports: bytes that are not UTF-8, and control characters, are written \\xNN."""
+    return "".join(f"\\x{ord(c) & 0xFF:02x}" if unicodedata.category(c) in ("Cc", "Cs") else c for c in name)
 
 
 def embedded_files() -> list[Source]:
@@ -212,7 +177,7 @@ def read_documents(source: Source, how: Reading) -> Iterator[Document | BadRecor
 
     When a file is truncated or damaged, its last item is a BadRecord.
     """
-    suffix = _suffix(source.path) or ".txt"
+    suffix = known_suffix(source.path) or ".txt"
     try:
         if suffix == ".parquet":
             yield from _read_parquet(source, how)
@@ -291,10 +256,16 @@ def _too_long(where: str, how: Reading) -> BadRecord:
 
 
 def _read_jsonl(source: Source, how: Reading, file: BinaryIO) -> Iterator[Document | BadRecord]:
-    number = 0
+    number = blank = 0
     # a longer line is read in blocks and dropped, so that the limit bounds the memory
     while line := file.readline(how.max_document_bytes + 1):
         number += 1
+        if not line.strip() and len(line) <= how.max_document_bytes:
+            blank += 1  # blank lines at the end of the file are no records
+            continue
+        for empty in range(number - blank, number):
+            yield BadRecord("empty", f"{source.name}, line {empty}", "empty line")
+        blank = 0
         where = f"{source.name}, line {number}"
         if len(line) > how.max_document_bytes:
             while line and not line.endswith(b"\n"):
@@ -306,25 +277,44 @@ def _read_jsonl(source: Source, how: Reading, file: BinaryIO) -> Iterator[Docume
         except UnicodeDecodeError as err:
             yield BadRecord("invalid_utf8", where, f"not UTF-8 (byte {err.start})")
         except (ValueError, RecursionError) as err:
-            kind = ("empty", "empty line") if not line.strip() else ("bad_json", f"not JSON ({err})")
-            yield BadRecord(kind[0], where, kind[1])
+            yield BadRecord("bad_json", where, f"not JSON ({err})")
         else:
             yield _from_record(record, where, how)
 
 
 def _from_record(record: object, where: str, how: Reading) -> Document | BadRecord:
-    if not isinstance(record, dict) or not isinstance(record.get(how.text_field), str):
-        has = ", ".join(list(record)[:8]) if isinstance(record, dict) else type(record).__name__
+    if not isinstance(record, dict):
+        what = f"{_JSON_NAMES[type(record)]}, not an object with named fields; write one object per line"
+        return BadRecord("missing_field", where, f"this line holds {what}")
+    found = record.get(how.text_field)
+    if found is None:
+        has = "it is null" if how.text_field in record else f"it has {', '.join(list(record)[:8]) or 'no field'}"
+        return BadRecord("missing_field", where, f"no text in field {how.text_field!r} ({has}); see --text_field")
+    if not isinstance(found, str):
+        what = _JSON_NAMES.get(type(found), type(found).__name__)
         return BadRecord(
-            "missing_field", where, f"no text in field {how.text_field!r} (it has {has}); see --text_field"
+            "not_text", where, f"field {how.text_field!r} holds {what}, not text; convert it, or see --text_field"
         )
     group = None
     if how.group_field is not None:
         if record.get(how.group_field) is None:
             return BadRecord("missing_field", where, f"no group field {how.group_field!r}; see --group_field")
         group = str(record[how.group_field])
-    text = _usable(record[how.text_field], where)
+    text = _usable(found, where)
     return text if isinstance(text, BadRecord) else Document(text, where, group)
+
+
+_JSON_NAMES = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a text",
+    bytes: "bytes (a binary column)",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+"""What a value of a record is called in a message."""
 
 
 def _read_parquet(source: Source, how: Reading) -> Iterator[Document | BadRecord]:

@@ -16,6 +16,8 @@ from training.data.corpus import CUT, PrepareError
 EOD = "<|endoftext|>"
 """The end-of-document token, unless --eod_token names another."""
 
+MIN_VOCAB_SIZE = 257
+"""The 256 bytes and the end-of-document token."""
 CHUNK_CHARS = 1 << 16
 _ROUND_TRIP = "a  B'S\r\n\n\tÄß1234 中文\u3000\U0001f600 \x7f x "
 QWEN_PATTERN = (
@@ -29,8 +31,8 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
     Raises PrepareError when vocab_size is too small.
     """
-    if vocab_size < 257:
-        raise PrepareError(f"--vocab_size {vocab_size} is below 257: the 256 bytes and {EOD}")
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise PrepareError(f"--vocab_size {vocab_size} is below {MIN_VOCAB_SIZE}: the 256 bytes and {EOD}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -46,9 +48,10 @@ def train(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def load(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json or of Qwen2.5's *.tiktoken rank file, without truncation and padding.
+    """The tokenizer of a tokenizer.json or of Qwen2.5's *.tiktoken rank file, without truncation, padding and dropout.
 
-    Raises PrepareError when the file is neither, or when the tokenizer is not byte-level or loses text.
+    Raises PrepareError when the file is neither, or when the tokenizer is not byte-level or changes a plain text. A
+    tokenizer that changes only some texts is returned: whoever encodes checks each document (`pieces`).
     """
     try:
         tokenizer = from_tiktoken(path) if path.suffix == ".tiktoken" else Tokenizer.from_file(str(path))
@@ -61,6 +64,8 @@ def load(path: Path) -> Tokenizer:
     # a tokenizer.json often holds these settings for batches of a fixed shape: they would drop or add tokens
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if tokenizer.model.dropout:
+        tokenizer.model.dropout = None  # it would give other tokens at every preparation
     missing = set(_byte_letters().values()) - tokenizer.get_vocab().keys()
     if missing:
         raise PrepareError(f"--tokenizer {path} lacks {len(missing)} of the 256 bytes, whose text would be lost")
@@ -173,5 +178,34 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     tokenizer.encode_special_tokens = True
     ids: list[int] = []
     for chunk in chunks(text):
-        ids += tokenizer.encode(chunk, add_special_tokens=False).ids
+        # a batch of one: this call alone does not compute the offsets of the tokens, which nobody reads
+        ids += tokenizer.encode_batch_fast([chunk], add_special_tokens=False)[0].ids
     return ids
+
+
+def pieces(tokenizer: Tokenizer) -> list[bytes]:
+    """The bytes that the tokenizer's decoder gives for each id; none for unused ids.
+
+    Joined, the pieces of a document's ids are its decoded text. They equal its bytes when nothing was lost.
+    """
+    byte_of = {letter: byte for byte, letter in _byte_letters().items()}
+    found = [b""] * vocab_size(tokenizer)
+    for word, number in tokenizer.get_vocab(with_added_tokens=True).items():
+        if all(letter in byte_of for letter in word):
+            found[number] = bytes(byte_of[letter] for letter in word)
+        else:
+            found[number] = word.encode()  # as the decoder does for what is not spelled in byte letters
+    return found
+
+
+def normalizer_name(tokenizer: Tokenizer) -> str | None:
+    """The kind of the tokenizer's normaliser, which may change text; None when it has none."""
+    normalizer = json.loads(tokenizer.to_str())["normalizer"]
+    return normalizer and normalizer["type"]
+
+
+def is_end_token(tokenizer: Tokenizer, word: str) -> bool:
+    """Whether `word` is a special token, so that no text encodes to it."""
+    number = tokenizer.token_to_id(word)
+    added = tokenizer.get_added_tokens_decoder()
+    return number in added and added[number].special
