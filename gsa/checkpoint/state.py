@@ -173,5 +173,11 @@ def _misfits(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
             fits = value in get_args(hint)
         else:  # a bool is an int to Python, and no field is one
             fits = isinstance(value, kinds.get(hint, hint)) and type(value) is not bool
+        if fits and known.name == "earlier_texts":
+            fits = all(_is_position(text) for text in value)
         if not fits:
             yield known.name, known.type
+
+
+def _is_position(text: object) -> bool:
+    return isinstance(text, dict) and set(text) == set(TEXT_FIELDS) and isinstance(text["skipped"], list)

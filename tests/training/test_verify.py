@@ -389,6 +389,25 @@ def test_a_change_of_the_curve_needs_the_flag_and_an_impossible_one_is_always_re
             start(argv, run, "model.d_ffn=32", *allowed)
 
 
+def test_init_from_beside_a_resume_must_be_the_one_of_the_run(copy, argv):
+    run, weights = copy(2), "elsewhere/step_9"
+    with pytest.raises(ConfigError, match=r"init_from=elsewhere/step_9 starts a new run, .*new weights.*Leave") as err:
+        start(argv, run, f"training.init_from={weights}")
+    assert err.value.exit_code == 2
+
+    def began_there(data):
+        data[CLIENT_KEY]["config"]["training"]["init_from"] = weights
+
+    forge(run / "step_2", began_there)
+    (run / "step_2" / "config.json").unlink()  # not read here
+    manifest.seal(run / "step_2")
+    for given in (weights, str(ROOT / weights), "null"):  # the yaml of every launch, whole path or not; or left out
+        prepared = train.prepare(train.parse([*argv(2, run, "--resume_from", "step_2", f"training.init_from={given}")]))
+        assert prepared.start.state.step == 2 and prepared.spec.cfg.training.init_from == weights
+    with pytest.raises(ConfigError, match=r"began from the weights of elsewhere/step_9"):
+        start(argv, run, "training.init_from=elsewhere/step_8")
+
+
 def test_the_same_global_batch_from_other_factors_is_harmless(copy, argv, capsys):
     run = copy(2)
     unset = ("training.global_batch_size=null", "training.gradient_accumulation_steps=4")

@@ -105,6 +105,23 @@ def decided_by(checkpoint: Path, cfg: RunConfig) -> RunConfig:
     return cfg
 
 
+def with_origin(checkpoint: Path, cfg: RunConfig) -> RunConfig:
+    """`cfg` with the training.init_from of the run of the checkpoint: a resume does not read those weights.
+
+    The same value may stand in the yaml of every launch. Raises ConfigError when `cfg` names another one.
+    """
+    given = cfg.training.init_from
+    recorded = None if legacy.is_legacy(checkpoint) else read_run_state(checkpoint).config["training"].get("init_from")
+    if given is not None and not (isinstance(recorded, str) and Path(given).resolve() == Path(recorded).resolve()):
+        began = f"the weights of {recorded}" if recorded else "new weights"
+        raise ConfigError(
+            f"training.init_from={given} starts a new run, and {checkpoint} continues one that began from {began}: "
+            f"the resume would not read it. Leave training.init_from out to continue the run, or leave --resume_from "
+            f"out and give a new --output_dir to start one from these weights"
+        )
+    return replace(cfg, training=replace(cfg.training, init_from=recorded or None))
+
+
 def start_from(
     checkpoint: Path, spec: RunSpec, data: PackedTokens, allow_change: bool, *, quiet: bool = False
 ) -> Start:

@@ -14,7 +14,7 @@ import torch
 from gsa.checkpoint.manifest import require_space
 from gsa.checkpoint.state import require_plain
 from gsa.weights import load_weights
-from training.checkpointing.resume import Start, decided_by, find_checkpoint, start_from
+from training.checkpointing.resume import Start, decided_by, find_checkpoint, start_from, with_origin
 from training.checkpointing.tokenizer import require_same_tokenizer
 from training.config import ConfigError, RunConfig, RunSpec, config_changes, load_config, plan_batch, to_plain
 from training.config.deepspeed import resolve_ds_config
@@ -71,7 +71,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
     require_rows(folder.metrics)
     found = None if args.resume_from is None else find_checkpoint(args.resume_from, folder)
     if found is not None:
-        cfg = decided_by(found, cfg)
+        cfg = with_origin(found, decided_by(found, cfg))
     spec = replace(given, cfg=cfg)
     data, held_out = open_data(cfg)  # makes the window tables, which the other ranks then find
     _require_tokenizer(cfg, data)
