@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from enum import Enum
 from pathlib import Path
 from typing import get_args
 
@@ -26,6 +28,7 @@ from training.config import (
     windows_per_step,
 )
 from training.config.deepspeed import resolve_ds_config
+from training.config.deepspeed_fields import RENAMED, SECTIONS, Value
 from training.config.load import TYPES, markdown_table
 
 QUICKSTART = ROOT / "training" / "configs" / "quickstart.yaml"
@@ -254,9 +257,55 @@ def test_every_shipped_yaml_resolves_with_every_shipped_json_or_is_refused_with_
             '{"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}',
             ['zero_optimization.reduce_bucket_size is "auto"'],
         ),
-        ('{"zero_optimization": {"stage": 4}}', ["stage must be 0, 1, 2 or 3, not 4"]),
+        ('{"zero_optimization": {"stage": 4}}', ["zero_optimization.stage must be a whole number at least 0 and at most 3, not 4"]),
         ('{"zero_optimization": {"stage": 1}, "zero_optimization": {}}', ["'zero_optimization' is set twice"]),
         ('{"a": 1,}', ["zero.json, line 1", "not JSON"]),
+        (
+            '{"zero_optimization": {"stage": 2, "overlap_com": true}}',
+            ["unknown key 'zero_optimization.overlap_com'", "did you mean overlap_comm?"],
+        ),
+        ('{"zero_optimization": {"stage": 2, "nonsense": 1}}', ["'zero_optimization.nonsense'", "it may hold stage, "]),
+        (
+            '{"zero_optimization": {"stage": 2, "overlap_comm": "yes"}}',
+            ['zero_optimization.overlap_comm must be true or false (or null), not "yes"'],
+        ),
+        (
+            '{"zero_optimization": {"stage": 2, "reduce_bucket_size": 0}}',
+            ["zero_optimization.reduce_bucket_size must be a whole number above 0, not 0"],
+        ),
+        ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1.5}}', ["must be a whole number", "not 1.5"]),
+        ('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1e999}}', ["must be a whole number", "Infinity"]),
+        ('{"zero_optimization": {"stage": true}}', ["stage must be a whole number", "not true"]),
+        ('{"zero_optimization": true}', ["zero_optimization must be an object, not true"]),
+        (
+            '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}}',
+            ['zero_optimization.offload_optimizer.device must be "none" or "cpu" or "nvme", not "gpu"'],
+        ),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}',
+            ["zero_optimization.offload_param.device is nvme; set nvme_path"],
+        ),
+        (
+            '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/x"}}}',
+            ["which ZeRO 2 treats as cpu", "set it to cpu"],
+        ),
+        (
+            '{"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "nvme_path": "/x"}}}',
+            ["nvme_path does nothing, since device is cpu"],
+        ),
+        (
+            '{"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}, "stage3_max_live_parameters": 1}}',
+            ["only ZeRO 3 reads offload_param, stage3_max_live_parameters"],
+        ),
+        ('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}', ["ZeRO 0 ignores", "set the stage to 1"]),
+        ('{"zero_optimization": {"stage": 2, "cpu_offload": true}}', ["old name; set offload_optimizer to"]),
+        ('{"flops_profiler": {"enable": true}}', ["unknown key 'flops_profiler.enable'; did you mean enabled?"]),
+        ('{"data_types": {"grad_accum_dtype": "bfloat16"}}', ['must be "fp32" or "fp16" or "bf16" (or null)']),
+        ('{"communication_data_type": "fp8"}', ["communication_data_type must be"]),
+        ('{"prescale_gradients": 1}', ["prescale_gradients must be true or false, not 1"]),
+        ('{"sparse_gradients": true}', ["removed from DeepSpeed"]),
+        ('{"disable_allgather": true}', ["does nothing with it"]),
+        ("[" * 100000, ["nested too deeply"]),
         ("[]", ["is a JSON object"]),
     ],
 )
@@ -268,6 +317,66 @@ def test_a_json_with_a_wrong_value_or_section_is_refused(tmp_path, content, word
         resolve_ds_config(path, cfg, plan_batch(cfg.training, 2), QUICKSTART)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_json_that_is_no_text_or_no_file_is_refused(tmp_path):
+    cfg = load_config(QUICKSTART, [])
+    (tmp_path / "latin.json").write_bytes(b'{"a": "\xe9"}')
+    os.mkfifo(tmp_path / "pipe.json")
+    for name, words in (("latin.json", "not UTF-8 text"), ("pipe.json", "not a regular file"), (".", "not a regular")):
+        with pytest.raises(ConfigError, match=words):
+            resolve_ds_config(tmp_path / name, cfg, plan_batch(cfg.training, 2), QUICKSTART)
+
+
+def _notation(model) -> dict:
+    """A pydantic model of DeepSpeed as deepspeed_fields.py writes it; deprecated keys are left out."""
+    from pydantic import BaseModel
+
+    found = {}
+    for name, info in model.model_fields.items():
+        if (info.json_schema_extra or {}).get("deprecated") or name in RENAMED:
+            continue
+        inner = [t for t in (info.annotation, *get_args(info.annotation)) if isinstance(t, type)]
+        models = [t for t in inner if issubclass(t, BaseModel)]
+        found[name] = _notation(models[0]) if models else _value(info, inner)
+        if info.alias:
+            found[info.alias] = found[name]
+    return found
+
+
+def _value(info, inner: list[type]) -> Value:
+    types = {t for t in inner if t is not type(None)}
+    bounds = {type(m).__name__: getattr(m, type(m).__name__.lower()) for m in info.metadata}
+    enums = [t for t in types if issubclass(t, Enum)]
+    low, high = bounds.get("Ge", bounds.get("Gt")), bounds.get("Le", bounds.get("Lt"))
+    kind = "texts"
+    for made, word in ((str, "text"), (Path, "text"), (float, "number"), (int, "integer"), (bool, "bool")):
+        kind = word if made in types else kind
+    kind = "integer or text" if {int, str} <= types else kind
+    kind = "texts" if "list" in str(info.annotation).lower() else kind
+    choices = ()
+    if enums and issubclass(enums[0], str):
+        kind, choices = "text", tuple(e.value for e in enums[0])
+    elif enums:
+        kind, low, high = "integer", 0, 3
+    null = type(None) in get_args(info.annotation)
+    return Value(kind, low, high, choices, null, bool({"Gt", "Lt"} & bounds.keys()))
+
+
+def test_the_table_of_deepspeed_keys_is_true_of_the_installed_deepspeed():
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.compile.config import CompileConfig
+    from deepspeed.profiling.config import DeepSpeedFlopsProfilerConfig
+    from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    assert _notation(DeepSpeedZeroConfig) == SECTIONS["zero_optimization"]
+    assert _notation(CommsLoggerConfig) == SECTIONS["comms_logger"]
+    assert _notation(CompileConfig) == SECTIONS["compile"]
+    assert AIO_DEFAULT_DICT.keys() == SECTIONS["aio"].keys()
+    assert vars(DeepSpeedFlopsProfilerConfig({})).keys() == SECTIONS["flops_profiler"].keys()
+    assert all(value.fits(AIO_DEFAULT_DICT[key]) for key, value in SECTIONS["aio"].items())
+    assert all(SECTIONS["flops_profiler"][k].fits(v) for k, v in vars(DeepSpeedFlopsProfilerConfig({})).items())
 
 
 def test_keys_that_the_yaml_owns_may_be_auto_or_have_the_same_value(tmp_path):
