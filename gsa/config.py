@@ -40,6 +40,10 @@ def choices(hint: Any) -> tuple[str, ...]:
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
+LARGEST = 2**63 - 1
+"""The largest int64."""
+
+
 def check_keys(cfg: Any, section: str) -> None:
     """Checks each field of a dataclass of keys against its choices and bounds. Raises ValueError naming section.key."""
     hints = get_type_hints(type(cfg))
@@ -54,6 +58,8 @@ def check_keys(cfg: Any, section: str) -> None:
         if value == "":
             other = ", or null" if type(None) in get_args(hints[f.name]) else ""
             raise ValueError(f"{section}.{f.name} is empty; give a value{other}")
+        if isinstance(value, int) and value > LARGEST and "at most" not in f.metadata["bounds"]:
+            raise ValueError(f"{section}.{f.name}={value} must be at most {LARGEST}, what a tensor can count")
         for bound, limit in f.metadata["bounds"].items():
             if not _within(value, bound, limit):
                 raise ValueError(f"{section}.{f.name}={value} must be {bound} {limit}")

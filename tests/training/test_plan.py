@@ -182,7 +182,7 @@ def test_a_written_run_loads(tmp_path, capsys):
     ds_config = resolve_ds_config(
         tmp_path / "plan" / "plan_ds_config.json", cfg, batch, tmp_path / "plan" / "plan.yaml"
     )
-    assert batch.global_batch_size == 256 and batch.note is None
+    assert batch.global_batch_size == 256 and plan_batch(cfg.training, 2).global_batch_size == 256
     assert cfg.training.micro_batch_size > 1 and ds_config["zero_optimization"]["stage"] in (1, 2, 3)
     assert run_command(main, argv) == 2  # nothing is overwritten
     assert "exists already" in capsys.readouterr().err

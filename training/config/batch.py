@@ -9,22 +9,19 @@ from training.config.schema import ConfigError, TrainingConfig
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """global_batch_size = micro_batch_size x accumulation_steps x world_size, in windows per step.
-
-    note: a line to log about an adapted accumulation, or None.
-    """
+    """global_batch_size = micro_batch_size x accumulation_steps x world_size, in windows per step."""
 
     micro_batch_size: int
     accumulation_steps: int
     world_size: int
     global_batch_size: int
-    note: str | None = None
 
 
 def plan_batch(cfg: TrainingConfig, world_size: int) -> BatchPlan:
-    """Divides the batch over this many ranks; global_batch_size takes precedence over accumulation where it is set.
+    """Divides the batch over this many ranks; where global_batch_size is set, the accumulation follows from it.
 
-    Raises ConfigError, listing what fits, when the global batch is not a multiple of the ranks' micro-batches.
+    Raises ConfigError, listing what fits, when the global batch is not a multiple of the ranks' micro-batches, or when
+    an accumulation is given as well and does not multiply out.
     """
     micro, wanted, total = cfg.micro_batch_size, cfg.gradient_accumulation_steps, cfg.global_batch_size
     if total is None:
@@ -43,13 +40,13 @@ def plan_batch(cfg: TrainingConfig, world_size: int) -> BatchPlan:
             f"ranks; choose {', or '.join(fits)}"
         )
     accumulation = total // part
-    note = None
     if wanted is not None and wanted != accumulation:
-        note = (
-            f"training.gradient_accumulation_steps: {wanted} -> {accumulation}, so that {world_size} rank(s) x "
-            f"{micro} windows make up training.global_batch_size={total}"
+        raise ConfigError(
+            f"training.global_batch_size={total} and training.gradient_accumulation_steps={wanted} contradict each "
+            f"other: {world_size} rank(s) x {micro} windows x {wanted} are {part * wanted}. Leave one out: "
+            f"training.gradient_accumulation_steps=null makes it {accumulation} here"
         )
-    return BatchPlan(micro, accumulation, world_size, total, note)
+    return BatchPlan(micro, accumulation, world_size, total)
 
 
 def windows_per_step(config: dict, world_size: int) -> int:

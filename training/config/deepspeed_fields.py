@@ -1,4 +1,4 @@
-"""What DeepSpeed 0.19.8 accepts inside each section of its json, so that a launch is refused before DeepSpeed is imported.
+"""What DeepSpeed 0.19.8 accepts inside each section of its json: checked before DeepSpeed itself is imported.
 
 A test compares these tables with DeepSpeed's own models. DeepSpeed refuses an unknown key in some sections with a
 traceback and silently ignores it in others.

@@ -11,11 +11,11 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from gsa.checkpoint import legacy
 from gsa.config import choices
@@ -50,15 +50,72 @@ def load_config(path: Path, overrides: Sequence[str]) -> RunConfig:
             raise ConfigError(f"{one.by}: unknown key {one.key!r}{did_you_mean(one.key, KEYS)}")
         try:
             OmegaConf.update(cfg, one.key, one.value, merge=False)
+        except GrammarParseError as err:
+            raise _no_reference(one) from err
         except OmegaConfBaseException as err:
-            raise ConfigError(f"{one.by}: {one.key}: {str(err).splitlines()[0]}") from err
+            raise ConfigError(f"{one.by}: {one.key}={_shown(one.value)} must be {_expected(one.key)}") from err
+    for one in {one.key: one for one in given}.values():  # the last of each key is the one that counts
+        _require_readable(cfg, one)
     try:
         return OmegaConf.to_object(cfg)
-    except (ValueError, OmegaConfBaseException) as err:
+    except ValueError as err:
         message = str(err).splitlines()[0]
         named = {one.key: one.by for one in given if one.key in message}
         where = "; ".join(dict.fromkeys(named.values())) or str(path)
         raise ConfigError(f"{where}: {message}") from err
+
+
+def _require_readable(cfg: DictConfig, one: _Given) -> None:
+    """Refuses what OmegaConf gives a meaning of its own: "???", and a ${...} that leads nowhere."""
+    if "???" in _texts(one.value):
+        raise ConfigError(f'{one.by}: {one.key} holds "???", which stands for a value that is missing; give one')
+    try:
+        value = cfg
+        for part in one.key.split("."):
+            value = value[part]
+        if OmegaConf.is_config(value):
+            OmegaConf.to_container(value, resolve=True)
+    except OmegaConfBaseException as err:
+        raise _no_reference(one) from err
+
+
+def _no_reference(one: _Given) -> ConfigError:
+    return ConfigError(
+        f"{one.by}: {one.key} has a ${{...}} that refers to nothing that fits here; name a key, as in "
+        f"${{training.seed}}, or write \\${{ where the text itself is meant"
+    )
+
+
+def _texts(value: Any) -> list[str]:
+    """The texts in a value from yaml, however deep."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [text for one in inner for text in _texts(one)]
+
+
+def _expected(key: str) -> str:
+    """What fits a key, in words."""
+    hint = TYPES[key]
+    if names := choices(hint):
+        return f"one of {', '.join(names)}"
+    null = " or null" if type(None) in get_args(hint) else ""
+    plain = next((t for t in (get_args(hint) if null else (hint,)) if t is not type(None)), hint)
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        list[str]: "a list of texts, as in [a, b]",
+        dict[str, float]: "folders with their weights, as in {data/a: 1, data/b: 2}",
+    }
+    return words[plain] + null
+
+
+def _shown(value: Any) -> str:
+    """A value for an error message, cut where it is long."""
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def did_you_mean(key: str, known: Sequence[str] | dict[str, Any]) -> str:
@@ -99,7 +156,13 @@ def _read_yaml(path: Path) -> list[_Given]:
         for key, key_line, value in _items(node, path):
             if isinstance(value, yaml.MappingNode):
                 list(_items(value, path))  # refuses repeated keys inside
-            made = _as_word(f"{section}.{key}", loader.construct_object(value, deep=True), str(value.value))
+            try:
+                found = loader.construct_object(value, deep=True)
+            except (yaml.YAMLError, ValueError, TypeError, RecursionError) as err:
+                raise ConfigError(
+                    f"{path}, line {key_line}: {section}.{key} is no plain value; put text in quotes"
+                ) from err
+            made = _as_word(f"{section}.{key}", found, str(value.value))
             given.append(_Given(f"{section}.{key}", made, f"{path}, line {key_line}"))
     return _translated(given, path)
 
@@ -137,8 +200,11 @@ def _read_override(text: str) -> _Given:
         raise ConfigError(f"override {text!r} is not key=value, e.g. training.max_steps=1000")
     try:
         return _Given(key.strip(), _as_word(key.strip(), yaml.safe_load(value), value), f"override {text!r}")
-    except yaml.YAMLError as err:
-        raise ConfigError(f"override {text!r}: the value is not yaml") from err
+    except (yaml.YAMLError, ValueError, RecursionError) as err:
+        raise ConfigError(
+            f"override {text!r}: the value is not yaml; put text with special characters in quotes, as in "
+            f"{key.strip()}='\"...\"'"
+        ) from err
 
 
 # -- help ---------------------------------------------------------------------------------------------

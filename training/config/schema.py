@@ -37,7 +37,11 @@ class TrainingConfig:
     """How a run trains. Steps are optimizer steps; batch sizes count windows of max_seq_len tokens."""
 
     seed: int = key(
-        0, "Decides initial weights, data order and the rows of the indexer's loss.", at_least=0, resume="curve"
+        0,
+        "Decides initial weights, data order and the rows of the indexer's loss.",
+        at_least=0,
+        at_most=2**64 - 1,
+        resume="curve",
     )
     max_steps: int = key(
         1000,
@@ -58,12 +62,15 @@ class TrainingConfig:
     micro_batch_size: int = key(8, "Windows per rank and forward pass.", at_least=1, resume="rounding")
     global_batch_size: int | None = key(
         None,
-        "Windows per optimizer step over all ranks. Takes precedence over gradient_accumulation_steps.",
+        "Windows per optimizer step over all ranks; the accumulation follows from it and the number of ranks.",
         at_least=1,
         resume="curve",
     )
     gradient_accumulation_steps: int | None = key(
-        None, "Passes per rank and step. Default: 1, or what global_batch_size needs.", at_least=1, resume="rounding"
+        None,
+        "Passes per rank and step. Default: 1, or what global_batch_size needs, which it may not contradict.",
+        at_least=1,
+        resume="rounding",
     )
     max_seq_len: int = key(1024, "Tokens per window.", at_least=1, resume="curve")
     precision: Literal["bf16", "fp32"] = key(

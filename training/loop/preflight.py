@@ -92,8 +92,6 @@ def prepare(args: argparse.Namespace) -> Prepared:
     bytes_needed = checkpoint_bytes(cfg, found)
     require_space(args.output_dir, bytes_needed)
     _announce_epochs(spec, data, start)
-    if plan.note and not quiet:
-        print(plan.note, flush=True)
     return Prepared(given, spec, folder, start, bytes_needed, args.log_level)
 
 

@@ -139,7 +139,7 @@ def write_run(request: Request, best: Option, folder: Path) -> tuple[Path, Path]
     training = replace(
         cfg.training,
         micro_batch_size=s.micro_batch_size,
-        gradient_accumulation_steps=s.accumulation_steps,
+        gradient_accumulation_steps=None,  # it follows from global_batch_size, on any number of ranks
         global_batch_size=s.global_batch_size,
         gradient_checkpointing=s.recomputed != "none",
         checkpointing_scope="block" if s.recomputed == "none" else s.recomputed,

@@ -40,7 +40,7 @@ class TuneTask:
         kind = setting.recomputed
         decided = {
             "micro_batch_size": micro_batch_size,
-            "gradient_accumulation_steps": self.accumulation_steps(micro_batch_size),
+            "gradient_accumulation_steps": "null",  # it follows, on any number of ranks
             "global_batch_size": self.global_batch_size,
             "gradient_checkpointing": kind != "none",
             **({} if kind == "none" else {"checkpointing_scope": kind}),

@@ -62,7 +62,7 @@ SHAPE = 0.5 * (1 + math.cos(math.pi * 3000 / 98000))
 TUNED = (
     "training.max_seq_len=32",
     "training.micro_batch_size=2",
-    "training.gradient_accumulation_steps=1",
+    "training.gradient_accumulation_steps=null",
     "training.stop_at_step=5003",
     "training.eval_windows=4",
 )
