@@ -1,4 +1,4 @@
-"""Turns text into memory-mapped token shards with a manifest: `python -m training.prepare_data --out DIR INPUT ...`.
+"""Turns text into token shards with a manifest: `python -m training.prepare_data --out DIR INPUT ...`.
 
 It reads the input twice, in parallel: first to check and hash every document, then to tokenise the documents that are
 chosen. It says how long this takes, compares every document with what the tokenizer gives back, and names what it
@@ -24,6 +24,7 @@ from training.config.exit_codes import ExitCode  # noqa: E402
 from training.data.corpus import Reading  # noqa: E402
 from training.data.manifest import MAX_VOCAB_SIZE  # noqa: E402
 from training.data.prepare import DEFAULT_VOCAB_SIZE, PrepareOptions, prepare, summary  # noqa: E402
+from training.data.proof import verify_dataset  # noqa: E402
 from training.data.tokenizer import EOD, MIN_VOCAB_SIZE  # noqa: E402
 from training.observe.terminal import survive_lost_output  # noqa: E402
 
@@ -33,6 +34,8 @@ MAX_DOCUMENT_MB = 1 << 16
 
 def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
+    if args.verify:
+        return ExitCode.FINISHED if verify_dataset(args.out) else ExitCode.REFUSED_INPUT
     prepared = prepare(
         PrepareOptions(
             out=args.out,
@@ -101,8 +104,21 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="a document that the tokenizer does not give back as it was: stop, count it and leave it out, or count it "
         "and keep it as the tokenizer gives it back (default: %(default)s)",
     )
-    parser.add_argument("--force", action="store_true", help="replace a dataset made from other input or options")
+    parser.add_argument(
+        "--force", action="store_true", help="replace a dataset that is damaged, or made from other input or options"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="instead of INPUT: read every byte of the dataset in --out and prove that it is as it was prepared",
+    )
     args = parser.parse_args(argv)
+    if args.verify:
+        if args.inputs or args.embedded or args.force:
+            parser.error(
+                "--verify reads the dataset in --out and changes nothing; leave INPUT, --embedded, --force out"
+            )
+        return args
     if args.embedded == bool(args.inputs):
         parser.error("give INPUT files, or --embedded")
     if args.tokenizer and args.vocab_size:

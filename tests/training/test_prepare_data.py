@@ -9,6 +9,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,13 +27,13 @@ from support.launching import ROOT, rank_environment
 from support.permissions import permissions_apply
 from tokenizers import AddedToken, Tokenizer, normalizers
 
-from training import prepare_data
+from training import prepare_data, verify
 from training.config import load_config
 from training.config.command import run_command
 from training.data import corpus, pace, prepare
 from training.data import tokenizer as bpe
 from training.data.corpus import BadRecord, Document, PrepareError, Reading, Source, read_documents
-from training.data.dataset import PackedTokens
+from training.data.dataset import DataError, PackedTokens
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven wizards quietly mix odd potions at noon".split()
 
@@ -136,6 +137,63 @@ def test_a_second_run_does_nothing_and_other_input_is_refused(prepared, capsys):
     assert prepare_texts(prepared, str(source), vocab=301) == 3
     assert "made from other input or options" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in prepared.rglob("*")} == before
+
+
+@pytest.fixture
+def own(prepared, tmp_path) -> tuple[Path, str]:
+    """A copy of the prepared dataset, and its input."""
+    out = shutil.copytree(prepared, tmp_path / "own", ignore=shutil.ignore_patterns("packed"))
+    return out, str(prepared.parent / "in")
+
+
+DAMAGE = ["manifest.json", "tokenizer.json", "token_bytes.npy", "token_counts.npy", "train/shard_00000.bin"]
+DAMAGE += ["held_out/shard_00000.bin", "held_out/shard_00000.ends.npy"]
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_dataset_is_not_called_prepared(own, name, capsys):
+    out, source = own
+    good = tree(out)
+    raw = (out / name).read_bytes()
+    (out / name).write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]) if name != "manifest.json" else raw[:-9])
+    for command in (lambda: prepare_texts(out, source), lambda: prepare_texts(out, "--verify", vocab=None)):
+        assert command() == 3
+        said = capsys.readouterr()
+        assert str(out / name) in said.err + said.out and "restore" in said.err + said.out
+        assert "is prepared already" not in said.out
+    assert run_command(verify.main, [str(out)]) == 3
+    assert str(out / name) in capsys.readouterr().out
+    if name != "train/shard_00000.bin":
+        return
+    assert prepare_texts(out, source, "--force") == 0
+    assert "since it is damaged" in capsys.readouterr().out
+    assert tree(out) == good
+
+
+def test_a_good_dataset_is_proved_and_nothing_is_changed(own, capsys):
+    out, source = own
+    before = tree(out)
+    for command in (lambda: prepare_texts(out, "--verify", vocab=None), lambda: run_command(verify.main, [str(out)])):
+        assert command() == 0
+        said = capsys.readouterr().out
+        assert "train: 1 shards" in said and "as it was prepared" in said and "warning" not in said
+    assert tree(out) == before
+    with pytest.raises(SystemExit):
+        prepare_texts(out, "--verify", source)
+
+
+def test_token_bytes_that_are_not_of_the_tokenizer_are_refused_though_every_hash_agrees(own, capsys):
+    out, _ = own
+    sizes = np.load(out / "token_bytes.npy")
+    np.save(out / "token_bytes.npy", sizes * np.uint16(10))
+    changed = manifest(out) | {"token_bytes_sha256": tree(out)["token_bytes.npy"]}
+    (out / "manifest.json").write_text(json.dumps(changed))
+    assert run_command(verify.main, [str(out)]) == 3
+    assert "token_bytes.npy is not of" in capsys.readouterr().out
+    with pytest.raises(
+        DataError, match=r"token_bytes\.npy is not of .*tokenizer\.json, so bits per byte would be wrong"
+    ):
+        PackedTokens({str(out): 1.0}, split="train", max_seq_len=64, seed=0).require_true_token_bytes()
 
 
 def test_golden_key_of_the_input(tmp_path, monkeypatch):

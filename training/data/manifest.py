@@ -90,7 +90,9 @@ def read_manifest(folder: Path) -> dict:
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether a folder holds the manifest of a dataset, usable or not, and not that of a checkpoint."""
+    """Whether a folder holds a dataset, good or damaged, and not a checkpoint."""
+    if all((folder / split).is_dir() for split in SPLITS):
+        return True
     try:
         manifest = json.loads(read_small_file(folder / "manifest.json", MAX_MANIFEST_BYTES))
     except (OSError, ValueError, RecursionError):

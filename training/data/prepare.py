@@ -1,4 +1,4 @@
-"""From text files to a prepared dataset: memory-mapped token shards with a manifest. Formats: docs/data.md.
+"""From text files to a prepared dataset: token shards with a manifest. Formats: docs/data.md.
 
 There are two passes over the input. Each runs in parallel over units (a few MB of files, or one large file). The first
 pass checks and hashes every document; the second tokenises the documents that are chosen, and compares each with what
@@ -30,7 +30,7 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
-from gsa.files import write_atomically
+from gsa.files import read_small_file, write_atomically
 from training.data import tokenizer as bpe
 from training.data.corpus import (
     BadRecord,
@@ -44,8 +44,10 @@ from training.data.corpus import (
     read_documents,
 )
 from training.data.finding import Found, find_files
+from training.data.manifest import MAX_MANIFEST_BYTES, DataError, fingerprint_of, is_dataset
 from training.data.overlap import overlap_report
 from training.data.pace import SAMPLE_BYTES, Progress, at_once, estimate
+from training.data.proof import prove_dataset
 
 FORMAT = 1
 CODE_VERSION = 2
@@ -198,7 +200,7 @@ def _prepare(options: PrepareOptions) -> Prepared:
         manifest["changed"] = _kept_changes(encoded)
     names = [name for result in encoded for name in result["splits"]["held_out"]["names"]]
     manifest["overlap"] = overlap_report(out, manifest, names)
-    manifest["fingerprint"] = _fingerprint(manifest)
+    manifest["fingerprint"] = fingerprint_of(manifest)
     _write(out / "manifest.json", json.dumps(manifest, indent=1) + "\n")
     shutil.rmtree(work)
     return Prepared(manifest, was_finished=False)
@@ -370,7 +372,8 @@ def _finished(out: Path, key: str, force: bool) -> dict | None:
     """The manifest of a complete dataset made from the same input; None when there is work to do.
 
     In that case `out` has a work folder, and what another dataset left there is removed. Raises PrepareError when the
-    folder holds other files than those of a dataset or of unfinished work, whatever `force` says.
+    folder holds other files than those of a dataset or of unfinished work, whatever `force` says, and without `force`
+    when it holds another dataset or a damaged one.
     """
     path, work = out / "manifest.json", out / "work"
     manifest = _manifest(path)
@@ -381,8 +384,13 @@ def _finished(out: Path, key: str, force: bool) -> dict | None:
         (work / OWNED).touch()
         return None
     if manifest["key"] == key:
-        return manifest
-    if not force:
+        damage = _damage(out)
+        if damage is None:
+            return manifest
+        if not force:
+            raise PrepareError(f"{out} was prepared from this input, but it is damaged: {damage}")
+        print(f"making {out} again, since it is damaged: {damage}", flush=True)
+    elif not force:
         raise PrepareError(
             f"{out} holds a dataset made from other input or options (or files changed since); "
             f"give another --out, or --force to replace it"
@@ -397,14 +405,32 @@ def _finished(out: Path, key: str, force: bool) -> dict | None:
     return None
 
 
-def _manifest(path: Path) -> dict | None:
-    """The manifest of a dataset, or None. A manifest.json of another kind, such as a checkpoint's, does not count."""
+def _damage(out: Path) -> str | None:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        prove_dataset(out)
+    except DataError as err:
+        return str(err)
+    return None
+
+
+def _manifest(path: Path) -> dict | None:
+    """The manifest of a dataset, or None. A manifest.json of another kind, such as a checkpoint's, does not count.
+
+    Raises PrepareError for one that cannot be read in the folder of a dataset.
+    """
+    try:
+        manifest = json.loads(read_small_file(path, MAX_MANIFEST_BYTES))
+    except FileNotFoundError:
         return None
-    is_dataset = isinstance(manifest, dict) and {"key", "splits", "fingerprint"} <= manifest.keys()
-    return manifest if is_dataset else None
+    except (OSError, ValueError, RecursionError) as err:
+        if not is_dataset(path.parent):
+            return None
+        raise PrepareError(
+            f"{path} is damaged ({getattr(err, 'strerror', None) or 'not JSON'}): restore it from a copy, or delete "
+            f"{path.parent} and prepare the dataset again"
+        ) from err
+    whole = isinstance(manifest, dict) and {"key", "splits", "fingerprint"} <= manifest.keys()
+    return manifest if whole else None
 
 
 def _stamp(source: Source) -> list:
@@ -872,11 +898,6 @@ def _sources(units: list[Unit], scans: list[dict], chosen: list[np.ndarray]) -> 
         for name, (size, documents, sha) in sorted(total.items())
         if documents
     ]
-
-
-def _fingerprint(manifest: dict) -> str:
-    shards = [[s["sha256"], s["ends_sha256"]] for split in SPLITS for s in manifest["splits"][split]["shards"]]
-    return _key([manifest[k] for k in ("format", "dtype", "vocab_size", "eod_id", "tokenizer_sha256")] + shards)
 
 
 def _key(value: object) -> str:

@@ -175,6 +175,18 @@ class BackgroundProof:
 # -- the proof of a whole dataset --------------------------------------------------------------------------
 
 
+def verify_dataset(folder: Path, *, report: Callable[[str], None] = print) -> bool:
+    """Reads every byte of a dataset, reports line by line, and returns whether all is as it was prepared."""
+    report(f"{folder}")
+    try:
+        prove_dataset(folder, report=report)
+    except DataError as err:
+        report(f"✗ {err}")
+        return False
+    report("✓ The dataset is as it was prepared")
+    return True
+
+
 def prove_dataset(folder: Path, *, report: Callable[[str], None] = lambda text: None) -> None:
     """Reads every byte of a dataset and reports what it proved, line by line.
 
