@@ -154,7 +154,7 @@ def start_from(
     if (state.world_size, state.zero_stage) != (plan.world_size, zero_stage):
         print(
             f"{checkpoint.name} was saved by {state.world_size} rank(s) at ZeRO {state.zero_stage} ({layout}); "
-            f"this run has {plan.world_size} at ZeRO {zero_stage}",
+            f"this run has {plan.world_size} at ZeRO {zero_stage} (rounds differently)",
             flush=True,
         )
     here = position_in_text(state, data)

@@ -5,9 +5,11 @@ A row goes one way: into metrics.jsonl first, which is the truth of the run, the
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from training.observe.console import Console, LogLevel
 from training.observe.telemetry import SETTLED, Telemetry
 from training.observe.tracking.run_identity import identify_run
 from training.observe.tracking.tracker import Tracker
+from training.record import numerics
 from training.record.metrics_log import MetricsLog, rewind, rows_from_end
 from training.record.replay_receipt import ReplayReceipt, describe
 from training.record.run_folder import PROJECT, RunFolder, version
@@ -145,9 +148,12 @@ class Recorder(SilentRecorder):
         for text in self._folder.discard_after(step, resumed_from=checkpoint.name if continued else None):
             self.line(text)
         moved = rewind(self._folder.metrics, step)
-        segment = self._folder.read_run().get("segments", 0)
+        device = self._telemetry.describe()
+        now = numerics.of_this_launch(self._spec, zero_stage=zero_stage, backend=backend, device=device["name"])
+        run = self._folder.read_run()
+        segment = run.get("segments", 0)
         self._log = MetricsLog(self._folder.metrics, self.warn)
-        self._receipt = ReplayReceipt(moved)
+        self._receipt = self._compare_with(moved, run, state, now)
         self._backend, self._first_step = backend, step
         world_size = self._spec.plan.world_size
         self._folder.update_run(
@@ -158,6 +164,7 @@ class Recorder(SilentRecorder):
             world_size=world_size,
             zero_stage=zero_stage,
             backend=backend,
+            numerics=now,
             segments=segment + 1,
             parent=None if identity.parent is None else asdict(identity.parent),
         )
@@ -169,6 +176,7 @@ class Recorder(SilentRecorder):
             "zero_stage": zero_stage,
             "segment": segment,
             "data_fingerprint": data_fingerprint,
+            "numerics": now,
             "config": config,
         }
         if state is not None:
@@ -179,7 +187,6 @@ class Recorder(SilentRecorder):
                 "config_diff": {change.key: [change.old, change.new] for change in changes},
             }
         self.event(first)
-        device = self._telemetry.describe()
         self.event({**device, "step": step})
         self._tracker = Tracker(
             cfg.logging,
@@ -199,6 +206,29 @@ class Recorder(SilentRecorder):
         )
         self._began = time.perf_counter()
         return identity.id
+
+    def _compare_with(self, moved: list[dict], run: dict, state: RunState | None, now: dict) -> ReplayReceipt:
+        """The receipt of the discarded rows `moved`. Prints what has changed, if not as a key, since the last launch.
+
+        run: run.json, as that launch left it. now: of this launch, from training/record/numerics.py.
+        """
+        last = numerics.of_run(run)
+        silent = {k: v for k, v in numerics.differences([last], now).items() if k in ("kernels", "device", "torch")}
+        if silent:
+            self.line(f"changed since the last launch: {numerics.in_words(silent)} (rounds differently)")
+        began = next((row for row in _tail(self._folder.metrics) if row["event"] in ("start", "resume")), None)
+        if began is None and state is not None:  # the launch that trained the step resumed from also saved it
+            first, config = numerics.of_checkpoint(state), state.config
+        else:
+            first, config = numerics.of_row(began or {}), (began or {}).get("config")
+        launches = [numerics.of_row(row) for row in moved if row.get("event") in ("start", "resume")]
+        changed = numerics.differences([first, *(launches or [last])], now)
+        if config is not None and moved:
+            step = 0 if state is None else state.step
+            steps = range(step, max((row["step"] for row in moved if "loss" in row), default=step))
+            found = config_changes(config, to_plain(self._spec.cfg), steps=steps)
+            changed |= {c.key: [c.old, c.new] for c in found if c.effect == "curve"}
+        return ReplayReceipt(moved, changed)
 
     def history(self) -> History:
         """Reads what goes on from the last rows of metrics.jsonl, as many as there are losses that count."""
@@ -301,6 +331,11 @@ class Recorder(SilentRecorder):
             self._tracker.finish(exit_code)
         if self._log is not None:
             self._log.close()
+
+
+def _tail(path: Path) -> Iterator[dict]:
+    """The events after the last step of metrics.jsonl, the newest first."""
+    return itertools.takewhile(lambda row: "loss" not in row and "event" in row, rows_from_end(path))
 
 
 def open_recorder(

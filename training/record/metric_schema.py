@@ -109,6 +109,7 @@ _LAUNCH = {
     "world_size": Metric("ranks", "processes, one per device"),
     "zero_stage": Metric("0 to 3", "ZeRO stage"),
     "segment": Metric("launches", "number of launches of this run before this one"),
+    "numerics": Metric("mapping", "what the last digits of numbers depend on: ranks, kernels, device, versions, ..."),
     "config": Metric("mapping", "the whole configuration of the launch, by section"),
 }
 EVENTS: dict[str, Event] = {
@@ -183,6 +184,7 @@ EVENTS: dict[str, Event] = {
                 "yes or no", "whether every number except times came out the same in every compared step"
             ),
             "first_difference": Metric("mapping", "step, field, before, now"),
+            "changed": Metric("mapping", "why numbers may differ: name -> [in the launches before, now]"),
         },
     ),
     "sample": Event(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from training.record.metric_schema import is_timing
 from training.record.metrics_log import as_written
+from training.record.numerics import in_words
 
 
 class ReplayReceipt:
     """Compares every new row with the discarded row of the same step; the result is a "receipt" event.
 
     discarded: the rows that followed the step resumed from, as metrics.jsonl held them. Times, and metrics computed
-    from them, are not compared.
+    from them, are not compared. changed: name -> [before, now] of what differs from the launches that wrote those rows,
+    so that numbers may differ.
     """
 
-    def __init__(self, discarded: Iterable[dict]) -> None:
+    def __init__(self, discarded: Iterable[dict], changed: Mapping[str, list] | None = None) -> None:
+        self._changed = dict(changed or {})
         self._discarded = {row["step"]: row for row in discarded if "loss" in row}
         self._last = max(self._discarded, default=0)
         self._compared = 0
@@ -39,6 +42,7 @@ class ReplayReceipt:
             "compared": self._compared,
             "identical": self._first_difference is None,
             "first_difference": self._first_difference,
+            "changed": self._changed,
         }
 
 
@@ -52,10 +56,13 @@ def first_difference(before: dict, now: dict) -> dict | None:
 
 def describe(event: dict) -> str:
     """The receipt as a line for the console."""
+    changed = in_words(event["changed"])
     if event["identical"]:
-        return f"resume receipt: {event['compared']} replayed steps, every number as before"
+        why = f", although they might differ after a change of {changed}" if changed else ""
+        return f"resume receipt: {event['compared']} replayed steps, every number as before{why}"
     found = event["first_difference"]
+    why = f". Numbers may differ, because these have changed since: {changed}" if changed else ""
     return (
         f"resume receipt: {event['compared']} replayed steps, NOT as before: first at step {found['step']}, "
-        f"{found['field']} was {found['before']!r} and is {found['now']!r}"
+        f"{found['field']} was {found['before']!r} and is {found['now']!r}{why}"
     )

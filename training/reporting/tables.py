@@ -348,14 +348,16 @@ def _replay(launch: Launch) -> str:
 def receipt_words(receipt: dict) -> str:
     """The result of comparing replayed steps with the lost ones."""
     compared = count(finite(receipt, "compared"))
+    changed = ", ".join(map(str, mapping(receipt.get("changed"))))
+    why = f" (numbers may differ, because these changed: {brief(changed)})" if changed else ""
     if receipt.get("identical") is True:
-        return f"receipt: identical in {compared} steps"
+        return f"receipt: identical in {compared} steps{why}"
     d = mapping(receipt.get("first_difference"))
     if not d:
-        return f"receipt: {compared} steps compared, not identical"
+        return f"receipt: {compared} steps compared, not identical{why}"
     return (
         f"receipt: {compared} steps compared, {brief(d.get('field'))} differs first, at step {brief(d.get('step'))}: "
-        f"{brief(d.get('before'))} → {brief(d.get('now'))}"
+        f"{brief(d.get('before'))} → {brief(d.get('now'))}{why}"
     )
 
 

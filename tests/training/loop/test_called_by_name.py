@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from training.data.dataset import PackedTokens
 from training.loop.progress import Progress
 from training.loop.rerun import checkpoint_before, rerun_step, trainings_of
 from training.record.metrics_log import read_rows
+from training.record.numerics import differences, of_run
+from training.record.replay_receipt import ReplayReceipt, describe
+from training.reporting.tables import receipt_words
 
 
 def events_of(folder: Path, kind: str) -> list[dict]:
@@ -59,6 +63,16 @@ def runs(tmp_path_factory, tiny_yaml, mixed) -> Path:
                 ),
                 case("texts_c", "--resume_from", "latest", "--allow_config_change", into="texts"),
             ]
+        short = ("training.eval_interval=0", "training.save_interval=2", "training.max_steps=4")
+        if ranks == 1:
+            cases += [
+                case("replayed", *short),
+                case("as_before", *short, "--resume_from", "step_2", into="replayed"),
+                case("reference", *short, "training.backend=reference", "--resume_from", "step_2", into="replayed"),
+            ]
+        else:
+            again = (*short, "training.backend=reference", "--resume_from", "step_2")
+            cases += [case("on_two", *again, into="../1/replayed"), case("on_two_again", *again, into="../1/replayed")]
         (folder / "output.txt").parent.mkdir()
         (folder / "output.txt").write_text(run_cases(ranks, cases, folder))
     return base
@@ -135,3 +149,41 @@ def test_ruled_out_samples_stay_with_their_text_and_count_as_rollbacks(runs, mix
     ):
         with pytest.raises(CheckpointError, match="unusable position"):
             position_in_text(replace(state, earlier_texts=damaged), shorter)
+
+
+# -- the receipt of a replay -------------------------------------------------------------------------------
+
+
+def test_the_receipt_names_what_has_changed_since_the_steps_were_trained_first(runs):
+    folder = runs / "1" / "replayed"
+    paths = [*sorted((folder / "segments").glob("metrics_*.jsonl")), folder / "metrics.jsonl"]
+    receipts = [row for path in paths for row in read_rows(path) if row.get("event") == "receipt"]
+    assert [receipt["compared"] for receipt in receipts] == [2, 2, 2, 2]
+    same, reference, two_ranks, two_again = (receipt["changed"] for receipt in receipts)
+    assert same == {} and receipts[0]["identical"]
+    chosen = {"kernels": ["chunked", "reference"], "training.backend": ["auto", "reference"]}
+    assert reference == chosen and two_ranks == {"ranks": [1, 2]}
+    assert two_again == {} and receipts[3]["identical"]  # step_2 was saved by one rank, but two trained these steps
+    alone, together = ((runs / ranks / "output.txt").read_text() for ranks in "12")
+    assert "changed since step_2: training.backend: 'auto' -> 'reference' (rounds differently)" in alone
+    assert "changed since the last launch: kernels 'chunked' -> 'reference' (rounds differently)" in alone
+    assert "kernels 'chunked' -> 'reference', training.backend 'auto' -> 'reference'" in alone
+    assert "step_2 was saved by 1 rank(s) at ZeRO" in together and "(rounds differently)" in together
+    assert re.search(r"resume receipt: 2 replayed steps, .*ranks 1 -> 2", together)
+    assert "numbers may differ, because these changed: ranks" in receipt_words(receipts[2])
+
+
+def test_other_kernels_chosen_by_auto_and_another_device_are_named():
+    now = {"ranks": 1, "kernels": "chunked", "device": "CPU", "torch": "2"}
+    before = {"ranks": 1, "kernels": "triton", "device": "NVIDIA H100", "torch": "2", "unknown": 3}
+    changed = differences([before, {"kernels": None}], now)
+    assert changed == {"kernels": ["triton", "chunked"], "device": ["NVIDIA H100", "CPU"]}
+    assert differences([of_run({"world_size": 2, "zero_stage": 1, "backend": "triton"})], now) == {
+        "ranks": [2, 1],
+        "kernels": ["triton", "chunked"],
+    }
+    receipt = ReplayReceipt([{"step": 2, "loss": 1.0}], changed)
+    event = receipt.compare({"step": 2, "loss": 1.5})
+    assert "Numbers may differ, because these have changed since: kernels 'triton' -> 'chunked', device" in describe(
+        event
+    )
