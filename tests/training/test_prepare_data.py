@@ -935,17 +935,24 @@ def test_an_out_folder_that_cannot_be_written_is_refused_in_one_line(tmp_path, c
 
 
 @pytest.mark.parametrize(
-    "code, words", [(errno.ENOSPC, "free some space"), (errno.EROFS, "give another"), (errno.EIO, "mend it")]
+    "code, where, words",
+    [
+        (errno.ENOSPC, "out/work/unit_00000.bin", "free some space"),
+        (errno.EROFS, "out/work/unit_00000.bin", "give another"),
+        (errno.EIO, "out/work/unit_00000.bin", "mend it and run the command again"),
+        (errno.EACCES, "in/a.txt", "mend it and run the command again"),
+    ],
 )
-def test_an_error_of_the_disk_is_one_line_with_its_mend(tmp_path, capsys, monkeypatch, code, words):
+def test_an_error_of_the_disk_is_one_line_with_its_mend(tmp_path, capsys, monkeypatch, code, where, words):
     def fail(options):
-        raise OSError(code, os.strerror(code), "out/work/unit_00000.bin")
+        raise OSError(code, os.strerror(code), where)
 
-    (tmp_path / "out" / "work").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(prepare, "_prepare", fail)
-    assert prepare_texts(tmp_path / "out", "x.txt") == 3
+    Path("out/work").mkdir(parents=True)
+    assert prepare_texts(Path("out"), "x.txt") == 3
     message = capsys.readouterr().err
-    assert f"out/work/unit_00000.bin: {os.strerror(code)}; " in message and words in message
+    assert f"{where}: {os.strerror(code)}; " in message and words in message
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\n\n \n\r\n", b""])

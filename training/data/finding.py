@@ -39,9 +39,11 @@ def find_files(inputs: Sequence[str], without: Path | None = None) -> Found:
             if not known_suffix(given):
                 raise PrepareError(f"{printable(given)}: unknown kind of file; known are {', '.join(SUFFIXES)}")
             walk.add_file(str(Path(given)))
-    folders = [given for given, kind in kinds.items() if kind == "folder"]
-    for given in folders:
-        walk.add_folder(given)
+    for given, kind in kinds.items():
+        if kind == "folder":
+            if without is not None and os.path.realpath(given) == os.path.realpath(without):
+                raise PrepareError(f"{printable(given)} is both INPUT and --out; give another --out")
+            walk.add_folder(given)
     walk.follow_links()
     for given, kind in kinds.items():
         if kind == "pattern":

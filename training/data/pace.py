@@ -27,14 +27,14 @@ class Progress:
 
     def __init__(self, title: str, total_bytes: int, done: Synchronized) -> None:
         self.title, self.total_bytes, self._done = title, total_bytes, done
-        done.value = 0
+        done.get_obj().value = 0  # without the lock, which a worker may hold when it is killed
         self._began = self._printed = time.monotonic()
         self._bar = tqdm(
             total=total_bytes, desc=title, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False
         )
 
     def show(self) -> None:
-        done_bytes = self._done.value
+        done_bytes = self._done.get_obj().value
         self._bar.update(min(done_bytes, self.total_bytes) - self._bar.n)
         now = time.monotonic()
         if self._bar.disable and now - self._printed >= LINE_EVERY_S and done_bytes:
@@ -94,5 +94,5 @@ def estimate(
     named = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts if seconds)
     return (
         f"the whole takes about {duration(total)}: {named}; measured on its first {size / 1e6:.1f} MB, "
-        f"for {text_bytes / 1e6:,.0f} MB of text and {workers} workers"
+        f"for {text_bytes / 1e6:,.0f} MB of text and {workers} worker{'s' * (workers > 1)}"
     )

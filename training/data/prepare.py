@@ -208,14 +208,15 @@ def _prepare(options: PrepareOptions) -> Prepared:
 
 def _refused_by_disk(err: OSError, out: Path) -> str:
     """One line for an error of the file system, with its mend."""
-    where = printable(str(err.filename or out))
+    place, own = (Path(os.path.abspath(path)) for path in (err.filename or out, out))
+    of_out = place == own or own in place.parents or place in own.parents
     if err.errno in (errno.ENOSPC, errno.EDQUOT):
         mend = "free some space and run the command again: it continues where it was"
-    elif err.errno in (errno.EACCES, errno.EPERM, errno.EROFS) or not os.path.isdir(out / "work"):
+    elif of_out and (err.errno in (errno.EACCES, errno.EPERM, errno.EROFS) or not os.path.isdir(out / "work")):
         mend = f"--out {printable(str(out))} must be a folder that can be written to; give another"
     else:
         mend = "mend it and run the command again: it continues where it was"
-    return f"{where}: {err.strerror or err}; {mend}"
+    return f"{printable(str(err.filename or out))}: {err.strerror or err}; {mend}"
 
 
 def _given_tokenizer(path: Path, eod: str) -> Tokenizer:
@@ -778,7 +779,10 @@ def _encode_documents(job: Job, work: Path, files: dict[str, BinaryIO]) -> dict:
 
 def _describe_change(where: str, raw: bytes, back: bytes) -> str:
     at = next((i for i, (a, b) in enumerate(zip(raw, back, strict=False)) if a != b), min(len(raw), len(back)))
-    before, after = (ascii(text[max(0, at - 12) : at + 12].decode(errors="replace")) for text in (raw, back))
+    begin = max(0, at - 12)
+    while begin < at and raw[begin] & 0xC0 == 0x80:  # not in the middle of a character
+        begin += 1
+    before, after = (ascii(text[begin : at + 12].decode(errors="replace").rstrip("\ufffd")) for text in (raw, back))
     return (
         f"{where}: the tokenizer does not give this text back: {before} becomes {after} (byte {at}). Use another "
         f"tokenizer, or leave such documents out with --on_changed skip, or keep them as the tokenizer gives them back "

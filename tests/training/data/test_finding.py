@@ -118,6 +118,8 @@ def test_the_dataset_itself_is_no_input(here):
     (here / "in" / "out" / "work" / "scan.npz").write_text("x")
     found = find_files(["in"], without=here / "in" / "out")
     assert names(found) == ["in/a.txt", "in/sub/b.txt"] and left_out(found) == []
+    with pytest.raises(PrepareError, match="in is both INPUT and --out"):
+        find_files(["in"], without=here / "in" / "sub" / "..")
 
 
 def test_names_that_are_not_utf8_or_hold_control_characters_are_printable(here):
