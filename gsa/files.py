@@ -52,7 +52,7 @@ def fsync(path: Path) -> None:
 def read_small_file(path: Path, limit_bytes: int) -> bytes:
     """The content of a regular file of at most `limit_bytes`.
 
-    Raises OSError, before anything is read, for a longer file and for what is no regular file: opening a named pipe
+    Raises OSError for a longer file, of which no more is read, and for what is no regular file: opening a named pipe
     would wait for its writer, and a device never ends.
     """
     with open(open_regular(path), "rb") as file:

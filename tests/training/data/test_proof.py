@@ -148,6 +148,19 @@ def test_a_changed_shard_is_reported_once_by_name(large):
     assert len(opened(large).unproved) == 3
 
 
+def test_an_id_outside_the_vocabulary_reaches_no_model(large):
+    tokens = np.fromfile(large / SHARD, "<u2")
+    tokens[:] = 60000
+    tokens.tofile(large / SHARD)
+    edit_manifest(large, lambda m: m["splits"]["train"]["shards"][0].update(sha256=sha256(large / SHARD)))
+    text = opened(large)
+    with pytest.raises(DataError, match=r"shard_00000.bin holds the id 60000, outside the vocabulary of 64"):
+        text.batch(np.arange(text.n_windows))
+    with BackgroundProof(text.unproved, failed=text.report_fault) as check:
+        finished(check)
+    assert "holds the id 60000" in text.fault
+
+
 def test_what_a_short_launch_could_not_read_is_announced(large, monkeypatch, capsys):
     waiting = threading.Event()
     monkeypatch.setattr(proof, "prove_shard", lambda shard, go_on: waiting.wait(60) and go_on())
