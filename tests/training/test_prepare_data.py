@@ -1018,6 +1018,16 @@ def test_progress_in_a_log_is_a_line_now_and_then(capsys, monkeypatch):
     ]
 
 
+def test_a_preparation_goes_on_when_nobody_reads_its_output(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = ["--out", str(tmp_path / "out"), "--vocab_size", "300", str(folder_of_texts(tmp_path / "in", 6))]
+    command = [sys.executable, "-m", "training.prepare_data", *argv]
+    done = subprocess.run(command, cwd=ROOT, env=rank_environment(), stdout=writer, stderr=writer)
+    os.close(writer)
+    assert done.returncode == 0 and manifest(tmp_path / "out")
+
+
 def test_an_estimate_names_its_parts(small_bpe):
     line = pace.estimate(
         [prose(1)],

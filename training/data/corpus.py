@@ -123,6 +123,8 @@ def known_suffix(name: str) -> str | None:
 
 def printable(name: str) -> str:
     """A file's name for messages and reports: bytes that are not UTF-8, and control characters, are written \\xNN."""
+    if name.isprintable():
+        return name
     return "".join(f"\\x{ord(c) & 0xFF:02x}" if unicodedata.category(c) in ("Cc", "Cs") else c for c in name)
 
 

@@ -11,9 +11,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from training.data.corpus import SUFFIXES, BadRecord, PrepareError, Source, known_suffix, printable
+from training.data.corpus import SUFFIXES, PrepareError, Source, known_suffix, printable
 
 NOWHERE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
+
+
+class LeftOut(NamedTuple):
+    """A file or folder that is not read. kind: under which it is counted. where: its printable name. what: the reason.
+
+    A folder may hold millions of them.
+    """
+
+    kind: str
+    where: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}"
 
 
 class Found(NamedTuple):
@@ -23,7 +37,7 @@ class Found(NamedTuple):
     """
 
     sources: list[Source]
-    left_out: list[BadRecord]
+    left_out: list[LeftOut]
 
 
 def find_files(inputs: Sequence[str], without: Path | None = None) -> Found:
@@ -144,7 +158,7 @@ class _Walk:
 
     def __init__(self, without: Path | None) -> None:
         self.files: list[str] = []
-        self.left_out: dict[tuple[str, str], BadRecord] = {}
+        self.left_out: dict[tuple[str, str], LeftOut] = {}
         self.not_empty: set[str] = set()
         """The inputs in which a file was found, or that had been read already as part of another."""
         self._without = None if without is None else os.path.realpath(without)
@@ -175,8 +189,9 @@ class _Walk:
 
     def follow_links(self) -> None:
         while self._links:
-            self._links.sort(key=lambda link: link[0])
-            self._read_tree(*self._links.pop(0))
+            links, self._links = sorted(self._links, key=lambda link: link[0]), []
+            for link in links:
+                self._read_tree(*link)
 
     def _read_tree(self, top: str, given: str, pattern: _Pattern, state: State) -> None:
         """Reads a folder and the real folders below it. given: the input by which it was reached."""
@@ -238,4 +253,4 @@ class _Walk:
         return None
 
     def _leave_out(self, kind: str, path: str, what: str) -> None:
-        self.left_out[path, kind] = BadRecord(kind, printable(path), what)
+        self.left_out[path, kind] = LeftOut(kind, printable(path), what)

@@ -43,7 +43,7 @@ from training.data.corpus import (
     printable,
     read_documents,
 )
-from training.data.finding import Found, find_files
+from training.data.finding import Found, LeftOut, find_files
 from training.data.manifest import MAX_MANIFEST_BYTES, DataError, fingerprint_of, is_dataset
 from training.data.overlap import overlap_report
 from training.data.pace import SAMPLE_BYTES, Progress, at_once, estimate
@@ -170,7 +170,7 @@ def _prepare(options: PrepareOptions) -> Prepared:
         announce = _announcement(options, units, given or vocab)
         jobs = [Job(unit, str(work), key, how, options.skip_bad) for unit in units]
         scans = _run_jobs(pool, _scan, jobs, reading, announce)
-        left_out = _LeftOut(found.left_out, scans)
+        left_out = _Losses(found.left_out, scans)
         chosen = _choose(scans, options.limit_mb, left_out)
         held_out = _held_out_groups(scans, chosen, options.held_out)
         tokenizer = given or _trained(work, key, units, scans, chosen, held_out, how, vocab)
@@ -238,14 +238,16 @@ def _given_tokenizer(path: Path, eod: str) -> Tokenizer:
     return tokenizer
 
 
-class _LeftOut:
+class _Losses:
     """Counts what was left out, by kind, and names the first few of each kind."""
 
-    def __init__(self, found: Iterable[BadRecord], scans: list[dict]) -> None:
+    def __init__(self, found: Iterable[LeftOut], scans: list[dict]) -> None:
         self._count: Counter = Counter()
         self.names: dict[str, list[str]] = {}
         for item in found:
-            self.add({item.kind: 1}, {item.kind: [item.where]})
+            self._count[item.kind] += 1
+            if self._count[item.kind] <= NAMED:
+                self.names.setdefault(item.kind, []).append(item.where)
         for scan in scans:
             self.add(json.loads(scan["bad"]), json.loads(scan.get("named", "{}")))
 
@@ -621,7 +623,7 @@ def _cached(path: Path, key: str) -> dict | None:
     return result if result["key"] == key else None
 
 
-def _choose(scans: list[dict], limit_mb: float | None, left_out: _LeftOut) -> list[np.ndarray]:
+def _choose(scans: list[dict], limit_mb: float | None, left_out: _Losses) -> list[np.ndarray]:
     """Masks of the documents to use, per unit; the others are added to `left_out`.
 
     Of equal documents the first is used; under limit_mb, those of the lowest hash.
