@@ -20,6 +20,7 @@ from support.launching import ROOT, Case, free_port, rank_environment, run_cases
 from support.tiny_dataset import write_dataset
 
 from gsa.checkpoint import manifest
+from gsa.checkpoint.full_state import read_run_state
 from training import train
 from training.engine.launcher import output_dir, true_code
 from training.observe.terminal import LossyStream
@@ -284,9 +285,14 @@ def test_without_a_key_wandb_runs_offline_and_its_failure_does_not_stop_training
     blocked.mkdir()
     (blocked / "wandb").write_text("a file where W&B wants a folder")
     argv = ("--config", str(tiny_yaml), "training.max_steps=2", "logging.wandb=true", "--output_dir")
+    environment |= {"WANDB_RUN_ID": "agentid1", "WANDB_SWEEP_ID": "swp123"}  # as `wandb agent` sets them
     output = run_cases(
         1, [Case("free", (*argv, str(tmp_path / "free"))), Case("blocked", (*argv, str(blocked)))], tmp_path
     )
+    assert list((tmp_path / "free" / "wandb").glob("offline-run-*-agentid1/run-agentid1.wandb"))
+    assert json.loads((tmp_path / "free" / "run.json").read_text())["tracking_id"] == "agentid1"
+    assert read_run_state(tmp_path / "free" / "step_2").tracking_id == "agentid1"
+    assert "could not finish" not in output
     assert "no key found, so this run is tracked offline" in output
     assert list((tmp_path / "free" / "wandb").glob("offline-run-*")), output
     assert (blocked / "step_2" / "manifest.json").exists()

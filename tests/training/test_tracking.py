@@ -30,13 +30,15 @@ from support.launching import ROOT, clean_environment, free_port
 from wandb.util import get_core_path
 
 from training import tracking
-from training.config import LoggingConfig, RunConfig, to_plain
+from training.config import ConfigError, LoggingConfig, RunConfig, to_plain
 from training.config.command import run_command
 from training.observe.tracking import wandb_files, wandb_sink
 from training.observe.tracking.mirror import Limits, by_step, chart_fields
+from training.observe.tracking.run_identity import identify_run
 from training.observe.tracking.tracker import Tracker
 from training.observe.tracking.tracking_state import Parent, TrackingState, launch_config
 from training.record.metrics_log import MetricsLog, read_rows
+from training.record.run_folder import RunFolder
 
 CONFIG = to_plain(RunConfig())
 RUN = "abcd1234"
@@ -312,6 +314,42 @@ def test_a_fork_has_its_parent_in_its_configuration(tmp_path):
     assert config_of(tmp_path)["parent"] == {"id": "feedbeef", "step": 40}
 
 
+@pytest.mark.parametrize("agent", [{"WANDB_RUN_ID": RUN, "WANDB_SWEEP_ID": "swp123"}, {"WANDB_SWEEP_ID": "swp123"}])
+def test_under_a_sweep_the_run_ends_whole_under_its_id(agent, tmp_path, monkeypatch, capfd):
+    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):
+        monkeypatch.setenv(name, "")  # so that what wandb leaves behind goes away
+        monkeypatch.delenv(name)
+    for name, value in agent.items():
+        monkeypatch.setenv(name, value)
+    TrackedLaunch(tmp_path).train(1, 4).end()
+    assert "could not" not in capfd.readouterr().err
+    assert sorted(shown(tmp_path)) == [1, 2, 3, 4]
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    assert file.name == f"run-{RUN}.wandb"
+
+
+def test_the_id_that_an_agent_sets_is_the_runs(tmp_path, monkeypatch):
+    def identity(cfg: LoggingConfig = WANDB, **run) -> str:
+        folder = RunFolder(tmp_path)
+        if run:
+            folder.update_run(**run)
+        return identify_run(RunConfig(logging=cfg), folder, None, continued=False).id
+
+    monkeypatch.setenv("WANDB_RUN_ID", "agentid1")
+    assert identity() == "agentid1" and identity(LoggingConfig()) != "agentid1"
+    with pytest.raises(ConfigError, match=r"logging.run_id=mine is not .* WANDB_RUN_ID=agentid1; give one"):
+        identity(LoggingConfig(wandb=True, run_id="mine"))
+    assert identity(tracking_id="older") == "agentid1"  # the next trial in the same folder
+    monkeypatch.setenv("WANDB_RUN_ID", "a/b")
+    with pytest.raises(ConfigError, match="letters, digits"):
+        identity()
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert identity() == "older"
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_RUN_ID")
+    assert identity() == "older"  # a requeue without the agent
+
+
 def test_a_run_id_from_the_configuration_must_exist(tmp_path):
     launch = TrackedLaunch(tmp_path, LoggingConfig(wandb=True, run_id=RUN))
     assert launch.tracker._mirrors[0]._sink._run._resume == "must"
@@ -548,6 +586,7 @@ TRACKED = """
 import sys
 from pathlib import Path
 from training.config import LoggingConfig
+from training.observe.tracking.run_identity import identify_run
 from training.observe.tracking.tracker import Tracker
 folder = Path(sys.argv[1])
 folder.mkdir()

@@ -260,6 +260,11 @@ class DataConfig:
                     raise ConfigError(f"data.mixture: weight {weight} of {folder} must be above 0")
 
 
+def is_run_id(text: str) -> bool:
+    """Whether W&B takes it as the id of a run, and a file name may hold it."""
+    return re.fullmatch(r"[A-Za-z0-9_-]{1,128}", text) is not None
+
+
 @dataclass(frozen=True)
 class LoggingConfig:
     """Weights & Biases and TensorBoard; metrics.jsonl is written in any case."""
@@ -277,7 +282,7 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         _check(self, "logging")
-        if self.run_id is not None and not re.fullmatch(r"[A-Za-z0-9_-]{1,128}", self.run_id):
+        if self.run_id is not None and not is_run_id(self.run_id):
             raise ConfigError(f"logging.run_id={self.run_id!r} is not a W&B id: letters, digits, - and _, up to 128")
 
 

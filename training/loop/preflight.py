@@ -23,6 +23,7 @@ from training.data.open import open_data
 from training.engine.world import environment_rank, environment_world_size
 from training.loop.progress import Progress
 from training.observe.console import LogLevel
+from training.observe.tracking.wandb_sink import run_id_of_agent
 from training.planning.cost_model import checkpoint_bytes
 from training.record.metrics_log import require_rows
 from training.record.run_folder import RunFolder
@@ -60,6 +61,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
     require_backend(cfg)
     if cfg.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("logging.tensorboard=true needs a package that is not installed: pip install tensorboard")
+    run_id_of_agent(cfg.logging)  # refuses one that cannot be used
     folder = RunFolder(args.output_dir, warn=_print_warning if is_main else lambda text: None)
     given = RunSpec(cfg, plan, ds_config)
     if not is_main:

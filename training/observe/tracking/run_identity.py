@@ -10,6 +10,7 @@ from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import RunState
 from training.config import RunConfig, config_changes, to_plain
 from training.observe.tracking.tracking_state import Parent, new_run_id
+from training.observe.tracking.wandb_sink import run_id_of_agent
 from training.record.metrics_log import rows_from_end
 from training.record.run_folder import RunFolder
 
@@ -24,18 +25,19 @@ class Identity(NamedTuple):
 def identify_run(cfg: RunConfig, folder: RunFolder, state: RunState | None, *, continued: bool) -> Identity:
     """The identity of a launch that resumes from `state` (None: it starts anew).
 
-    continued: the checkpoint of `state` lies in this folder. A run that goes back and trains on with another curve
+    continued: the checkpoint of `state` lies in this folder. An id that the configuration or a W&B agent gives
+    (WANDB_RUN_ID) is the run's. A run that goes back and trains on with another curve
     becomes a fork of itself: W&B accepts no step twice, and would go on showing the old curve.
     """
-    run = folder.read_run()
+    run, given = folder.read_run(), run_id_of_agent(cfg.logging) or cfg.logging.run_id
     known = run.get("tracking_id") or (state.tracking_id if state is not None else None)
     if not continued and (state is not None or not run):
-        return Identity(cfg.logging.run_id or new_run_id(), _parent(cfg, state))
+        return Identity(given or new_run_id(), _parent(cfg, state))
     # else the run goes on, or begins again because it died before its first checkpoint
-    if state is not None and known and cfg.logging.run_id is None and _retrains_steps_differently(cfg, folder, state):
+    if state is not None and known and given is None and _retrains_steps_differently(cfg, folder, state):
         return Identity(new_run_id(), Parent(known, state.step))
     parent = run.get("parent")
-    return Identity(cfg.logging.run_id or known or new_run_id(), Parent(**parent) if parent else None)
+    return Identity(given or known or new_run_id(), Parent(**parent) if parent else None)
 
 
 def _retrains_steps_differently(cfg: RunConfig, folder: RunFolder, state: RunState) -> bool:

@@ -30,7 +30,8 @@ from urllib.parse import urlparse
 
 import psutil
 
-from training.config import LoggingConfig
+from training.config import ConfigError, LoggingConfig
+from training.config.schema import is_run_id
 from training.observe.tracking.mirror import Fields, Sink
 from training.observe.tracking.tracking_state import LaunchInfo, TrackingState
 from training.observe.tracking.wandb_files import last_step, logged_step
@@ -63,6 +64,27 @@ def wandb_mode() -> Mode:
     if mode:
         return {"dryrun": "offline", "run": "online"}.get(mode, mode)
     return "online" if _has_key() else "offline"
+
+
+def run_id_of_agent(cfg: LoggingConfig) -> str | None:
+    """The id that a W&B agent, or a person, gave the run by WANDB_RUN_ID; None where there is none or W&B is off.
+
+    Under a sweep (WANDB_SWEEP_ID) W&B accepts no other id. Raises ConfigError for one that logging.run_id contradicts,
+    or that cannot be a part of file names.
+    """
+    given = os.environ.get("WANDB_RUN_ID")
+    if not given or not cfg.wandb or wandb_mode() == "disabled":
+        return None
+    if cfg.run_id not in (None, given):
+        raise ConfigError(
+            f"logging.run_id={cfg.run_id} is not the id in the environment, WANDB_RUN_ID={given}; give one of them"
+        )
+    if not is_run_id(given):
+        raise ConfigError(
+            f"WANDB_RUN_ID={given!r} in the environment is not an id that this project can use: letters, digits, - and "
+            f"_, up to 128; set another one, or unset it"
+        )
+    return given
 
 
 def _has_key() -> bool:
@@ -193,6 +215,8 @@ class WandbRun:
         Raises NoConnection when W&B's server does not answer or refuses, and otherwise what wandb raises.
         """
         drop_dead_service()
+        if "WANDB_SWEEP_ID" in os.environ:  # under a sweep, wandb.init takes the id from there alone
+            os.environ["WANDB_RUN_ID"] = self._id
         self._wandb.setup(self._wandb.Settings(silent=True))  # the sink prints what is worth a line
         self._started = True
         self._core = [child for child in psutil.Process().children() if child.name() == "wandb-core"]
@@ -232,7 +256,7 @@ class WandbRun:
     @property
     def file(self) -> Path:
         """The run's transaction log: the only record of an offline run, a copy of an online one."""
-        return Path(self._run.dir).parent / f"run-{self._id}.wandb"
+        return Path(self._run.dir).parent / f"run-{self._run.id}.wandb"
 
     def log(self, step: int, fields: Fields) -> None:
         by_tokens = {f"by_tokens/{name}": fields[name] for name in BY_TOKENS if name in fields}
