@@ -18,7 +18,7 @@ ROUNDING_KEYS = tuple(key for key, effect in RESUME_EFFECT.items() if effect == 
 
 
 def of_this_launch(spec: RunSpec, *, zero_stage: int, backend: str, device: str) -> dict[str, Any]:
-    """By name. backend: the kernels that run, whatever training.backend asked for."""
+    """The facts of this launch, by name. backend: the kernels that run, whatever training.backend asked for."""
     return {
         "ranks": spec.plan.world_size,
         "ZeRO stage": zero_stage,
@@ -31,13 +31,13 @@ def of_this_launch(spec: RunSpec, *, zero_stage: int, backend: str, device: str)
 
 
 def of_checkpoint(state: RunState) -> dict[str, Any]:
-    """Of the launch that saved a checkpoint, as far as its run state says."""
+    """The facts of the launch that saved a checkpoint, as far as its run state says."""
     found = {"ranks": state.world_size, "ZeRO stage": state.zero_stage, "torch": state.versions.get("torch")}
     return {**found, **_of_config(state.config)}
 
 
 def of_run(run: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the last launch in run.json; an earlier version recorded less."""
+    """The facts of the last launch in run.json; an earlier version recorded less."""
     found = run.get("numerics")
     if isinstance(found, dict):
         return found
@@ -45,7 +45,7 @@ def of_run(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def of_row(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the launch that wrote a "start" or "resume" event; an earlier version recorded less."""
+    """The facts of the launch that wrote a "start" or "resume" event; an earlier version recorded less."""
     found, config = row.get("numerics"), row.get("config")
     if isinstance(found, dict):
         return found
