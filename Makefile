@@ -23,7 +23,7 @@ test: setup
 	$(PY) -m pytest -m "not slow" -n 2 --dist loadfile  # a launch waits half of its time
 
 soak: setup
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -m slow  # kills, and a run of 5,000 steps, which takes about 20 minutes on two busy cores
 
 clean:
 	rm -rf outputs data .cache

@@ -39,11 +39,14 @@ def sample(pid: int, folder: Path) -> Sample | None:
         return None
     process = Path(f"/proc/{pid}")
     try:
-        rss_mib = int((process / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-        descriptors, threads = len(os.listdir(process / "fd")), len(os.listdir(process / "task"))
+        status = dict(line.split(":", 1) for line in (process / "status").read_text().splitlines())
+        descriptors = len(os.listdir(process / "fd"))
     except OSError:
         return None
-    return Sample(step, rss_mib, descriptors, threads, sum(len(files) for _, _, files in os.walk(folder)))
+    if "VmRSS" not in status:  # a process that is ending
+        return None
+    files = sum(len(files) for _, _, files in os.walk(folder))
+    return Sample(step, int(status["VmRSS"].split()[0]) / 1024, descriptors, int(status["Threads"]), files)
 
 
 def growth_mib(samples: list[Sample]) -> float:
@@ -74,9 +77,9 @@ def test_a_long_run_does_not_grow(tmp_path, tiny_yaml):
         warm = [s for s in samples if s.step >= WARM_UP]
         early, late = warm[: len(warm) // 4], warm[-len(warm) // 4 :]
         for name in ("descriptors", "threads", "files"):
-            # the fewest that are there at any moment: a save in flight has more, a leak raises them
-            before, after = (min(getattr(s, name) for s in part) for part in (early, late))
-            assert after <= before, f"rank {number}: {name} rose from {before} to {after}"
+            # between saves, which have more of them while they are in flight: a leak raises that level too
+            before, after = (np.quantile([getattr(s, name) for s in part], 0.1) for part in (early, late))
+            assert after <= before, f"rank {number}: {name} rose from {before:g} to {after:g}"
         before, after = (statistics.median(s.rss_mib for s in part) for part in (early, late))
         grown = growth_mib(warm)
         print(
