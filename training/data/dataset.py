@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from gsa.files import open_regular
 from training.data import packing
@@ -264,6 +265,15 @@ class PackedTokens:
     def report_fault(self, message: str) -> None:
         """Records what is wrong with the text, so that all ranks end at their next step; the first one counts."""
         self.fault = self.fault or message
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer, to show text with. Raises DataError when the dataset has none, or it cannot be loaded."""
+        if self.tokenizer is None:
+            raise DataError(f"{self.tokenizer_file} is missing, without which there is no text to show: restore it")
+        try:
+            return Tokenizer.from_buffer(self.tokenizer)
+        except Exception as err:  # the library raises bare Exception
+            raise DataError(f"{self.tokenizer_file} cannot be loaded ({err}): restore the dataset") from err
 
     def notes(self) -> list[str]:
         """What could not be verified about the datasets, one line each."""

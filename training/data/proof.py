@@ -234,12 +234,13 @@ def require_bytes_of_tokenizer(folder: Path, tokenizer: bytes, token_bytes: np.n
 
     try:
         loaded = Tokenizer.from_buffer(tokenizer)
-        if not bpe.is_byte_level(loaded):
-            return
     except Exception:  # the library raises bare Exception; a tokenizer that cannot be loaded has no bytes to compare
         return
-    expected = bpe.token_bytes(loaded)
-    if not np.array_equal(expected, token_bytes):
+    # before any table is allocated: a forged tokenizer may give an entry any number
+    entries, true = bpe.vocab_size(loaded), len(token_bytes)
+    if entries > true or (bpe.is_byte_level(loaded) and entries < true):
+        raise DataError(f"{folder / TOKENIZER} has {entries} entries, the dataset {true}; {how_to_mend(folder)}")
+    if bpe.is_byte_level(loaded) and not np.array_equal(bpe.token_bytes(loaded), token_bytes):
         raise DataError(
             f"{folder / 'token_bytes.npy'} is not of {folder / TOKENIZER}, so bits per byte would be wrong; "
             f"{how_to_mend(folder)}"

@@ -140,7 +140,7 @@ def _byte_letters() -> dict[int, str]:
 
 def vocab_size(tokenizer: Tokenizer) -> int:
     """The largest id, that of special tokens included, plus one."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def sha256(tokenizer: Tokenizer) -> str:

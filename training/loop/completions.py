@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from tokenizers import Tokenizer
 
 from gsa.generation import Sampling, generate
 from training.data.dataset import PackedTokens
@@ -17,7 +16,7 @@ def complete(engine: Engine, data: PackedTokens, prompt: str, max_new_tokens: in
     Every rank must call it: under ZeRO 3 every forward pass is a collective. The model is left in the mode (training
     or evaluation) in which it was found.
     """
-    tokenizer = Tokenizer.from_buffer(data.tokenizer)
+    tokenizer = data.load_tokenizer()
     was_training = engine.module.training
     engine.eval()
     tokens = tokenizer.encode(prompt, add_special_tokens=False).ids or [data.eod_id]

@@ -111,11 +111,11 @@ def _require_plain(cfg: RunConfig) -> None:
 
 def _require_tokenizer(cfg: RunConfig, data: PackedTokens) -> None:
     """A dataset without its tokenizer can be trained on, but there is no text to show."""
-    if cfg.training.sample_interval and data.tokenizer is None:
-        raise DataError(
-            f"training.sample_interval needs {data.tokenizer_file}, which is missing: restore the dataset, "
-            f"or set it to 0"
-        )
+    if cfg.training.sample_interval:
+        try:
+            data.load_tokenizer()
+        except DataError as err:
+            raise DataError(f"training.sample_interval={cfg.training.sample_interval}: {err}, or set it to 0") from err
 
 
 def _require_scores(cfg: RunConfig, held_out: PackedTokens) -> None:

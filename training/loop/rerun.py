@@ -131,9 +131,7 @@ def rerun_step(trained: TrainedStep, checkpoint: Path, *, same_data: bool) -> li
         raise DataError(
             f"the text under {', '.join(data.sources)} is not what step {row['step']} was trained on; restore it"
         )
-    if data.tokenizer is None:
-        raise DataError(f"{data.tokenizer_file} is missing: there is no text to show; restore the dataset")
-    tokenizer = Tokenizer.from_buffer(data.tokenizer)
+    tokenizer = data.load_tokenizer()
     model = load_model(checkpoint)
     model.set_stage(row["stage"])
     plan = plan_batch(trained.cfg.training, trained.world_size)

@@ -358,6 +358,33 @@ def test_forged_tables_are_refused(data, table, forged):
         opened(data)
 
 
+FORGED_TOKENIZERS = [
+    (lambda t: t["model"]["vocab"].update(w1=4294967295), "has 4294967296 entries, the dataset 64"),
+    (lambda t: (t["model"].update(type="BPE", vocab={}, merges=[]), t.update(decoder=BYTES)), "has 0 entries"),
+    (lambda t: t.update(decoder=BYTES), "token_bytes.npy is not of"),
+]
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+
+
+@pytest.mark.parametrize("forge, says", FORGED_TOKENIZERS)
+def test_a_forged_tokenizer_is_refused_and_allocates_nothing(data, forge, says):
+    path = data / "tokenizer.json"
+    forged = json.loads(path.read_text())
+    forge(forged)
+    path.write_text(json.dumps(forged))
+    edit_manifest(data, lambda m: m | {"tokenizer_sha256": sha256(path)})
+    with pytest.raises(DataError, match=says):
+        opened(data).require_true_token_bytes()
+
+
+def test_a_tokenizer_that_cannot_be_loaded_shows_no_text(data):
+    (data / "tokenizer.json").write_text("{}")
+    edit_manifest(data, lambda m: m | {"tokenizer_sha256": sha256(data / "tokenizer.json")})
+    opened(data).require_true_token_bytes()  # there is nothing to compare
+    with pytest.raises(DataError, match="tokenizer.json cannot be loaded"):
+        opened(data).load_tokenizer()
+
+
 def compressed(arrays: dict) -> bytes:
     body = io.BytesIO()
     np.savez_compressed(body, **(arrays | {"start": np.zeros(2**22, np.int64)}))
