@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -28,6 +29,7 @@ from training.config import config_changes
 from training.config.changes import EFFECT_WORDS
 from training.config.command import add_run, command_parser, run_command
 from training.config.exit_codes import ExitCode, Refusal
+from training.config.lease import owned
 from training.record.run_folder import RunFolder
 
 
@@ -43,9 +45,7 @@ def main(argv: Sequence[str]) -> int:
     prune.add_argument("--keep_last", type=int, required=True, help="number of newest checkpoints to leave, at least 1")
     prune.add_argument("--keep_every", type=int, help="leave the steps that are multiples of this, too")
     prune.add_argument("--yes", action="store_true", help="delete; without it, only list")
-    prune.add_argument(
-        "--force", action="store_true", help="delete even if run.json says that the run is still training"
-    )
+    prune.add_argument("--force", action="store_true", help="delete although another process owns the folder")
     for name in ("pin", "unpin"):
         commands.add_parser(name, allow_abbrev=False).add_argument("checkpoint", type=Path, metavar="STEP_DIR")
     diff = commands.add_parser("diff", allow_abbrev=False)
@@ -90,14 +90,11 @@ def _list(run: Path) -> int:
 
 
 def _prune(run: Path, keep_last: int, keep_every: int | None, *, delete: bool, force: bool) -> int:
-    if delete and not force and RunFolder(run).read_run().get("status") == "running":
-        raise Refusal(
-            f"{run / 'run.json'} says that the run is still training, and only one process may delete there: the run "
-            f"itself prunes by training.keep_last; if it was killed, add --force"
-        )
     if keep_last < 1 or (keep_every is not None and keep_every < 1):
         raise Refusal("--keep_last and --keep_every must be at least 1")
-    removed = manifest.retain(run, keep_last, keep_every, dry_run=not delete)
+    # only one process may delete here: a run that trains prunes by training.keep_last itself
+    with owned(run, command="training.checkpoints prune") if delete and not force else nullcontext():
+        removed = manifest.retain(run, keep_last, keep_every, dry_run=not delete)
     for one in removed:
         print(one if delete else f"would remove {one.tag}: {one.reason}")
     if not removed:

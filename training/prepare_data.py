@@ -21,6 +21,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:  # run as a s
 
 from training.config.command import command_parser, run_command  # noqa: E402
 from training.config.exit_codes import ExitCode  # noqa: E402
+from training.config.lease import owned  # noqa: E402
 from training.data.corpus import Reading  # noqa: E402
 from training.data.manifest import MAX_VOCAB_SIZE  # noqa: E402
 from training.data.prepare import DEFAULT_VOCAB_SIZE, PrepareOptions, prepare, summary  # noqa: E402
@@ -36,22 +37,23 @@ def main(argv: Sequence[str]) -> int:
     args = _parse(argv)
     if args.verify:
         return ExitCode.FINISHED if verify_dataset(args.out) else ExitCode.REFUSED_INPUT
-    prepared = prepare(
-        PrepareOptions(
-            out=args.out,
-            inputs=tuple(args.inputs),
-            reading=Reading(args.text_field, args.group_field, args.max_document_mb << 20),
-            vocab_size=args.vocab_size,
-            tokenizer=args.tokenizer,
-            eod_token=args.eod_token,
-            held_out=args.held_out,
-            limit_mb=args.limit_mb,
-            skip_bad=(args.on_bad or ("skip" if args.embedded else "error")) == "skip",
-            workers=args.workers,
-            force=args.force,
-            on_changed=args.on_changed,
+    with owned(args.out, command="training.prepare_data"):
+        prepared = prepare(
+            PrepareOptions(
+                out=args.out,
+                inputs=tuple(args.inputs),
+                reading=Reading(args.text_field, args.group_field, args.max_document_mb << 20),
+                vocab_size=args.vocab_size,
+                tokenizer=args.tokenizer,
+                eod_token=args.eod_token,
+                held_out=args.held_out,
+                limit_mb=args.limit_mb,
+                skip_bad=(args.on_bad or ("skip" if args.embedded else "error")) == "skip",
+                workers=args.workers,
+                force=args.force,
+                on_changed=args.on_changed,
+            )
         )
-    )
     if prepared.was_finished:
         print(f"{args.out} is prepared already from this input")
     print(summary(prepared.manifest, args.out))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from training.config.command import add_run, command_parser, run_command
 from training.config.exit_codes import ExitCode, Refusal
+from training.config.lease import owned
 from training.observe.tracking.rebuild import rebuild
 from training.observe.tracking.wandb_sink import wandb_mode
 
@@ -29,9 +30,10 @@ def main(argv: Sequence[str]) -> int:
     mode = args.mode or wandb_mode()
     mode = "offline" if mode == "disabled" else mode
     try:
-        steps, folder, run_id = rebuild(
-            args.run, project=args.project, entity=args.entity, run_id=args.run_id, mode=mode
-        )
+        with owned(args.run, command="training.tracking rebuild"):
+            steps, folder, run_id = rebuild(
+                args.run, project=args.project, entity=args.entity, run_id=args.run_id, mode=mode
+            )
     except Refusal:
         raise
     except Exception as err:  # wandb's errors have no common class

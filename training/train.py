@@ -63,6 +63,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="start over at step 0 in a folder that holds a run, whose rows and checkpoints move to segments/",
     )
     parser.add_argument(
+        "--take_over",
+        action="store_true",
+        help="take the folder from the launch that owns it, which then ends; for when you know that it is gone",
+    )
+    parser.add_argument(
         "--allow_config_change",
         action="store_true",
         help="resume although a changed key changes the curve, and use the new value",
@@ -82,7 +87,7 @@ def main(argv: Sequence[str]) -> int:
     with suppress(AttributeError, ValueError, OSError, RuntimeError):  # standard error is closed, or no file
         faulthandler.enable()  # a signal that kills the process leaves the stack behind
     survive_lost_output()
-    meeting, refused = None, None
+    meeting, refused, prepared = None, None, None
     try:
         meeting = meet(MEETING_S)
         prepared = prepare(parse(argv))
@@ -96,6 +101,8 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: rank {environment_rank()} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         refused = f"{type(err).__name__}: {err}", ExitCode.FAILED
     if (code := tell_the_others(meeting, refused)) is not None:
+        if prepared is not None:
+            prepared.release()
         return code
 
     # DeepSpeed takes seconds to import: not before the input is known to be good

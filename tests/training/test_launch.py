@@ -21,10 +21,12 @@ from support.tiny_dataset import write_dataset
 
 from gsa.checkpoint import manifest
 from gsa.checkpoint.full_state import read_run_state
-from training import train
+from training import checkpoints, report, train
+from training.config.command import run_command
 from training.engine.launcher import output_dir, true_code
 from training.observe.terminal import LossyStream
 from training.record.metrics_log import read_rows
+from training.record.run_folder import RunFolder
 
 WAIT_S = 60
 """A rank that dies or hangs is to be reported within a minute."""
@@ -433,6 +435,35 @@ def test_a_run_can_go_on_printing_after_its_terminal_was_closed():
         os.close(ours)
         for _ in range(3):
             print("dropped", file=terminal, flush=True)
+
+
+def test_a_second_launch_is_refused_and_a_killed_one_is_called_dead(tmp_path, tiny_yaml, capsys):
+    run = tmp_path / "run"
+    argv = [
+        "--config",
+        str(tiny_yaml),
+        "--output_dir",
+        str(run),
+        "training.save_interval=2",
+        "training.eval_interval=0",
+    ]
+    first = start_training(1, [*argv, "training.max_steps=100000"], launcher="python")
+    while not (run / "step_4").exists():
+        assert first.poll() is None
+        time.sleep(0.1)
+    assert train.main([*argv, "--resume_from", "auto", "training.max_steps=3"]) == 2
+    assert f"{run} is in use by training/train.py (pid {first.pid} on " in capsys.readouterr().err
+    prune = ["prune", str(run), "--keep_last", "1", "--yes"]
+    assert run_command(checkpoints.main, prune) == 2
+    assert f"(pid {first.pid} on " in capsys.readouterr().err
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate(timeout=60)
+    assert RunFolder(run).status() == "died"
+    assert report.main([str(run)]) == 0
+    assert f"died: training/train.py (pid {first.pid} on " in (run / "report.md").read_text()
+    assert run_command(checkpoints.main, prune) == 0  # nobody owns it any more
+    kept = steps_of(run)
+    assert kept == list(range(1, len(kept) + 1)) and not (run / "segments").exists()
 
 
 def test_a_run_needs_no_output(tmp_path, tiny_yaml):

@@ -576,7 +576,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_killed_preparation_continues_where_it_was(tmp_path, many_units):
+def test_a_killed_preparation_continues_where_it_was_and_a_living_one_owns_its_folder(tmp_path, many_units, capsys):
     argv = [
         "--out",
         str(tmp_path / "killed"),
@@ -598,6 +598,10 @@ def test_a_killed_preparation_continues_where_it_was(tmp_path, many_units):
     while len(list(work.glob("unit_*.json"))) < 3:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
+    assert (
+        run_command(prepare_data.main, argv) == 2
+    )  # two in one folder once sealed a shard half of whose tokens were 0
+    assert f"killed is in use by training.prepare_data (pid {process.pid} on " in capsys.readouterr().err
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     done = {

@@ -12,6 +12,7 @@ import pickle
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from gsa.checkpoint.state import CLIENT_KEY, VERSION
 from gsa.weights import load_weights, save_weights
 from training import checkpoints, train, verify
 from training.checkpointing import verification
-from training.config import ConfigError
+from training.config import ConfigError, lease
 from training.config.command import run_command
 from training.record.metrics_log import read_rows
 
@@ -470,10 +471,13 @@ def test_list_prune_pin_and_diff(copy, capsys):
     assert "1 -> 2" in capsys.readouterr().out
     assert run_command(checkpoints.main, ["prune", str(run), "--keep_last", "1"]) == 0
     assert one.exists() and "would remove step_1" in capsys.readouterr().out
-    (run / "run.json").write_text('{"status": "running"}')
+    with lease.owned(run, command="training/train.py"):
+        mine = lease.read_lease(run)
+    theirs = replace(mine, token="theirs", pid=os.getppid(), started=lease._started(os.getppid()))
+    (run / lease.LEASE).write_text(json.dumps(asdict(theirs)))  # a process that lives
     assert run_command(checkpoints.main, ["prune", str(run), "--keep_last", "1"]) == 0  # without --yes it only lists
     assert run_command(checkpoints.main, ["prune", str(run), "--keep_last", "1", "--yes"]) == 2
-    assert one.exists() and "says that the run is still training" in capsys.readouterr().err
+    assert one.exists() and f"is in use by training/train.py (pid {os.getppid()}" in capsys.readouterr().err
     assert run_command(checkpoints.main, ["prune", str(run), "--keep_last", "1", "--yes", "--force"]) == 0
     assert not one.exists()
     assert run_command(checkpoints.main, ["verify", str(run)]) == 0

@@ -31,6 +31,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from gsa.files import read_small_file, write_atomically
+from training.config.lease import LEASE
 from training.data import tokenizer as bpe
 from training.data.corpus import (
     BadRecord,
@@ -380,7 +381,7 @@ def _finished(out: Path, key: str, force: bool) -> dict | None:
     """
     path, work = out / "manifest.json", out / "work"
     manifest = _manifest(path)
-    if manifest is None and not (work / OWNED).exists() and any(p.is_file() for p in out.rglob("*")):
+    if manifest is None and not (work / OWNED).exists() and any(_is_foreign(p) for p in out.rglob("*")):
         raise PrepareError(f"{out} holds other files, which a dataset might replace; give another --out")
     if manifest is None:
         work.mkdir(parents=True, exist_ok=True)
@@ -406,6 +407,10 @@ def _finished(out: Path, key: str, force: bool) -> dict | None:
     for name in (*SPLITS, "packed"):
         shutil.rmtree(out / name, ignore_errors=True)
     return None
+
+
+def _is_foreign(path: Path) -> bool:
+    return path.is_file() and not path.name.startswith(LEASE)
 
 
 def _damage(out: Path) -> str | None:
@@ -717,7 +722,7 @@ def _encode_unit(job: Job) -> dict:
     try:
         with ExitStack() as stack:
             files = {
-                split: stack.enter_context(write_atomically(work / f"{stem}.{split}.bin", durable=True))
+                split: stack.enter_context(write_atomically(work / f"{stem}.{split}.bin", durable=True, unique=True))
                 for split in SPLITS
             }
             result = _encode_documents(job, work, files)
@@ -864,7 +869,7 @@ class _ShardWriter:
 
     def _flush(self) -> None:
         path = self._out / self._split / f"shard_{len(self._shards):05d}.bin"
-        with write_atomically(path, durable=True) as file:
+        with write_atomically(path, durable=True, unique=True) as file:
             for part in self._tokens:
                 part.tofile(file)
         ends = np.concatenate(self._ends) if self._ends else np.zeros(0, np.int64)
@@ -916,11 +921,11 @@ def _sha256(path: Path) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    with write_atomically(path, durable=True) as file:
+    with write_atomically(path, durable=True, unique=True) as file:
         file.write(text.encode())
 
 
 def _save(path: Path, content: np.ndarray | dict) -> None:
     """Writes an array as .npy, or a dict of arrays as .npz."""
-    with write_atomically(path, durable=True) as file:
+    with write_atomically(path, durable=True, unique=True) as file:
         np.savez(file, **content) if isinstance(content, dict) else np.save(file, content)

@@ -18,6 +18,7 @@ from training.checkpointing.resume import Start, decided_by, find_checkpoint, st
 from training.checkpointing.tokenizer import require_same_tokenizer
 from training.config import ConfigError, RunConfig, RunSpec, config_changes, load_config, plan_batch, to_plain
 from training.config.deepspeed import resolve_ds_config
+from training.config.lease import Lease
 from training.data.dataset import DataError, PackedTokens
 from training.data.open import open_data
 from training.engine.world import environment_rank, environment_world_size
@@ -37,7 +38,7 @@ class Prepared:
     """A run whose input has been read and found good, before any process group exists.
 
     given: what this rank was started with. spec: with the keys that the checkpoint decides, on rank 0. start,
-    bytes_needed: known on rank 0 alone, which has read the run folder and the checkpoint.
+    bytes_needed, lease: known on rank 0 alone, which owns the run folder and has read it and the checkpoint.
     """
 
     given: RunSpec
@@ -46,6 +47,12 @@ class Prepared:
     start: Start | None
     bytes_needed: int
     log_level: LogLevel
+    lease: Lease | None
+
+    def release(self) -> None:
+        """Gives the run folder back to others."""
+        if self.lease is not None:
+            self.lease.release()
 
 
 def prepare(args: argparse.Namespace) -> Prepared:
@@ -65,11 +72,24 @@ def prepare(args: argparse.Namespace) -> Prepared:
     folder = RunFolder(args.output_dir, warn=_print_warning if is_main else lambda text: None)
     given = RunSpec(cfg, plan, ds_config)
     if not is_main:
-        return Prepared(given, given, folder, None, 0, args.log_level)
+        return Prepared(given, given, folder, None, 0, args.log_level, None)
 
     if args.fresh and args.resume_from is not None:
         raise ConfigError("--fresh starts over and --resume_from goes on; give one of them")
     folder.claim(going_on=args.fresh or args.resume_from is not None)
+    lease = folder.take_lease(command="training/train.py", take_over=args.take_over)
+    try:
+        return _prepare_folder(args, given, folder, lease, quiet=quiet)
+    except BaseException:
+        lease.release()
+        raise
+
+
+def _prepare_folder(
+    args: argparse.Namespace, given: RunSpec, folder: RunFolder, lease: Lease, *, quiet: bool
+) -> Prepared:
+    """What rank 0 alone checks, now that nobody else writes to the folder."""
+    cfg = given.cfg
     require_rows(folder.metrics)
     found = None if args.resume_from is None else find_checkpoint(args.resume_from, folder)
     if found is not None:
@@ -94,7 +114,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
     bytes_needed = checkpoint_bytes(cfg, found)
     require_space(args.output_dir, bytes_needed)
     _announce_epochs(spec, data, start)
-    return Prepared(given, spec, folder, start, bytes_needed, args.log_level)
+    return Prepared(given, spec, folder, start, bytes_needed, args.log_level, lease)
 
 
 def _print_warning(text: str) -> None:

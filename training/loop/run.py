@@ -43,6 +43,7 @@ def run(prepared: Prepared, world: World, watched: Callable[[], None] = lambda: 
         require_same_folder(folder, world)
         world.from_main(lambda: folder.write_inputs(config_yaml=to_yaml(cfg), ds_config=spec.ds_config))
     except (Refusal, CheckpointError) as err:  # the same on every rank
+        prepared.release()
         if world.local_rank == 0:
             print(f"error: {err}", file=sys.stderr, flush=True)
         world.barrier()  # a launcher ends all ranks when the first one exits
@@ -53,7 +54,12 @@ def run(prepared: Prepared, world: World, watched: Callable[[], None] = lambda: 
         with (
             BackgroundProof(unproved, failed=data.report_fault, part=world.local_rank, parts=world.local_size),
             Watchdog(
-                folder.path, rank=world.rank, size=world.size, timeout_s=cfg.training.hang_timeout_s, launch=str(launch)
+                folder.path,
+                rank=world.rank,
+                size=world.size,
+                timeout_s=cfg.training.hang_timeout_s,
+                launch=str(launch),
+                ending=folder.record_end,
             ) as watchdog,
         ):
             watched()
@@ -68,6 +74,9 @@ def run(prepared: Prepared, world: World, watched: Callable[[], None] = lambda: 
                 bytes_needed=prepared.bytes_needed,
                 log_level=prepared.log_level,
             )
+            if prepared.lease is not None:
+                stop = trainer.stop
+                prepared.lease.phase = lambda: "stopping" if stop.number else "running"
             trainer.train()
             raise_fault(world.gather(data.fault))  # found after the last step
             trainer.close()
@@ -89,6 +98,8 @@ def run(prepared: Prepared, world: World, watched: Callable[[], None] = lambda: 
         if isinstance(err, Diverged):  # all ranks are here, and rank 0 has printed
             world.barrier()  # a launcher ends all ranks when the first one exits
         return failure.exit_code
+    finally:
+        prepared.release()
 
 
 SAME_END = 3

@@ -17,7 +17,9 @@ import torch
 from gsa.checkpoint import manifest
 from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import read_json_object
+from gsa.files import write_atomically
 from training.config.exit_codes import Refusal
+from training.config.lease import Lease, Owner, is_dead, read_lease, take
 from training.record.metrics_log import iter_rows
 
 PROJECT = "gsa-trainer"
@@ -52,6 +54,17 @@ class RunFolder:
                 f"--output_dir {self.path} already holds a run; continue it with --resume_from auto, "
                 f"begin it again with --fresh, or give another --output_dir"
             )
+
+    def take_lease(self, *, command: str, take_over: bool = False) -> Lease:
+        """Makes this process the only one that writes here.
+
+        Raises LeaseError, which names the owner, when another process does, and FolderError when nobody can.
+        """
+        launch = self.read_run().get("segments", 0) + 1
+        try:
+            return take(self.path, command=command, launch=launch, take_over=take_over)
+        except OSError as err:
+            raise FolderError(f"--output_dir {self.path} cannot be written: {err.strerror or err}") from err
 
     def saved_checkpoints(self) -> list[str]:
         """Tags that once were good checkpoints here, by `latest` and the rows of metrics.jsonl, newest first."""
@@ -105,6 +118,19 @@ class RunFolder:
                 if manifest.read(self.path / tag).created == words["created"]:
                     found[tag] = f"its next step, {words['next_step']}, was not finite: its weights may be broken"
         return found
+
+    def status(self) -> str | None:
+        """run.json's status; "died" where that says "running" and the process that would be is gone."""
+        status, owner = self.read_run().get("status"), read_lease(self.path)
+        return "died" if status == "running" and isinstance(owner, Owner) and is_dead(owner) else status
+
+    def record_end(self, reason: str) -> None:
+        """Writes into run.json that the run has failed, when it still says "running". Any rank may, at any moment."""
+        run = self.read_run()
+        if run.get("status") == "running":
+            text = json.dumps({**run, "status": "failed", "reason": reason, "updated": time.time()}, indent=2)
+            with suppress(OSError), write_atomically(self.run_json, durable=True, unique=True) as file:
+                file.write(text.encode() + b"\n")
 
     def latest(self) -> str | None:
         """The tag that `latest` names; None when the file cannot be read, which the next save mends."""

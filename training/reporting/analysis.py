@@ -12,6 +12,7 @@ import numpy as np
 
 from gsa.checkpoint import legacy, manifest
 from gsa.checkpoint.manifest import CheckpointError
+from training.config.lease import Owner, is_dead, read_lease
 from training.record.reader import Record, Steps, finite, mapping
 from training.record.spike_score import KNOWN, WINDOW
 from training.reporting.diagnosis import GPU_AT_WORK, Diagnosis, diagnose_record
@@ -255,6 +256,9 @@ def _state(record: Record) -> tuple[State, str]:
         return status, f"{status}{why}"
     if status != "running":
         return ("unknown", f"its last stop was: {stops[-1].get('reason')}") if stops else ("unknown", "state unknown")
+    owner = read_lease(record.folder)
+    if isinstance(owner, Owner) and is_dead(owner):
+        return "silent", f"died: {owner} is gone, and run.json still says running"
     signs = [v for v in (record.last_written, finite(run, "updated")) if v is not None]
     if not signs:
         return "unknown", "running, by run.json; no line says when"
