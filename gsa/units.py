@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+KIB = 2**10
 MIB = 2**20
 GIB = 2**30
+
+
+def size_text(n_bytes: float) -> str:
+    """A number of bytes for people, with three digits: "2 GiB", "1.25 MiB", "12 bytes"."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if abs(n_bytes) >= unit:
+            n = n_bytes / unit
+            return f"{n:,.0f} {name}" if abs(n) >= 100 else f"{n:.3g} {name}"
+    return f"{n_bytes:.0f} bytes"
 
 
 def flatten(tree: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:

@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
 def _list(run: Path) -> int:
     found = manifest.list_checkpoints(run)
     if not found:
-        raise CheckpointError(f"{run}: no step_N folder in it; give a run's folder, such as outputs/mine")
+        raise CheckpointError(manifest.no_run_in(run))
     latest, suspects = manifest.latest_tag(run), RunFolder(run).suspects()
     print(f"{'tag':<14}{'epoch':>9}{'tokens':>16}{'MiB':>11}  {'made by':<18}state")
     for f in found:
@@ -92,6 +92,8 @@ def _list(run: Path) -> int:
 def _prune(run: Path, keep_last: int, keep_every: int | None, *, delete: bool, force: bool) -> int:
     if keep_last < 1 or (keep_every is not None and keep_every < 1):
         raise Refusal("--keep_last and --keep_every must be at least 1")
+    if not manifest.list_checkpoints(run):
+        raise CheckpointError(manifest.no_run_in(run))
     # only one process may delete here: a run that trains prunes by training.keep_last itself
     with owned(run, command="training.checkpoints prune") if delete and not force else nullcontext():
         removed = manifest.retain(run, keep_last, keep_every, dry_run=not delete)

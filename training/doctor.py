@@ -4,7 +4,8 @@ Reads the folder of a run that is live, finished or dead, and changes nothing in
 last start or resume, because config.yaml describes these, without the first three. Each verdict shows its arithmetic:
 a gain of "at most 1.8x" is what the run would reach if that cost fell to nothing.
 
-Exit codes: 0 a diagnosis was printed; 2 the folder holds no run, or no finished step; 3 metrics.jsonl is damaged.
+Exit codes: 0 a diagnosis was printed; 2 refused argument; 3 the folder holds no run or no finished step, or its
+metrics.jsonl is damaged.
 """
 
 from __future__ import annotations

@@ -66,11 +66,11 @@ def main(argv: Sequence[str]) -> int:
     if not model.config.sparse:
         raise CheckpointError(f"{step_dir} holds a dense model (model.sparse=false): it has no indexer to inspect")
     config = read_config_json(step_dir)
-    length = args.max_seq_len or config["training"]["max_seq_len"]
-    if length > model.config.max_position_embeddings:
-        raise CheckpointError(
-            f"--max_seq_len {length} is more than the model's max_position_embeddings="
-            f"{model.config.max_position_embeddings}; give at most that"
+    length = config["training"]["max_seq_len"] if args.max_seq_len is None else args.max_seq_len
+    if not 1 <= length <= model.config.max_position_embeddings:
+        raise Refusal(
+            f"--max_seq_len {length} must be at least 1 and at most the model's max_position_embeddings="
+            f"{model.config.max_position_embeddings}"
         )
     sources = config["data"]["mixture"] or {config["data"]["data_dir"]: 1.0}
     sources = {str(args.data): 1.0} if args.data else sources

@@ -4,8 +4,8 @@
 
 It needs no GPU. Parameters, memory by part and arithmetic are counted (benchmarks/memory.py checks the memory). Seconds
 per step are predicted from shares of the device's peaks that are assumed, and printed with the prediction. The ranking
-covers ZeRO stages, micro-batch sizes and activation checkpointing. Exit codes: 0 planned; 2 refused argument or
-configuration, or nothing to --write since nothing fits.
+covers ZeRO stages, micro-batch sizes and activation checkpointing. Exit codes: 0 planned; 1 nothing fits; 2 refused
+argument or configuration, or nothing to --write since nothing fits.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         print(report(request, given, options))
     for path in written:
         print(f"wrote {path}", file=sys.stderr)
-    return ExitCode.FINISHED
+    return ExitCode.FINISHED if options[0].fits(device) else ExitCode.FAILED
 
 
 if __name__ == "__main__":

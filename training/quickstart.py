@@ -21,6 +21,7 @@ from gsa.checkpoint import manifest
 from training.config.command import command_parser, run_command
 from training.config.exit_codes import ExitCode
 from training.observe.console import format_seconds, text_chart
+from training.observe.gpu_monitor import require_usable_gpus
 from training.record.metrics_log import read_rows
 from training.record.run_folder import RunFolder
 
@@ -41,6 +42,7 @@ def main(argv: Sequence[str]) -> int:
     began = time.monotonic()
 
     tag = f"step_{args.stop_at}"
+    require_usable_gpus()  # without GPUs it sets DS_ACCELERATOR=cpu, which is for a person to say
     if RunFolder(args.output_dir).read_run().get("status") == "finished":
         print(f"{args.output_dir} is finished already; delete it to train again\n")
     else:

@@ -6,7 +6,7 @@ without an engine, in float32. The text is exactly that of the step. The loss is
 checkpoint is of the step right before it and on the same branch. A step that was trained more than once, before a crash
 or a rollback, has a row for each training, and --segment chooses one.
 
-Exit codes: 0 done; 2 no such run or step, or a refused argument; 3 refused checkpoint or data; 1 anything else.
+Exit codes: 0 done; 2 no such step, or a refused argument; 3 refused run, checkpoint or data; 1 anything else.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gsa.checkpoint.manifest import no_run_in
 from training.config.command import add_run, command_parser, run_command
-from training.config.exit_codes import ExitCode, Refusal
+from training.config.exit_codes import ExitCode
 from training.loop.rerun import TrainedStep, Window, checkpoint_before, choose_training, rerun_step, trainings_of
+from training.record.reader import NoRunError
 
 SHOWN_CHARACTERS = 200
 """Characters printed of either end of a window's text."""
@@ -73,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
     if not (args.run / "config.yaml").exists():
-        raise Refusal(f"{args.run} holds no run (no config.yaml); give the --output_dir of one")
+        raise NoRunError(no_run_in(args.run))
     trainings = trainings_of(args.run, args.step)
     trained = choose_training(trainings, args.segment)
     checkpoint = args.checkpoint or checkpoint_before(args.run, args.step)

@@ -4,7 +4,7 @@ The run may be live, finished, stopped or dead, and may lack files: the report n
 stand. Several runs are compared, and then --out names the folder to write to. The page fetches nothing: it can be
 mailed, or read on a machine without a network. Checkpoints are checked by names and sizes; --verify reads every byte.
 
-Exit codes: 0 both reports are written; 2 a folder holds no run, or the reports cannot be written.
+Exit codes: 0 both reports are written; 2 the reports cannot be written; 3 a folder holds no run.
 """
 
 from __future__ import annotations

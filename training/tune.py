@@ -7,6 +7,8 @@ until memory runs out or a step takes longer. Under the kind that takes least me
 however slow the steps are. Every trial has its own processes, so that running out of memory ends that trial only. It
 prints a row per trial and the setting to use.
 
+A signal ends the search, which prints and writes the best of the trials that have ended.
+
 Exit codes: 0 found a setting; 1 nothing fits; 2 refused argument or configuration; 3 refused data; 128 + the number of
 a signal that stopped it.
 """
@@ -22,13 +24,15 @@ from pathlib import Path
 
 import torch
 
+from gsa.files import write_atomically
 from training.config import ConfigError, load_config
 from training.config.command import command_parser, run_command
 from training.config.exit_codes import ExitCode
 from training.data.open import open_data
 from training.loop.preflight import require_backend
+from training.observe.gpu_monitor import require_usable_gpus
 from training.planning.outcome import Outcome
-from training.planning.search import Trial, TrialSetting, fastest, search
+from training.planning.search import Trial, TrialSetting, fastest, most_trials, search
 from training.planning.trial_ranks import Interrupted, SignalCheck, combined_outcome, read_ends, run_ranks
 from training.planning.tune_report import HEAD, as_json, nothing_ran, recommendation, table_row, tuned_yaml
 from training.planning.tune_task import TuneTask, tune_task
@@ -76,6 +80,7 @@ def prepare(args: argparse.Namespace) -> TuneTask:
     for name, path in (("--out", args.out), ("--json", args.json)):
         _require_free(name, path)
     cfg = load_config(args.config, args.overrides)
+    require_usable_gpus()
     require_backend(cfg)
     task = tune_task(
         args.config,
@@ -140,7 +145,9 @@ def tune(task: TuneTask, signals: SignalCheck, trials: list[Trial]) -> None:
     """Searches. Prints each trial and appends it to `trials` as it ends, so that an interruption loses none."""
     print(
         f"{task.ranks} rank(s), {task.global_batch_size} windows of {task.cfg.training.max_seq_len} tokens per step; "
-        f"each trial times {task.steps} step(s)\n\n{HEAD}",
+        f"each trial times {task.steps} step(s)\n"
+        f"at most {most_trials(task.ds_configs, task.kinds, task.sizes)} trials are to come; Ctrl-C ends the "
+        f"search and keeps what it has found\n\n{HEAD}",
         flush=True,
     )
     with tempfile.TemporaryDirectory(prefix="tune_") as scratch:
@@ -159,24 +166,32 @@ def main(argv: Sequence[str]) -> int:
     args = parse(argv)
     task = prepare(args)
     trials: list[Trial] = []
+    stopped_by: Interrupted | None = None
     try:
         with SignalCheck() as signals:
             tune(task, signals, trials)
     except Interrupted as err:
-        print(f"stopped by {err}; no rank is left running", file=sys.stderr)
-        return 128 + err.number
+        stopped_by = err
+        print(f"stopped by {err} after {len(trials)} trial(s); no rank is left running", file=sys.stderr, flush=True)
     finally:
         if args.json is not None:
             found = as_json(task, trials, argv, environment())
-            args.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+            _write(args.json, json.dumps(found, indent=2) + "\n")
     if fastest(trials) is None:
+        if stopped_by is not None:
+            return 128 + stopped_by.number
         print(f"error: {nothing_ran(trials)}", file=sys.stderr)
         return ExitCode.FAILED
     print(f"\n{recommendation(task, trials)}")
     if args.out is not None:
-        args.out.write_text(tuned_yaml(task, trials, argv, environment()), encoding="utf-8")
+        _write(args.out, tuned_yaml(task, trials, argv, environment()))
         print(f"written to {args.out}")
-    return ExitCode.FINISHED
+    return ExitCode.FINISHED if stopped_by is None else 128 + stopped_by.number
+
+
+def _write(path: Path, text: str) -> None:
+    with write_atomically(path, durable=False) as file:
+        file.write(text.encode())
 
 
 if __name__ == "__main__":

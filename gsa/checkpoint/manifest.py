@@ -23,7 +23,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from gsa.files import fsync, write_atomically
-from gsa.units import GIB
+from gsa.units import size_text
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -270,8 +270,8 @@ def require_space(path: Path, bytes_needed: int) -> None:
     free = free_bytes(path)
     if free < bytes_needed:
         raise CheckpointError(
-            f"{path}: a checkpoint needs {bytes_needed / GIB:.2f} GiB and {free / GIB:.2f} GiB are free; "
-            f"free {(bytes_needed - free) / GIB:.2f} GiB, or choose another --output_dir"
+            f"{path}: a checkpoint needs {size_text(bytes_needed)} and {size_text(free)} are free; "
+            f"free {size_text(bytes_needed - free)}, or choose another --output_dir"
         )
 
 
@@ -280,10 +280,28 @@ def require_space(path: Path, bytes_needed: int) -> None:
 
 def read(step_dir: Path) -> Manifest:
     """Reads the manifest only. Raises CheckpointError when it is missing, edited, or of a newer format."""
+    require_checkpoint_folder(step_dir)
     manifest, wrong = _read(step_dir)
     if manifest is None:
         raise _refused(step_dir, [wrong])
     return manifest
+
+
+def require_checkpoint_folder(step_dir: Path) -> None:
+    """Raises CheckpointError when `step_dir` is no folder, or that of a run, whose checkpoints the message lists."""
+    if not step_dir.is_dir():
+        what = "is no folder" if step_dir.exists() else "does not exist"
+        raise CheckpointError(f"{step_dir} {what}; give a checkpoint such as outputs/mine/step_300")
+    if not (step_dir / MANIFEST).exists() and list_checkpoints(step_dir):
+        raise CheckpointError(f"{step_dir} is the folder of a run, not of a checkpoint: {_choices(step_dir)}")
+
+
+def no_run_in(folder: Path) -> str:
+    """What to say where the folder of a run was expected, and `folder` is none."""
+    if (folder / MANIFEST).exists():
+        return f"{folder} is a checkpoint; its run is {folder.parent}"
+    what = "holds no run" if folder.is_dir() else "is no folder"
+    return f"{folder} {what}; give the --output_dir of one, such as outputs/quickstart"
 
 
 def verify(
@@ -294,6 +312,7 @@ def verify(
     hashes: read every byte, in `threads` threads; without it only names and sizes are compared. files: compare only
     these, which a reader is about to use; the others may be missing.
     """
+    require_checkpoint_folder(step_dir)
     wrong = _wrong(step_dir, hashes=hashes, threads=threads, files=files)
     if wrong:
         raise _refused(step_dir, wrong)
@@ -356,8 +375,6 @@ def resolve(resume_from: str, output_dir: Path) -> Path | None:
     path = named(resume_from, output_dir)
     if not path.is_dir():
         raise CheckpointError(f"{path}, meant by {resume_from!r}, does not exist: {_choices(output_dir)}")
-    if not (path / MANIFEST).exists() and list_checkpoints(path):
-        raise CheckpointError(f"{path} is the folder of a run, not of a checkpoint: {_choices(path)}")
     read(path)
     return path
 

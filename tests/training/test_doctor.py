@@ -483,13 +483,15 @@ def test_json_holds_the_same_verdicts(tmp_path, capsys):
 
 
 def test_a_folder_without_a_run_or_a_step_is_refused_with_what_to_do(tmp_path, capsys):
-    assert run_command(main, [str(tmp_path / "nowhere")]) == 2
+    assert run_command(main, [str(tmp_path / "nowhere")]) == 3
     assert "is no folder; give the --output_dir of one" in capsys.readouterr().err
     a_run(tmp_path / "run", rows=[])
-    assert run_command(main, [str(tmp_path)]) == 2
+    assert run_command(main, [str(tmp_path)]) == 3
     err = capsys.readouterr().err
-    assert f"holds no run; give the --output_dir of one; runs in it: {tmp_path / 'run'}" in err
-    assert run_command(main, [str(tmp_path / "run")]) == 2
+    assert (
+        f"holds no run; give the --output_dir of one, such as outputs/quickstart; runs in it: {tmp_path / 'run'}" in err
+    )
+    assert run_command(main, [str(tmp_path / "run")]) == 3
     assert "no finished step" in capsys.readouterr().err
     (tmp_path / "run" / "metrics.jsonl").write_text("nonsense\n{}\n")
     assert run_command(main, [str(tmp_path / "run")]) == 3

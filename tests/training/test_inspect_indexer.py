@@ -35,7 +35,8 @@ def test_a_checkpoint_is_measured(a_run, capsys):
     [
         (["--windows", "0"], 2, "--windows 0 must be at least 1"),
         (["--device", "cuda"], 2, "--device cuda: torch sees no GPU here"),
-        (["--max_seq_len", "4096"], 3, "--max_seq_len 4096 is more than the model's max_position_embeddings=32"),
+        (["--max_seq_len", "4096"], 2, "must be at least 1 and at most the model's max_position_embeddings=32"),
+        (["--max_seq_len", "0"], 2, "--max_seq_len 0 must be at least 1"),
         (["--data", "nowhere"], 3, "nowhere"),
     ],
 )

@@ -57,7 +57,7 @@ def test_a_step_of_a_discarded_branch_is_found(a_run, tmp_path, capsys):
 def test_wrong_input_is_refused(a_run, argv, code, words, capsys):
     assert run_command(main, [str(a_run), *argv]) == code
     assert words in capsys.readouterr().err
-    assert run_command(main, [str(a_run / "step_3"), "--step", "1"]) == 2
+    assert run_command(main, [str(a_run / "step_3"), "--step", "1"]) == 3
 
 
 def test_a_step_is_run_again_with_the_configuration_of_its_own_launch(a_run, tmp_path, capsys):

@@ -35,7 +35,7 @@ from gsa.checkpoint import manifest
 from gsa.checkpoint.manifest import CheckpointError, Removed
 from gsa.checkpoint.state import CONFIG, TOKENIZER, RunState
 from gsa.files import write_atomically
-from gsa.units import MIB
+from gsa.units import size_text
 from gsa.weights import WEIGHTS, save_weights
 from training.engine.engine import Engine
 from training.engine.snapshot import HostBuffers, Snapshot
@@ -85,7 +85,7 @@ class SaveReport:
     def lines(self) -> list[str]:
         """What the console prints of it."""
         saved = (
-            f"saved {self.tag}: {self.bytes / MIB:.1f} MiB, training stood still for {self.stall_s:.2f} s, "
+            f"saved {self.tag}: {size_text(self.bytes)}, training stood still for {self.stall_s:.2f} s, "
             f"written in {self.stall_s + self.background_s:.2f} s"
         )
         return [saved, *map(str, self.removed)]

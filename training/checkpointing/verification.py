@@ -12,7 +12,7 @@ from gsa.checkpoint import legacy, manifest
 from gsa.checkpoint.full_state import FullState, read_full_state, read_layout, require_own_name
 from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import TOKENIZER, RunState, read_config_json
-from gsa.units import MIB
+from gsa.units import size_text
 from gsa.weights import load_weights
 
 PROBE_TOKENS = 32
@@ -28,7 +28,7 @@ def verify_all(run: Path, *, config: Path | None = None, report: Report = print)
     """
     found = [f.path for f in manifest.list_checkpoints(run)]
     if not found:
-        raise CheckpointError(f"{run}: no step_N folder in it; give a run's folder, such as outputs/mine")
+        raise CheckpointError(manifest.no_run_in(run))
     good = []
     for number, path in enumerate(found):
         report(("\n" if number else "") + f"{path}")
@@ -53,15 +53,9 @@ def verify(step_dir: Path, *, config: Path | None = None, report: Report = print
 
 
 def _check(step_dir: Path, config: Path | None, report: Report) -> None:
-    if not step_dir.is_dir():
-        raise CheckpointError(f"{step_dir} does not exist; give a checkpoint such as outputs/mine/step_300")
-    if not (step_dir / manifest.MANIFEST).exists() and manifest.list_checkpoints(step_dir):
-        raise CheckpointError(f"{step_dir} is a run's folder: add --all, or give one of its step_N")
     manifest.verify(step_dir)
     files = manifest.read(step_dir).files
-    report(
-        f"  {len(files)} files, {sum(f.bytes for f in files.values()) / MIB:,.1f} MiB, every sha256 as in the manifest"
-    )
+    report(f"  {len(files)} files, {size_text(sum(f.bytes for f in files.values()))}, every sha256 as in the manifest")
     state = read_full_state(step_dir)
     layout, run = read_layout(step_dir), state.run
     require_own_name(step_dir, run)

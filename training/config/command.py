@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,10 +70,15 @@ def run_command(main: Callable[[list[str]], int], argv: Sequence[str] | None = N
     """Runs a command's `main` and returns its exit code; a refusal is printed to stderr as one `error:` line.
 
     Only refusals are caught (Refusal and its subclasses, CheckpointError): any other exception is a bug and keeps its
-    traceback.
+    traceback. When the reader of a pipe has gone, the command ends as if by SIGPIPE, with 141.
     """
     try:
-        return main(refuse_empty(snake_case_flags(sys.argv[1:] if argv is None else argv)))
+        code = main(refuse_empty(snake_case_flags(sys.argv[1:] if argv is None else argv)))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        return 128 + signal.SIGPIPE
     except (Refusal, CheckpointError) as err:
         print(f"error: {err}", file=sys.stderr, flush=True)
         return exit_code_of(err)

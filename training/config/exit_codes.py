@@ -16,7 +16,7 @@ class ExitCode(IntEnum):
     REFUSED_CONFIG = 2
     """A refused configuration, argument or folder: change what the command was given."""
     REFUSED_INPUT = 3
-    """A refused checkpoint or dataset: restore it or name another."""
+    """A refused checkpoint, dataset or run: missing or damaged. Restore it or name another."""
     DIVERGED = 4
     """The loss or the gradient norm is no longer finite, or three launches in a row have ended at one step."""
 

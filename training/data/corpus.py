@@ -71,6 +71,12 @@ class PrepareError(Refusal):
     exit_code = ExitCode.REFUSED_INPUT
 
 
+class WorkerKilled(PrepareError):
+    """A process of the preparation was killed: no fault of its input."""
+
+    exit_code = ExitCode.FAILED
+
+
 class BadRecord(ValueError):
     """A document or file that cannot be used. kind: a short name under which it is counted. where: its name."""
 

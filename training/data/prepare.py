@@ -39,6 +39,7 @@ from training.data.corpus import (
     PrepareError,
     Reading,
     Source,
+    WorkerKilled,
     embedded_files,
     known_suffix,
     printable,
@@ -520,7 +521,7 @@ def _run_jobs(
             results.append(result)
             progress.show()
     except BrokenProcessPool as err:
-        raise PrepareError(
+        raise WorkerKilled(
             f"a worker was killed while {progress.title} (out of memory?); run the command again to continue"
         ) from err
     finally:

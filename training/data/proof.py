@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from gsa.files import open_regular, read_small_file, write_atomically
-from gsa.units import MIB
+from gsa.units import MIB, size_text
 from training.data.manifest import (
     NOT_AS_PREPARED,
     SPLITS,
@@ -215,9 +215,7 @@ def prove_dataset(folder: Path, *, report: Callable[[str], None] = lambda text: 
             _require_ends(shard, ends, manifest["eod_id"])
             if split == "train":
                 counts += _counts(shard)
-        report(
-            f"  {split}: {len(shards)} shards, {sum(s.bytes for s in shards) / MIB:,.1f} MiB, every sha256 and id right"
-        )
+        report(f"  {split}: {len(shards)} shards, {size_text(sum(s.bytes for s in shards))}, every sha256 and id right")
     if not np.array_equal(counts, tables["token_counts.npy"]):
         raise DataError(f"{folder / 'token_counts.npy'} does not count the training text; {how_to_mend(folder)}")
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
+import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -21,6 +23,8 @@ AS_SIGTERM = (signal.SIGINT, signal.SIGHUP)
 ORPHAN_GRACE_S = 5.0
 """Seconds from SIGTERM to SIGKILL for processes that the launcher has left behind."""
 POLL_S = 1.0
+DEFAULT_HOSTFILE = Path("/job/hostfile")
+"""The launcher reads it when it is given no other."""
 
 
 class Launch:
@@ -61,6 +65,20 @@ class Launch:
             self.ended_by = number
             if self._launcher is not None:
                 self._launcher.terminate()
+
+
+SEVERAL_HOSTS = ("--hostfile", "-H", "--include", "-i", "--exclude", "-e", "--num_nodes", "--launcher", "--master_addr")
+"""Options with which the ranks may be on several hosts, where nobody knows which port is free."""
+
+
+def with_free_port(argv: Sequence[str]) -> list[str]:
+    """The launcher's arguments with a port that is free now, unless they name one or may mean several hosts."""
+    options = {word.partition("=")[0] for word in itertools.takewhile(lambda word: not word.endswith(".py"), argv)}
+    if options & {"--master_port", *SEVERAL_HOSTS} or DEFAULT_HOSTFILE.exists():
+        return list(argv)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return ["--master_port", str(probe.getsockname()[1]), *argv]
 
 
 def ranks(session: int) -> list[psutil.Process]:

@@ -24,6 +24,7 @@ from training.data.open import open_data
 from training.engine.world import environment_rank, environment_world_size
 from training.loop.progress import Progress
 from training.observe.console import LogLevel
+from training.observe.gpu_monitor import require_usable_gpus
 from training.observe.tracking.wandb_sink import run_id_of_agent
 from training.planning.cost_model import checkpoint_bytes
 from training.record.metrics_log import require_rows
@@ -65,6 +66,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
     _require_plain(cfg)
     plan = plan_batch(cfg.training, environment_world_size())
     ds_config = resolve_ds_config(args.deepspeed_config, cfg, plan, args.config)
+    require_usable_gpus()
     require_backend(cfg)
     if cfg.logging.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError("logging.tensorboard=true needs a package that is not installed: pip install tensorboard")

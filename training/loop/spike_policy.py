@@ -144,7 +144,8 @@ def diverged(
     return Diverged(
         f"step {row['step']}: loss {row['loss']}, gradient norm {row['grad_norm']}. Found in:\n  {culprits}\n"
         f"Nothing was saved after it; the last good checkpoint is {last_good or 'none yet'}. "
-        f"Lower training.learning_rate or look at these samples, then --resume_from latest."
+        f"Lower training.learning_rate or look at these samples, then "
+        f"{'--resume_from latest' if last_good else 'start again with --fresh'}."
     )
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from gsa.attention.gated_sparse import AttentionStage
+from gsa.files import write_atomically
 from training.config import BatchPlan, RunConfig, load_config, plan_batch
 from training.config.command import command_parser
 from training.config.deepspeed import resolve_ds_config
@@ -43,7 +44,8 @@ def main(argv: Sequence[str]) -> int:
         capped = args.memory_cap_gib is not None
         outcome = Outcome("out_of_memory" if is_out_of_memory(err, capped=capped) else "failed", first_line(err))
     path = args.folder / f"rank_{environment_rank()}.json"
-    path.write_text(json.dumps(asdict(outcome)) + "\n", encoding="utf-8")
+    with write_atomically(path, durable=False) as file:
+        file.write(json.dumps(asdict(outcome)).encode() + b"\n")
     return 0 if outcome.verdict == "ok" else 1
 
 

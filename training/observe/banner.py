@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gsa.model import count_params
-from gsa.units import GIB
+from gsa.units import size_text
 from training.config.run_spec import RunSpec
 from training.observe.console import format_seconds
 from training.planning.cost_model import memory_bytes, setting_of, step_time
@@ -50,8 +50,7 @@ def _predicted(spec: RunSpec, device_name: str, backend: str) -> str:
     known = find_device(device_name)
     bf16 = cfg.training.precision == "bf16"
     counted = memory_bytes(cfg.model, T, setting, bf16=bf16, rows=rows, fused=device_name != "CPU")
-    size = counted["allocated"] / GIB
-    memory = f"{size:.2f} GiB per rank" if size >= 0.1 else f"{size * 1024:.1f} MiB per rank"
+    memory = f"{size_text(counted['allocated'])} per rank"
     if known is None:
         return f"{memory}; no prediction of seconds: this device is in no table"
     if backend != "triton":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import statistics
 import threading
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from types import ModuleType
 import torch
 
 from gsa.units import GIB
+from training.config import ConfigError
 
 # Bits of nvml.h, a stable ABI. Reasons that are no fault are left out: idle, clocks that were set, sync boost, display.
 THROTTLE_REASONS = {
@@ -41,6 +43,32 @@ def visible_gpus() -> list[GpuId]:
         p = torch.cuda.get_device_properties(index)
         found.append(GpuId(str(p.uuid), f"{p.pci_domain_id:08x}:{p.pci_bus_id:02x}:{p.pci_device_id:02x}.0"))
     return found
+
+
+def require_usable_gpus() -> None:
+    """Raises ConfigError when the NVIDIA driver knows GPUs that torch does not see: a run would use the CPU instead.
+
+    A person consents to that by DS_ACCELERATOR=cpu, or by CUDA_VISIBLE_DEVICES that names no GPU.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu" or visible in ("", "-1", "NoDevFiles"):
+        return
+    try:
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+        count, driver = nvml.nvmlDeviceGetCount(), nvml.nvmlSystemGetDriverVersion()
+        nvml.nvmlShutdown()
+    except (
+        Exception
+    ):  # no driver, or not one that answers: NVML's errors are attributes of a module that may be missing
+        return
+    if count:
+        limited = "" if visible is None else f", with CUDA_VISIBLE_DEVICES={visible}"
+        raise ConfigError(
+            f"the NVIDIA driver {driver} sees {count} GPU(s), and torch {torch.__version__} (CUDA "
+            f"{torch.version.cuda or 'none'}) sees none{limited}; install a driver or a torch that go together, or set "
+            f"DS_ACCELERATOR=cpu to use the CPU"
+        )
 
 
 Query = Callable[[ModuleType, object], float]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from gsa.units import GIB
+from gsa.units import GIB, size_text
 
 
 @contextmanager
@@ -35,7 +35,7 @@ def memory_cap(cap_gib: float, device: torch.device) -> Iterator[None]:
     room = int(cap_gib * GIB) - held
     if room <= 0:
         raise MemoryError(
-            f"a rank holds {held / GIB:.2f} GiB before it has a model, more than --memory_cap_gib {cap_gib:g}"
+            f"a rank holds {size_text(held)} before it has a model, more than --memory_cap_gib {cap_gib:g}"
         )
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") + room, hard))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gsa.config import ModelConfig
 from gsa.model import flops_per_token
-from gsa.units import GIB
+from gsa.units import GIB, size_text
 from training.config import BatchPlan, ConfigError, RunConfig
 from training.config.deepspeed import DEFAULT, resolve_ds_config
 from training.planning import cost_model as cost
@@ -135,7 +135,7 @@ def ranked(request: Request) -> list[Option]:
 def why_not(o: Option, best: Option, device: Device) -> str:
     """Why `o` is not the recommended option, in a few words; "recommended" when it is."""
     if not o.fits(device):
-        return f"does not fit: {o.peak_gib:.1f} GiB of {USABLE * device.memory_gib:.1f} usable"
+        return f"does not fit: {size_text(o.peak_gib * GIB)} of {size_text(USABLE * device.memory_gib * GIB)} usable"
     if o is best:
         return "recommended"
     if o.time.seconds <= best.time.seconds * (1 + TIE):

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from gsa.files import write_atomically
 from gsa.model import count_params, flops_per_token
-from gsa.units import GIB
+from gsa.units import GIB, size_text
 from training.config import ConfigError, to_yaml
 from training.planning.cost_model import ASSUMED, checkpoint_bytes
 from training.planning.devices import Device
@@ -26,6 +27,7 @@ def as_json(request: Request, given: Option, options: Sequence[Option]) -> dict:
         "parameters": count_params(cfg.model)["total"],
         "parameters_by_part": {k: v for k, v in count_params(cfg.model).items() if k != "total"},
         "gpu": asdict(request.device),
+        "fits": best.fits(request.device),
         "gpus": given.setting.world_size,
         "tokens_per_step": tokens,
         **_figures(given, tokens),
@@ -67,7 +69,9 @@ def report(request: Request, given: Option, options: Sequence[Option]) -> str:
     tokens = s.global_batch_size * T
     flops = flops_per_token(c, T, indexer_rows=cfg.training.indexer_loss_rows)
     bandwidth = f"{device.memory_gb_s:,.0f} GB/s" if device.memory_gb_s else "unknown bandwidth (not counted)"
+    nothing = [] if options[0].fits(device) else [f"Nothing fits {nothing_fits(options[0], device)}", ""]
     lines = [
+        *nothing,
         f"{request.config_path.name} on {s.world_size} x {device.name}: {device.memory_gib:g} GiB, {tflops:g} TFLOP/s "
         f"{precision}, memory {bandwidth}, {device.link_gb_s:g} GB/s between GPUs",
         "",
@@ -91,7 +95,7 @@ def report(request: Request, given: Option, options: Sequence[Option]) -> str:
         "            " + ", ".join(f"{part} {spent:.2f}" for part, spent in t.parts.items() if spent >= 0.005),
         f"            communication {t.communication:.2f} s, of which computation does not hide {t.exposed:.2f} s",
         f"Whole run   {cfg.training.max_steps:,} steps: {cfg.training.max_steps * t.seconds / 86400:.1f} days",
-        f"Checkpoint  {checkpoint_bytes(cfg, None) / GIB:.1f} GiB each",
+        f"Checkpoint  {size_text(checkpoint_bytes(cfg, None))} each",
         "",
         f"Ways to run {s.global_batch_size} windows per step, the best first:",
         "  ZeRO       micro  accum.  recomputed  peak GiB  s/step    MFU",
@@ -105,6 +109,14 @@ def report(request: Request, given: Option, options: Sequence[Option]) -> str:
         + "). Measure with python -m training.tune.",
     ]
     return "\n".join(lines)
+
+
+def nothing_fits(best: Option, device: Device) -> str:
+    """What the setting with the least memory would need, and what to change. best: that setting."""
+    return (
+        f"{best.setting.world_size} x {device.name}: the setting with the least memory takes "
+        f"{size_text(best.peak_gib * GIB)}, offloading included; use more GPUs or a smaller model"
+    )
 
 
 def _shown(options: Sequence[Option], given: Option) -> list[Option]:
@@ -128,10 +140,7 @@ def write_run(request: Request, best: Option, folder: Path) -> tuple[Path, Path]
     """
     cfg, s, device = request.cfg, best.setting, request.device
     if not best.fits(device):
-        raise ConfigError(
-            f"nothing fits {s.world_size} x {device.name}: the setting with the least memory takes "
-            f"{best.peak_gib:.1f} GiB, offloading included; use more GPUs or a smaller model"
-        )
+        raise ConfigError(f"nothing fits {nothing_fits(best, device)}")
     yaml_path, json_path = folder / "plan.yaml", folder / "plan_ds_config.json"
     for path in (yaml_path, json_path):
         if path.exists():
@@ -147,11 +156,18 @@ def write_run(request: Request, best: Option, folder: Path) -> tuple[Path, Path]
     ds_config = request.files()[zero_kind(s)].read_text()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        json_path.write_text(ds_config)
-        yaml_path.write_text(
-            f"# Recommended by training.plan for {s.world_size} x {device.name}: {best.peak_gib:.1f} GiB per GPU and "
-            f"{best.time.seconds:.2f} s per step, predicted.\n" + to_yaml(replace(cfg, training=training))
+        _write(json_path, ds_config)
+        _write(
+            yaml_path,
+            f"# Recommended by training.plan for {s.world_size} x {device.name}: "
+            f"{size_text(best.peak_gib * GIB)} per GPU and {best.time.seconds:.2f} s per step, predicted.\n"
+            + to_yaml(replace(cfg, training=training)),
         )
     except OSError as err:
         raise ConfigError(f"--write {folder}: {err.strerror or err}") from err
     return yaml_path, json_path
+
+
+def _write(path: Path, text: str) -> None:
+    with write_atomically(path, durable=False) as file:
+        file.write(text.encode())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,19 @@ def grow(setting: TrialSetting, sizes: Sequence[int], attempt: Attempt, *, to_th
             high = at
         else:
             low, before = at, outcome
+
+
+def most_trials(ds_configs: Sequence[Path], kinds: Sequence[Recomputed], sizes: Sequence[int]) -> int:
+    """The most trials that a search can take, whichever size is the first that runs out of memory."""
+
+    def trials(first_too_large: int) -> int:
+        def attempt(_: TrialSetting, size: int) -> Outcome:
+            fits = size < first_too_large
+            return Outcome("ok", step_seconds=(1.0,)) if fits else Outcome("out_of_memory")
+
+        return sum(1 for _ in grow(TrialSetting(Path(), "none"), sizes, attempt, to_the_limit=True))
+
+    return len(ds_configs) * len(kinds) * max(trials(limit) for limit in (*sizes, math.inf))
 
 
 def _doubled(sizes: Sequence[int], low: int) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 
+from gsa.units import GIB, size_text
 from training.config import load_config, to_yaml
 from training.planning.outcome import Outcome
 from training.planning.search import Trial, fastest, largest
@@ -44,7 +45,7 @@ def _summary(task: TuneTask, trial: Trial) -> str:
     return (
         f"{trial.setting.ds_config.stem}, recomputed {trial.setting.recomputed}, micro-batch x accumulation "
         f"{_batch(task, trial)}: {_seconds(out)} s per step, {task.tokens_per_s(out):,.0f} tokens/s, "
-        f"peak {out.peak_gib:.2f} GiB per rank"
+        f"peak {size_text(out.peak_gib * GIB)} per rank"
     )
 
 

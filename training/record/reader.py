@@ -21,9 +21,10 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from gsa.checkpoint.manifest import no_run_in
 from gsa.config import ModelConfig
 from gsa.model import count_params
-from training.config.exit_codes import Refusal
+from training.config.exit_codes import ExitCode, Refusal
 
 _PARTS = ("config.yaml", "run.json", "metrics.jsonl")
 _LARGEST = 1e300
@@ -34,6 +35,8 @@ _STALLS = {"save": ("seconds_save", "save_stall_seconds"), "eval": ("seconds_eva
 
 class NoRunError(Refusal):
     """The folder holds no run; the message says what to do."""
+
+    exit_code = ExitCode.REFUSED_INPUT
 
 
 @dataclass(frozen=True)
@@ -221,9 +224,8 @@ def read(folder: Path, label: str | None = None, *, newest: int | None = None) -
     """
     if not any((folder / name).is_file() for name in _PARTS) and not any(folder.glob("step_*")):
         inside = sorted({p.parent for name in _PARTS for p in folder.glob(f"*/{name}")})
-        hint = f"; runs in it: {', '.join(map(str, inside))}" if inside else ", such as outputs/quickstart"
-        what = "holds no run" if folder.is_dir() else "is no folder"
-        raise NoRunError(f"{folder} {what}; give the --output_dir of one{hint}")
+        hint = f"; runs in it: {', '.join(map(str, inside))}" if inside else ""
+        raise NoRunError(f"{no_run_in(folder)}{hint}")
     notes: list[str] = []
     curve, discarded = _Rows(newest), _Rows(newest)
     if (folder / "metrics.jsonl").is_file():

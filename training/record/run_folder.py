@@ -23,6 +23,13 @@ from training.config.lease import Lease, Owner, is_dead, read_lease, take
 from training.record.metrics_log import iter_rows
 
 PROJECT = "gsa-trainer"
+OWN_NAMES = (
+    *("config.yaml", "ds_config.json", "env.json", "run.json", "metrics.jsonl", "latest", "segments", "tensorboard"),
+    *("report.html", "report.md", "tracking.json", "wandb", "wandb_rebuilt"),
+)
+"""What a run puts into its folder besides step_N and hidden files; a refused launch may have left some of it."""
+LOG_SUFFIXES = (".log", ".out", ".err", ".txt")
+"""Files that a job may write beside the run."""
 
 
 class FolderError(Refusal):
@@ -49,6 +56,11 @@ class RunFolder:
         """Refuses a folder that already holds a run, unless it is to be resumed or begun again. Writes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise FolderError(f"--output_dir {self.path} is a file; give a folder")
+        if not self.holds_a_run() and (others := self._of_others()):
+            raise FolderError(
+                f"--output_dir {self.path} exists and is no run's folder: it holds {', '.join(others[:3])}"
+                f"{', ...' if len(others) > 3 else ''}; give a new or empty folder"
+            )
         if not going_on and self.holds_a_run():
             raise FolderError(
                 f"--output_dir {self.path} already holds a run; continue it with --resume_from auto, "
@@ -65,6 +77,11 @@ class RunFolder:
             return take(self.path, command=command, launch=launch, take_over=take_over)
         except OSError as err:
             raise FolderError(f"--output_dir {self.path} cannot be written: {err.strerror or err}") from err
+
+    def _of_others(self) -> list[str]:
+        """What lies in the folder that neither a run nor a job's log has put there."""
+        names = sorted(path.name for path in self.path.iterdir()) if self.path.is_dir() else []
+        return [n for n in names if n not in OWN_NAMES and not n.startswith(".") and Path(n).suffix not in LOG_SUFFIXES]
 
     def saved_checkpoints(self) -> list[str]:
         """Tags that once were good checkpoints here, by `latest` and the rows of metrics.jsonl, newest first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from datetime import UTC, datetime
 
-from gsa.units import GIB, MIB
+from gsa.units import size_text
 
 NOTHING = "–"
 """What stands in place of a missing value."""
@@ -83,7 +83,7 @@ def size(n_bytes: float | None) -> str:
     """2147483648 -> "2 GiB"."""
     if n_bytes is None:
         return NOTHING
-    return f"{number(n_bytes / GIB, 3)} GiB" if n_bytes >= GIB else f"{number(n_bytes / MIB, 3)} MiB"
+    return size_text(n_bytes)
 
 
 def plural(n: int, one: str, many: str | None = None) -> str:

@@ -777,10 +777,13 @@ def test_labels_differ():
 
 
 def test_the_command_refuses_in_a_sentence(days, ablation, tmp_path, capsys):
-    assert run_command(main, [str(tmp_path / "nothing")]) == 2
+    assert run_command(main, [str(tmp_path / "nothing")]) == 3
     assert "is no folder; give the --output_dir of one" in capsys.readouterr().err
-    assert run_command(main, [str(days.parent)]) == 2
-    assert f"holds no run; give the --output_dir of one; runs in it: {days}" in capsys.readouterr().err
+    assert run_command(main, [str(days.parent)]) == 3
+    assert (
+        f"holds no run; give the --output_dir of one, such as outputs/quickstart; runs in it: {days}"
+        in capsys.readouterr().err
+    )
     assert run_command(main, [str(days), str(ablation[0])]) == 2
     assert "several runs need --out FOLDER" in capsys.readouterr().err
     (tmp_path / "file").touch()

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from gsa.checkpoint.manifest import no_run_in
 from training.config import ConfigError, LoggingConfig
 from training.config.exit_codes import ExitCode, Refusal
 from training.observe.tracking.mirror import Fields, by_step
@@ -78,6 +79,8 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[tuple[
     for step, fields in by_step(rows):
         if not steps or step > steps[-1][0]:
             steps.append((step, fields))
+    if not steps and not (folder / "run.json").exists():
+        raise RebuildError(no_run_in(folder))
     if not steps:
         raise RebuildError(f"{folder / 'metrics.jsonl'} has no step; give the folder of a run that has trained")
     return config, run, steps
