@@ -223,7 +223,7 @@ class Recorder(SilentRecorder):
             first, config = numerics.of_row(began or {}), (began or {}).get("config")
         launches = [numerics.of_row(row) for row in moved if row.get("event") in ("start", "resume")]
         changed = numerics.differences([first, *(launches or [last])], now)
-        if config is not None and moved:
+        if isinstance(config, dict) and moved:
             step = 0 if state is None else state.step
             steps = range(step, max((row["step"] for row in moved if "loss" in row), default=step))
             found = config_changes(config, to_plain(self._spec.cfg), steps=steps)
