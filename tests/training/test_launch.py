@@ -105,7 +105,7 @@ def test_plain_python_is_one_rank(finished):
     [
         (2, "unknown key 'training.max_stepz'", ["training.max_stepz=1"]),
         (2, "not a multiple of training.micro_batch_size=3", ["training.micro_batch_size=3"]),
-        (2, "'tritn', expected one of ['auto', ", ["training.backend=tritn"]),
+        (2, 'training.backend="tritn" must be one of auto, ', ["training.backend=tritn"]),
         (2, "training.backend=triton needs a GPU", ["training.backend=triton"]),
         (2, "stray first step", ["training.precision=bf16", "--deepspeed_config", "ds_configs/zero0.json"]),
         (2, "zero9.json: No such file", ["--deepspeed_config", "ds_configs/zero9.json"]),
