@@ -16,7 +16,7 @@ from gsa.checkpoint import manifest
 from gsa.checkpoint.state import CONFIG
 from gsa.config import ModelConfig
 from gsa.kernels.choice import Shape, resolve
-from gsa.model import GSAForCausalLM
+from gsa.model import GSAForCausalLM, count_params
 from gsa.weights import load_weights
 
 
@@ -39,8 +39,17 @@ def load_model(step_dir: Path, device: str = "cpu") -> GSAForCausalLM:
         c = ModelConfig(**config)
     except (TypeError, ValueError) as err:
         raise manifest.CheckpointError(f"{step_dir}: its config.json describes no model: {err}; restore it") from err
+    # counted before anything is allocated: the file may describe a model of any size
+    described, there = count_params(c)["total"], sum({id(w): w.numel() for w in weights.values()}.values())
+    if not 0 <= there - described <= len(weights):  # the state that is no parameter is a number per layer
+        raise manifest.CheckpointError(
+            f"{step_dir}: config.json describes {described:,} parameters, model.safetensors holds {there:,}; restore it"
+        )
     model = GSAForCausalLM(c)
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as err:
+        raise manifest.CheckpointError(f"{step_dir}: its weights are not those of config.json: {err}") from err
     shape = Shape(c.n_heads, c.n_kv_heads, c.d_head, c.n_indexer_heads, c.d_indexer, torch.float32)
     backend, fault = resolve("auto", shape, torch.device(device))
     if fault is not None:

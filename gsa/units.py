@@ -19,6 +19,14 @@ def size_text(n_bytes: float) -> str:
     return f"{n_bytes:.0f} bytes"
 
 
+def printable(text: str) -> str:
+    """`text` with every control character but line breaks and tabs escaped: what a stranger wrote may move the cursor,
+    change a title or hide a line."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def flatten(tree: Mapping[str, Any], separator: str = ".") -> dict[str, Any]:
     """{"a": {"b": 1}, "c": 2} as {"a.b": 1, "c": 2}; a mapping without entries has no name of its own."""
     return dict(_leaves(tree, "", separator))

@@ -23,6 +23,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "gsa/config.py": (set(), set()),
     "gsa/files.py": (set(), set()),
     "gsa/units.py": (set(), set()),
+    "gsa/yaml_text.py": (set(), {"yaml"}),
     "gsa/loss.py": ({"gsa.kernels"}, {"torch"}),
     "gsa/model.py": ({"gsa.config", "gsa.attention", "gsa.kernels", "gsa.loss"}, {"torch"}),
     "gsa/attention/": ({"gsa.config", "gsa.kernels", "gsa.attention"}, {"torch"}),
@@ -32,7 +33,7 @@ ROOMS: dict[str, tuple[set[str], set[str]]] = {
     "gsa/checkpoint/": ({"gsa.config", "gsa.checkpoint", "gsa.files", "gsa.units"}, {"torch"}),
     "gsa/checkpoint/full_state.py": ({"gsa.checkpoint", "gsa.weights"}, {"torch"}),
     "gsa/checkpoint/legacy.py": (
-        {"gsa.config", "gsa.checkpoint", "gsa.model", "gsa.attention", "gsa.units"},
+        {"gsa.config", "gsa.checkpoint", "gsa.files", "gsa.model", "gsa.attention", "gsa.units", "gsa.yaml_text"},
         {"torch", "yaml"},
     ),
     "gsa/generation.py": (

@@ -22,6 +22,7 @@ if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from gsa.checkpoint.manifest import CheckpointError  # noqa: E402
+from gsa.units import printable  # noqa: E402
 from training.config import format_help  # noqa: E402
 from training.config.command import refuse_empty, snake_case_flags  # noqa: E402
 from training.config.exit_codes import ExitCode, Refusal, exit_code_of  # noqa: E402
@@ -124,13 +125,13 @@ def tell_the_others(meeting: Meeting | None, refused: tuple[str, int] | None) ->
     """
     if meeting is None:
         if refused is not None:
-            print(f"error: {refused[0]}", file=sys.stderr, flush=True)
+            print(printable(f"error: {refused[0]}"), file=sys.stderr, flush=True)
         return refused and refused[1]
     heard = meeting.hear_all(*refused or (None,))
     if heard is None:
         return None
     if meeting.speaks:
-        print(f"error: {heard}", file=sys.stderr, flush=True)
+        print(printable(f"error: {heard}"), file=sys.stderr, flush=True)
     meeting.part()
     return heard.exit_code
 

@@ -21,12 +21,14 @@ from typing import Any
 import torch
 import yaml
 
+from gsa import yaml_text
 from gsa.attention.indexer import INITIAL_ALPHA
 from gsa.checkpoint import safe_load
 from gsa.checkpoint.full_state import FullState, ParameterState
 from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import RunState
 from gsa.config import ModelConfig
+from gsa.files import read_small_file
 from gsa.model import GSAForCausalLM
 
 _FILE = re.compile(r"checkpoint_(\d+)\.pt")
@@ -456,7 +458,7 @@ ADAPTIVE_WARNING = (
 
 def _read_yaml(path: Path | str) -> Mapping[str, Any]:
     try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        config = yaml_text.load(read_small_file(Path(path), yaml_text.MAX_BYTES).decode("utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
         raise CheckpointError(f"{path}: cannot be read as yaml ({err})") from err
     if not isinstance(config, dict) or not isinstance(config.get("model"), dict):

@@ -22,8 +22,8 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from gsa.files import fsync, write_atomically
-from gsa.units import size_text
+from gsa.files import fsync, open_regular, read_small_file, write_atomically
+from gsa.units import MIB, size_text
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -33,6 +33,7 @@ PIN = "pinned"
 
 _TAG = re.compile(r"step_(0|[1-9][0-9]*)")
 _TEMPORARY = ".tmp"
+_MAX_MANIFEST_BYTES = 64 * MIB
 _OURS = re.compile(r".*_(?:model|optim)_states\.pt|model\.safetensors|config\.json|tokenizer\.json|pinned|.*\.tmp")
 """Names of the files that an interrupted save can leave."""
 _TRASH = ".trash-"
@@ -328,7 +329,11 @@ def latest_tag(output_dir: Path) -> str | None:
     path = output_dir / LATEST
     if not path.exists():
         return None
-    tag = path.read_text(encoding="utf-8", errors="replace").strip()
+    try:
+        tag = read_small_file(path, MIB).decode("utf-8", errors="replace").strip()
+    except OSError as err:
+        mend = "delete it, and take --resume_from auto"
+        raise CheckpointError(f"{path}: cannot be read: {err.strerror}; {mend}") from err
     if not _TAG.fullmatch(tag):
         raise CheckpointError(f"{path} holds {tag[:40]!r}, no tag like step_100; take --resume_from auto")
     return tag
@@ -412,7 +417,7 @@ def _contents(step_dir: Path) -> dict[str, Path]:
 def _read(step_dir: Path) -> tuple[Manifest | None, str]:
     """The manifest, or None and what is wrong with it."""
     try:
-        raw = (step_dir / MANIFEST).read_bytes()
+        raw = read_small_file(step_dir / MANIFEST, _MAX_MANIFEST_BYTES)
     except FileNotFoundError:
         return None, f"{MANIFEST}: missing: the save was interrupted, or this is no checkpoint"
     except OSError as err:
@@ -488,7 +493,7 @@ def _discard(step_dir: Path) -> None:
 def sha256_of(path: Path) -> str:
     """The hexadecimal sha256 of a file, which is read in blocks."""
     sha, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
-    with open(path, "rb", buffering=0) as file:
+    with open(open_regular(path), "rb", buffering=0) as file:
         while count := file.readinto(block):
             sha.update(block[:count])
     return sha.hexdigest()

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from gsa.checkpoint.manifest import CheckpointError
+from gsa.files import read_small_file
+from gsa.units import MIB
 
 CLIENT_KEY = "gsa_run"
 """Our only key in DeepSpeed's client state, which would overwrite DeepSpeed's own entries of the same name."""
@@ -102,12 +104,14 @@ class RunState:
         differing = sorted(names ^ (set(data) - {"version"}))
         if differing:
             raise CheckpointError(f"the run state lacks, or does not know, {', '.join(differing)}: {_MEND}")
-        for name, expected in _misfits(data):
-            raise CheckpointError(f"the run state has {name}={data[name]!r}, which is not {expected}: {_MEND}")
+        for name, expected in [*_misfits(data), *_out_of_range(data)]:
+            raise CheckpointError(f"the run state has {name}={data[name]!r:.80}, which is not {expected}: {_MEND}")
         return cls(**{name: data[name] for name in names})
 
 
 VERSION = max(f.metadata.get("since", 1) for f in fields(RunState))
+MAX_JSON_BYTES = 16 * MIB
+"""Size of config.json, run.json and the like."""
 _MEND = "it is damaged or not from this project; take another checkpoint with --resume_from"
 
 
@@ -122,7 +126,7 @@ def read_config_json(step_dir: Path) -> dict[str, Any]:
 def read_json_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object. Raises CheckpointError naming it otherwise."""
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(read_small_file(path, MAX_JSON_BYTES))
     except OSError as err:
         raise CheckpointError(f"{path}: cannot be read: {err.strerror}; is its folder a checkpoint?") from err
     except (ValueError, RecursionError) as err:
@@ -177,6 +181,45 @@ def _misfits(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
             fits = all(_is_position(text) for text in value)
         if not fits:
             yield known.name, known.type
+
+
+_LARGEST = 2**53
+"""No count of a run comes near it, and every JSON reader has it exactly."""
+_RANGES: dict[str, tuple[float, float]] = {
+    "step": (0, _LARGEST),
+    "epoch": (0, _LARGEST),
+    "samples_consumed": (0, _LARGEST),
+    "tokens_seen": (0, _LARGEST),
+    "world_size": (1, 2**20),
+    "zero_stage": (0, 3),
+    "epoch_offset": (-_LARGEST, _LARGEST),
+    "indexer_start": (0, _LARGEST),
+    "tokenizer_entries": (1, 2**31),
+    "eod_id": (0, 2**31),
+}
+
+
+def _out_of_range(data: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Each field of the run state that has the right type and a value that no run can have."""
+    for name, (least, most) in _RANGES.items():
+        value = data.get(name)
+        if value is not None and not (type(value) in (int, float) and least <= value <= most):
+            yield name, f"between {least:,} and {most:,}"
+    for name in ("tracking_id", "data_fingerprint", "created"):
+        text = data.get(name)
+        if isinstance(text, str) and (len(text) > 200 or not text.isprintable() or "/" in text):
+            yield name, "a short word"
+    for spans in (data.get("skipped", []), *(text["skipped"] for text in data.get("earlier_texts", []))):
+        if not all(isinstance(span, list) and [*map(_is_count, span)] == [True, True] for span in spans):
+            yield "skipped" if spans is data.get("skipped") else "earlier_texts", "a list of [first, count]"
+    for text in data.get("earlier_texts", []):
+        counts = (text["samples_consumed"], text["epoch"])
+        if not all(type(count) in (int, float) and 0 <= count <= _LARGEST for count in counts):
+            yield "earlier_texts", "positions"
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST
 
 
 def _is_position(text: object) -> bool:

@@ -17,6 +17,7 @@ from gsa.checkpoint.full_state import read_ds_config, read_layout, read_run_stat
 from gsa.checkpoint.manifest import CheckpointError
 from gsa.checkpoint.state import TEXT_FIELDS, RunState
 from gsa.config import ModelConfig
+from gsa.units import printable
 from training.checkpointing.tokenizer import other_tokenizer
 from training.config import ConfigError, RunConfig, RunSpec, to_plain
 from training.config.batch import windows_per_step
@@ -56,7 +57,7 @@ def find_checkpoint(resume_from: str, folder: RunFolder) -> Path | None:
     if resume_from == "auto":
         found, passed_over = manifest.newest_good(folder.path, folder.suspects())
         for line in passed_over:
-            print(f"passed over: {line}", flush=True)
+            print(printable(f"passed over: {line}"), flush=True)
         if found is None and (old := legacy.newest_legacy(folder.path)) is not None:
             print(f"no checkpoint of this project under {folder.path}, but a legacy one", flush=True)
             return old
@@ -97,6 +98,11 @@ def decided_by(checkpoint: Path, cfg: RunConfig) -> RunConfig:
     """`cfg` with the keys that the checkpoint decides: those of an architecture imported from the legacy trainer."""
     decided = legacy.DECIDED if legacy.is_legacy(checkpoint) else read_run_state(checkpoint).decided
     plain = to_plain(cfg)
+    if any(key not in legacy.DECIDED or type(value) is not type(legacy.DECIDED[key]) for key, value in decided.items()):
+        raise manifest.CheckpointError(
+            f"{checkpoint} wants to set {', '.join(sorted(map(str, decided)))}; a checkpoint may set only "
+            f"{', '.join(legacy.DECIDED)}. Do not trust where it came from"
+        )
     for key, value in decided.items():
         section, name = key.split(".")
         if plain[section][name] != value:

@@ -7,9 +7,12 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any, TextIO
 
 from gsa.checkpoint.manifest import CheckpointError
+from gsa.units import printable
 from training.config.exit_codes import Refusal, exit_code_of
 
 
@@ -72,13 +75,28 @@ def run_command(main: Callable[[list[str]], int], argv: Sequence[str] | None = N
     Only refusals are caught (Refusal and its subclasses, CheckpointError): any other exception is a bug and keeps its
     traceback. When the reader of a pipe has gone, the command ends as if by SIGPIPE, with 141.
     """
+    out = sys.stdout
     try:
-        code = main(refuse_empty(snake_case_flags(sys.argv[1:] if argv is None else argv)))
-        sys.stdout.flush()
+        with redirect_stdout(Escaping(out)):
+            code = main(refuse_empty(snake_case_flags(sys.argv[1:] if argv is None else argv)))
+        out.flush()
         return code
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())  # Python flushes once more at its end
         return 128 + signal.SIGPIPE
     except (Refusal, CheckpointError) as err:
-        print(f"error: {err}", file=sys.stderr, flush=True)
+        print(printable(f"error: {err}"), file=sys.stderr, flush=True)
         return exit_code_of(err)
+
+
+class Escaping:
+    """Wraps an output stream; control characters in what a stranger wrote are shown, not obeyed."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        return self._stream.write(printable(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)

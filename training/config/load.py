@@ -17,8 +17,10 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
+from gsa import yaml_text
 from gsa.checkpoint import legacy
 from gsa.config import choices
+from gsa.files import read_small_file
 from training.config.changes import EFFECT_WORDS
 from training.config.schema import KEYS, SECTIONS, ConfigError, RunConfig
 
@@ -131,13 +133,13 @@ def did_you_mean(key: str, known: Sequence[str] | dict[str, Any]) -> str:
 
 def _read_yaml(path: Path) -> list[_Given]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small_file(path, yaml_text.MAX_BYTES).decode("utf-8")
     except OSError as err:
         raise ConfigError(f"--config {path}: {err.strerror}") from err
     except UnicodeDecodeError as err:
         raise ConfigError(f"--config {path}: not UTF-8 text ({err.reason} at byte {err.start})") from err
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml_text.compose(text)
     except yaml.YAMLError as err:
         mark = getattr(err, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""

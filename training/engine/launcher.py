@@ -13,6 +13,8 @@ from types import FrameType
 
 import psutil
 
+from gsa.files import read_small_file
+from gsa.units import MIB
 from training.config.command import snake_case_flags
 from training.config.signals import STOP_SIGNALS
 
@@ -151,6 +153,6 @@ def true_code(code: int, orphans: int, folder: Path | None) -> int:
 
 def _status(folder: Path) -> str:
     try:
-        return json.loads((folder / "run.json").read_text())["status"]
+        return json.loads(read_small_file(folder / "run.json", 16 * MIB))["status"]
     except (OSError, ValueError, KeyError, TypeError):
         return "running"  # a run that ends normally leaves a complete file

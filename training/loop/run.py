@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from gsa.checkpoint.manifest import CheckpointError
+from gsa.units import printable
 from training.config import to_yaml
 from training.config.exit_codes import ExitCode, Refusal, exit_code_of
 from training.data.dataset import raise_fault
@@ -45,7 +46,7 @@ def run(prepared: Prepared, world: World, watched: Callable[[], None] = lambda: 
     except (Refusal, CheckpointError) as err:  # the same on every rank
         prepared.release()
         if world.local_rank == 0:
-            print(f"error: {err}", file=sys.stderr, flush=True)
+            print(printable(f"error: {err}"), file=sys.stderr, flush=True)
         world.barrier()  # a launcher ends all ranks when the first one exits
         return exit_code_of(err)
     words, trainer = LastWords(folder.path, rank=world.rank, launch=str(launch)), None
@@ -90,7 +91,7 @@ def run(prepared: Prepared, world: World, watched: Callable[[], None] = lambda: 
         if world.is_main:
             _record_failure(folder, failure, step, ends)
         if failure.printed:
-            print(f"error: {failure.printed}", file=sys.stderr, flush=True)
+            print(printable(f"error: {failure.printed}"), file=sys.stderr, flush=True)
         if ends is not None and ends["count"] >= SAME_END:
             failure = replace(failure, exit_code=ExitCode.DIVERGED)
             if world.local_rank == 0:

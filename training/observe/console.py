@@ -10,6 +10,8 @@ from typing import Literal
 
 from tqdm import tqdm
 
+from gsa.units import printable
+
 LogLevel = Literal["debug", "info", "warning"]
 
 
@@ -55,6 +57,7 @@ class Console:
         self._print(f"warning: {text}")
 
     def _print(self, text: str) -> None:
+        text = printable(text)
         if self._bar is not None:
             self._bar.write(text)
         else:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from gsa.checkpoint import manifest
-from gsa.files import write_atomically
+from gsa.files import open_regular, write_atomically
 from gsa.units import MIB
 
 BLOCK = 64 * 1024
@@ -121,7 +121,7 @@ def _rows_from(path: Path, start: int) -> Iterator[dict]:
     if not path.exists():
         return
     begin, error = start, None
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         file.seek(start)
         for line in file:
             if error is not None:  # the line before was not the last one, so it was not merely torn
@@ -138,7 +138,7 @@ def _ends_and_rows_from_end(path: Path) -> Iterator[tuple[int, dict]]:
     """(offset in bytes at which the next line begins, row) of each row, the last one first."""
     if not path.exists():
         return
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         size = file.seek(0, os.SEEK_END)
         for begin, line in _lines_from_end(file, size):
             end = begin + len(line)
@@ -176,9 +176,17 @@ def _parse(line: bytes) -> dict:
     return row
 
 
+def _opened(path: Path) -> BinaryIO:
+    """The file for reading. Raises CheckpointError, without waiting, when it is a pipe, a device or cannot be read."""
+    try:
+        return open(open_regular(path), "rb")
+    except OSError as err:
+        raise manifest.CheckpointError(f"{path}: cannot be read: {err.strerror}; restore it from a copy") from err
+
+
 def _damaged(path: Path, begin: int, err: ValueError) -> DamagedRowsError:
     """The error for the line that begins at the offset `begin`."""
-    with open(path, "rb") as file:
+    with _opened(path) as file:
         number = 1 + sum(part.count(b"\n") for part in _parts(file, begin))
     what = f"not JSON ({getattr(err, 'msg', err)})"
     return DamagedRowsError(f"{path}, line {number}: {what}; restore the file or delete the line")

@@ -21,9 +21,12 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
+from gsa import yaml_text
 from gsa.checkpoint.manifest import no_run_in
 from gsa.config import ModelConfig
+from gsa.files import open_regular, read_small_file
 from gsa.model import count_params
+from gsa.units import MIB
 from training.config.exit_codes import ExitCode, Refusal
 
 _PARTS = ("config.yaml", "run.json", "metrics.jsonl")
@@ -351,7 +354,7 @@ class _Rows:
 
 def _lines(path: Path) -> Iterator[tuple[int, dict | None, str]]:
     """(number, row, "") of each line; (number, None, what is wrong with it) where it is no row. Skips blank lines."""
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(open_regular(path), encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip("\x00 \t\r\n"):
                 continue
@@ -384,16 +387,20 @@ def _in_order(steps: Steps, notes: list[str]) -> Steps:
     return Steps(columns, steps.launch[kept], steps.place[kept], steps.words, layers)
 
 
+MAX_BYTES = 16 * MIB
+"""Size of run.json, config.yaml and the like."""
+
+
 def _yaml(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
+        return yaml_text.load(text)
     except yaml.YAMLError as err:
         raise ValueError("not yaml") from err
 
 
 def _mapping(path: Path, parse: Callable[[str], Any], notes: list[str]) -> dict:
     try:
-        found = parse(path.read_text(encoding="utf-8"))
+        found = parse(read_small_file(path, MAX_BYTES).decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         found = None
     if isinstance(found, dict):

@@ -17,6 +17,7 @@ import jinja2
 from markupsafe import Markup
 
 from gsa.files import write_atomically
+from gsa.units import printable
 from training.record.reader import labels, read
 from training.reporting import curves, format, tables
 from training.reporting.analysis import Analysis, analyse
@@ -92,6 +93,7 @@ def _environment(**options: object) -> jinja2.Environment:
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,
         trim_blocks=True,
         lstrip_blocks=True,
         **options,

@@ -199,7 +199,7 @@ def test_running_out_of_memory_is_not_blamed_on_the_file_alone(tmp_path, monkeyp
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path):
     assert "No such file" in refusal(tmp_path / "absent.pt")
-    assert "Is a directory" in refusal(tmp_path)
+    assert "not a regular file but a folder" in refusal(tmp_path)
 
 
 def test_a_damaged_file_loads_or_raises_checkpoint_error(tmp_path):

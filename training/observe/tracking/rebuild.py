@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
+from gsa import yaml_text
 from gsa.checkpoint.manifest import no_run_in
+from gsa.files import read_small_file
 from training.config import ConfigError, LoggingConfig
 from training.config.exit_codes import ExitCode, Refusal
 from training.observe.tracking.mirror import Fields, by_step
@@ -68,8 +70,8 @@ def _read_run(folder: Path) -> tuple[dict[str, Any], dict[str, Any], list[tuple[
     try:
         rows = read_rows(folder / "metrics.jsonl")
         config, run = (
-            read(path.read_text(encoding="utf-8")) if (path := folder / name).exists() else {}
-            for name, read in (("config.yaml", yaml.safe_load), ("run.json", json.loads))
+            read(read_small_file(path, yaml_text.MAX_BYTES).decode("utf-8")) if (path := folder / name).exists() else {}
+            for name, read in (("config.yaml", yaml_text.load), ("run.json", json.loads))
         )
     except (ValueError, OSError, yaml.YAMLError) as err:
         raise RebuildError(str(err)) from err

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gsa.files import write_atomically
+from gsa.files import read_small_file, write_atomically
+from gsa.units import MIB
 from training.config import config_changes
 
 FILE = "tracking.json"
@@ -59,7 +60,7 @@ class TrackingState:
     def read(cls, folder: Path, run_id: str) -> TrackingState:
         """The state of the run in `folder`; an empty one when the file is missing, damaged or of another id."""
         try:
-            found = json.loads((folder / FILE).read_text(encoding="utf-8"))
+            found = json.loads(read_small_file(folder / FILE, MIB))
             return cls(run_id, found["step"], found["segments"]) if found["id"] == run_id else cls(run_id)
         except (OSError, ValueError, KeyError, TypeError):
             return cls(run_id)
