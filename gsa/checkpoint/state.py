@@ -104,7 +104,7 @@ class RunState:
         differing = sorted(names ^ (set(data) - {"version"}))
         if differing:
             raise CheckpointError(f"the run state lacks, or does not know, {', '.join(differing)}: {_MEND}")
-        for name, expected in [*_misfits(data), *_out_of_range(data)]:
+        for name, expected in list(_misfits(data)) or _out_of_range(data):
             raise CheckpointError(f"the run state has {name}={data[name]!r:.80}, which is not {expected}: {_MEND}")
         return cls(**{name: data[name] for name in names})
 

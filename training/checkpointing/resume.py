@@ -19,7 +19,7 @@ from gsa.checkpoint.state import TEXT_FIELDS, RunState
 from gsa.config import ModelConfig
 from gsa.units import printable
 from training.checkpointing.tokenizer import other_tokenizer
-from training.config import ConfigError, RunConfig, RunSpec, to_plain
+from training.config import SECTIONS, ConfigError, RunConfig, RunSpec, to_plain
 from training.config.batch import windows_per_step
 from training.config.changes import EFFECT_WORDS, Change, changes_on_resume, config_changes, with_batch_size
 from training.config.schedule import HORIZON_KEYS, Schedule
@@ -96,7 +96,12 @@ def _require_a_new_run(folder: RunFolder, passed_over: list[str]) -> None:
 
 def decided_by(checkpoint: Path, cfg: RunConfig) -> RunConfig:
     """`cfg` with the keys that the checkpoint decides: those of an architecture imported from the legacy trainer."""
-    decided = legacy.DECIDED if legacy.is_legacy(checkpoint) else read_run_state(checkpoint).decided
+    if legacy.is_legacy(checkpoint):
+        decided = legacy.DECIDED
+    else:
+        state = read_run_state(checkpoint)
+        _require_config(checkpoint, state.config)
+        decided = state.decided
     plain = to_plain(cfg)
     if any(key not in legacy.DECIDED or type(value) is not type(legacy.DECIDED[key]) for key, value in decided.items()):
         raise manifest.CheckpointError(
@@ -170,6 +175,16 @@ def start_from(
         length = _window_length(state)["max_seq_len"]
         _announce_position(state.samples_consumed, length, here.samples_consumed, data.max_seq_len)
     return Start(checkpoint, here, False)
+
+
+def _require_config(checkpoint: Path, config: dict) -> None:
+    """Refuses a run state whose configuration is none."""
+    sections = [config.get(name) for name in SECTIONS]
+    length = config["training"].get("max_seq_len") if all(isinstance(s, dict) for s in sections) else None
+    if type(length) is not int or length < 1:
+        raise manifest.CheckpointError(
+            f"{checkpoint}: its run state holds no configuration of a run; take another checkpoint"
+        )
 
 
 def _start_from_legacy(checkpoint: Path, spec: RunSpec, data: PackedTokens, allow_change: bool, quiet: bool) -> Start:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -89,11 +89,11 @@ def _table(table: Table, otherwise: str = "") -> Markdown:
     return Markdown("".join(f"| {' | '.join(cells)} |\n" for cells in lines) + "\n")
 
 
-def _environment(**options: object) -> jinja2.Environment:
+def _environment(finalize: Callable[[object], object] = lambda value: value, **options: object) -> jinja2.Environment:
     made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE),
         undefined=jinja2.StrictUndefined,
-        finalize=lambda value: printable(value) if type(value) is str else value,
+        finalize=lambda value: finalize(printable(value) if type(value) is str else value),
         trim_blocks=True,
         lstrip_blocks=True,
         **options,
