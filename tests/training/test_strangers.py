@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -28,6 +29,7 @@ from gsa.weights import load_weights
 from training import train
 from training.config import ConfigError, load_config
 from training.config.command import run_command
+from training.data import DataError, PackedTokens
 from training.record.metrics_log import read_rows
 from training.record.reader import NoRunError
 from training.record.reader import read as read_record
@@ -290,3 +292,34 @@ def test_a_pickle_in_place_of_a_checkpoint_runs_nothing(tmp_path):
     with pytest.raises(CheckpointError, match="nothing in it was run"):
         safe_load.load(tmp_path / "evil.pt")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.fixture(scope="module")
+def strange_text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("strange_text") / "data"
+    shutil.copytree(FIXTURE / "data", folder)
+    return folder
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_a_dataset_with_changed_bytes_is_refused_or_gives_batches(strange_text, data):
+    files = sorted(path for path in strange_text.rglob("*") if path.is_file() and "verified" not in path.name)
+    path = data.draw(st.sampled_from(files))
+    before = path.read_bytes()
+    changed = bytearray(before)
+    at = data.draw(st.integers(0, max(0, len(changed) - 1)))
+    if data.draw(st.booleans()):
+        changed[at : at + 1] = data.draw(st.binary(max_size=12))
+    else:
+        del changed[at:]
+    path.write_bytes(changed)
+    try:
+        for split in ("train", "held_out"):
+            text = PackedTokens({str(strange_text): 1.0}, split=split, max_seq_len=32, seed=1)
+            text.require_true_token_bytes()
+            text.batch(np.arange(2))
+    except DataError:
+        pass
+    finally:
+        path.write_bytes(before)

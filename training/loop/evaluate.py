@@ -68,6 +68,17 @@ class Evaluator:
         self._engine, self._spec, self._data, self._held_out = engine, spec, data, held_out
         self._world, self._interrupted, self._beat = world, interrupted, beat
         self._unigram_bpb: float | None = None
+        self.evaluated_at = self.sampled_at = -1
+        """Steps after which the rows of the run have an evaluation, and completions, already."""
+
+    def due(self, step: int) -> list[Callable[[int], list[tuple[dict, str]]]]:
+        """What is to be done after `step`, and has not been done: `evaluate`, `complete_prompts`."""
+        cfg, due = self._spec.cfg.training, []
+        if (is_due(cfg.eval_interval, step) or step == self._spec.last_step) and self.evaluated_at != step:
+            due.append(self.evaluate)
+        if is_due(cfg.sample_interval, step) and self.sampled_at != step:
+            due.append(self.complete_prompts)
+        return due
 
     def evaluate(self, step: int) -> list[tuple[dict, str]]:
         """The "eval" event and a line for the console.
@@ -190,6 +201,11 @@ class Evaluator:
             yield
         finally:
             self._engine.module.set_stage(before)
+
+
+def is_due(interval: int, step: int) -> bool:
+    """Whether `step` is one of every `interval`; never when interval is 0."""
+    return bool(interval) and step % interval == 0
 
 
 @contextmanager

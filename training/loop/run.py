@@ -16,6 +16,7 @@ from training.data.dataset import raise_fault
 from training.data.proof import BackgroundProof
 from training.engine.world import World
 from training.loop.agreement import open_same_data, require_same_folder
+from training.loop.evaluate import EvaluationError
 from training.loop.last_words import LastWords, is_broken_connection
 from training.loop.preflight import Prepared
 from training.loop.spike_policy import Diverged
@@ -140,6 +141,10 @@ def explain(err: Exception, words: LastWords, world: World) -> Failure:
     """Why the run ends, and with which code: that of the rank at fault, whose words the others repeat."""
     if isinstance(err, Diverged):  # on all ranks
         return Failure("diverged", str(err) if world.is_main else "", ExitCode.DIVERGED)
+    if isinstance(err, EvaluationError):  # on all ranks; the one at fault shows where
+        trace = "".join(traceback.format_exception(err.__cause__)) if err.__cause__ else ""
+        shown = f"{err}\n{trace}" if trace or world.local_rank == 0 else ""
+        return Failure(str(err), shown, ExitCode.FAILED)
     if is_broken_connection(err):
         heard = words.of_another()
         if heard is not None:

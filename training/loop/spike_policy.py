@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from gsa.checkpoint.manifest import newest_good
 from training.config import BatchPlan, TrainingConfig
 from training.data.dataset import PackedTokens
 from training.loop.step import StepSums
@@ -15,6 +17,8 @@ from training.record.spike_score import SpikeDetector
 
 if TYPE_CHECKING:
     from training.engine.world import World
+    from training.observe.recorder import SilentRecorder
+    from training.record.run_folder import RunFolder
 
 MAX_ROLLBACKS = 10
 """Maximum rollbacks per run. More than this means the data is not the problem; later spikes are only logged."""
@@ -147,6 +151,29 @@ def diverged(
         f"Lower training.learning_rate or look at these samples, then "
         f"{'--resume_from latest' if last_good else 'start again with --fresh'}."
     )
+
+
+def checkpoint_to_restore(row: dict, folder: RunFolder, world: World, recorder: SilentRecorder) -> Path | None:
+    """The checkpoint that a run goes back to from the step of `row`; None when there is none and the run goes on.
+
+    A collective. Broken weights may show only in the step after their save: the checkpoint of the step before a row
+    that is not finite is passed over. Raises Diverged when there is none and the row is not finite.
+    """
+
+    def newest() -> tuple[Path | None, list[str]]:
+        if not is_finite(row):
+            folder.suspect(row["step"])
+        return newest_good(folder.path, folder.suspects())
+
+    found, passed_over = world.from_main(newest)
+    for line in passed_over:
+        recorder.warn(line)
+    if found is None and not is_finite(row):
+        recorder.last_row(row)
+        raise diverged_too_early(row)
+    if found is None:
+        recorder.line(f"step {row['step']}: a spike, and no checkpoint yet to roll back to: going on")
+    return found
 
 
 def diverged_too_early(row: dict) -> Diverged:

@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 
 from gsa import GSAForCausalLM
 from gsa.checkpoint.full_state import read_run_state
-from gsa.checkpoint.manifest import newest_good
 from gsa.checkpoint.state import RunState
 from training.checkpointing.resume import Start, position_in_text, restore
 from training.checkpointing.saver import Retention, Saver
@@ -21,16 +19,15 @@ from training.config import RunSpec, to_plain
 from training.data import Loader, PackedTokens, raise_fault
 from training.engine.build import build_engine
 from training.engine.world import World
-from training.loop.evaluate import EvaluationError, Evaluator, Interrupted
+from training.loop.evaluate import EvaluationError, Evaluator, Interrupted, is_due
 from training.loop.progress import Progress
 from training.loop.spike_policy import (
     Action,
     Diverged,
     SpikePolicy,
+    checkpoint_to_restore,
     describe,
     diverged,
-    diverged_too_early,
-    is_finite,
     spike_event,
 )
 from training.loop.step import StepSums, forward_backward, reduce_step, sum_over_ranks
@@ -102,6 +99,15 @@ class Trainer:
                 data_fingerprint=data.fingerprint,
             )
         )
+        self.evaluator = Evaluator(
+            self.engine,
+            spec,
+            data,
+            held_out,
+            world,
+            interrupted=lambda: bool(self.stop.agree(world.device)),
+            beat=lambda: self.watchdog.beat("evaluate"),
+        )
         self._read_history()
         self.saver = Saver(
             self.engine,
@@ -115,15 +121,6 @@ class Trainer:
             failed=self.recorder.save_failed,
             tokenizer=data.tokenizer,
             beat=lambda: self.watchdog.beat("save"),
-        )
-        self.evaluator = Evaluator(
-            self.engine,
-            spec,
-            data,
-            held_out,
-            world,
-            interrupted=lambda: bool(self.stop.agree(world.device)),
-            beat=lambda: self.watchdog.beat("evaluate"),
         )
 
     def _load(self, start: Start) -> None:
@@ -142,7 +139,7 @@ class Trainer:
     def _read_history(self) -> None:
         history = self.world.from_main(self.recorder.history)
         self.spikes = SpikePolicy(self.cfg, history.losses, history.lost_in_a_row)
-        self._evaluated_at, self._sampled_at = history.evaluated_at, history.sampled_at
+        self.evaluator.evaluated_at, self.evaluator.sampled_at = history.evaluated_at, history.sampled_at
 
     # -- the loop --------------------------------------------------------------------------------------
 
@@ -305,14 +302,8 @@ class Trainer:
         """
         row = step.row
         self._finish_save()
-        found, passed_over = self.world.from_main(lambda: self._newest_good(finite=is_finite(row)))
-        for line in passed_over:
-            self.recorder.warn(line)
+        found = checkpoint_to_restore(row, self.folder, self.world, self.recorder)
         if found is None:
-            if not is_finite(row):
-                self.recorder.last_row(row)
-                raise diverged_too_early(row)
-            self.recorder.line(f"step {row['step']}: a spike, and no checkpoint yet to roll back to: going on")
             return False
         ruled_out = [*self.progress.skipped, step.samples]
         self.engine.load(found)
@@ -329,25 +320,14 @@ class Trainer:
         self.saver.saved_at = self.progress.step
         return True
 
-    def _newest_good(self, *, finite: bool) -> tuple[Path | None, list[str]]:
-        """On rank 0: the checkpoint to go back to. Broken weights may show only in the step after their save."""
-        if not finite:
-            self.folder.suspect(self.progress.step)
-        return newest_good(self.folder.path, self.folder.suspects())
-
     # -- evaluation and checkpoints --------------------------------------------------------------------
 
     def _judge(self) -> int:
         """Evaluates and samples when it is time to. Returns the stop signal that broke it off, or 0."""
-        step, judges = self.progress.step, []
-        if (is_due(self.cfg.eval_interval, step) or step == self.spec.last_step) and self._evaluated_at != step:
-            judges.append(self.evaluator.evaluate)
-        if is_due(self.cfg.sample_interval, step) and self._sampled_at != step:
-            judges.append(self.evaluator.complete_prompts)
         try:
-            for judge in judges:
+            for judge in self.evaluator.due(self.progress.step):
                 with self.telemetry.stalled("seconds_eval"):
-                    for event, line in judge(step):
+                    for event, line in judge(self.progress.step):
                         self._report(event, line)
         except Interrupted:
             return self.stop.agree(self.world.device)
@@ -396,11 +376,6 @@ class Trainer:
         self._finish_save()
         if self.saver.saved_at != self.progress.step:
             self.saver.save_last(self._state(), self.cfg.emergency_dir)
-
-
-def is_due(interval: int, step: int) -> bool:
-    """Whether `step` is one of every `interval`; never when interval is 0."""
-    return bool(interval) and step % interval == 0
 
 
 @contextmanager
