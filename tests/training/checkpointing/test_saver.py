@@ -89,7 +89,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_good_checkpoint(kills):
     }
     moments = [facts["moment"] for _, facts in killed]
     names = [name for name in manifest.read(kills[1] / "step_4").files] + ["manifest.json", "latest"]
-    assert len(names) == 6
+    assert len(names) == 7
     for name in names:
         assert f"inside {name}" in moments and f"before os.rename of {name}.tmp" in moments
     assert (
