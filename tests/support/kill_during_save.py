@@ -50,8 +50,8 @@ class Alone(World):
 class Canned:
     """Replaces the engine: returns the snapshot that it took, for any folder."""
 
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._taken = snapshot
+    def __init__(self, snapshot: Snapshot, tokenizer: bytes | None) -> None:
+        self._taken, self.tokenizer = snapshot, tokenizer
 
     def snapshot(self, output_dir: Path, tag: str, client_state: dict, *, buffers: object) -> Snapshot:
         (output_dir / tag).mkdir(parents=True, exist_ok=True)  # as DeepSpeed does
@@ -157,6 +157,7 @@ def save(canned: Canned, state: RunState, folder: Path) -> int:
         bytes_needed=0,
         published=lambda report: None,
         failed=lambda step, reason: None,
+        tokenizer=canned.tokenizer,
     )
     saver.start(state)
     saver.finish()
@@ -198,7 +199,7 @@ def run(yaml: str, source: Path, out: Path) -> None:
         def start(self: saving.Saver, state: RunState) -> None:
             saving.Saver.start = real_start
             taken = self._engine.snapshot(self._dir, f"step_{state.step}", state.to_dict(), buffers=self._buffers)
-            kill_every_moment(source, out, Canned(taken), state)
+            kill_every_moment(source, out, Canned(taken, self._tokenizer), state)
             os._exit(0)
 
         saving.Saver.start = start
